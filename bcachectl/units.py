@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Sizes and uuids as people type and read them, and the kernel's own ways of parsing and printing numbers.
+
+Sizes are IEC (1 KiB = 1024 bytes) in both directions.  The kernel's sysfs knows two more forms, kept apart because they
+are lossy: `parse_human` (util.c, strtoi_h) and `hprint` (util.c, bch_hprint).
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from bcachectl.errors import UsageError
+
+SECTOR_BYTES = 512
+"""A sector is 512 bytes everywhere, whatever the device's logical block size."""
+
+_SUFFIXES = "kmgtpezy"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as a person writes it: ``4096``, ``512k``, ``4M``, ``1TiB``.
+
+    Raises UsageError for anything else, a fraction or a sign included.
+    """
+    word = text.strip()
+    digits = word.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    suffix = word[len(digits):].lower()
+    if not digits.isascii() or not digits.isdigit():
+        raise UsageError(f"{text!r} is not a size; write it like 4096, 512k, 4M or 1TiB")
+    if suffix in ("", "b"):
+        return int(digits)
+    if suffix[1:] not in ("", "b", "ib") or suffix[0] not in _SUFFIXES:
+        raise UsageError(f"{text!r} has an unknown unit; use k, M, G, T or P (each 1024 times the last)")
+    return int(digits) << (10 * (_SUFFIXES.index(suffix[0]) + 1))
+
+
+def format_size(size_bytes: int) -> str:
+    """A size for people: three significant digits and an IEC unit, exact where it can be."""
+    if abs(size_bytes) < 1024:
+        return f"{size_bytes} B"
+    value = float(size_bytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        value /= 1024
+        if abs(value) < 1023.95:
+            text = f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+            return f"{text.removesuffix('.0')} {unit}"
+    return f"{value:.0f} EiB"
+
+
+def format_sectors(sectors: int) -> str:
+    """A number of sectors as a size for people."""
+    return format_size(sectors * SECTOR_BYTES)
+
+
+def hprint(value: int) -> str:
+    """The kernel's rounding-down size text, ``128.0k`` (util.c, bch_hprint)."""
+    sign, rest, unit, tenths = ("-" if value < 0 else ""), abs(value), 0, 0
+    while True:
+        unit += 1
+        tenths, rest = rest % 1024, rest // 1024
+        if rest < 1000:
+            break
+    return f"{sign}{rest}.{tenths * 10 // 1024}{'?kMGTPEZY'[unit]}"
+
+
+def parse_unsigned(text: str, low: int, high: int) -> int:
+    """A plain unsigned number as sysfs takes it, clamped into [low, high] (sysfs.h, sysfs_strtoul_clamp).
+
+    Raises UsageError for a suffix, a sign other than one ``+``, a blank, hexadecimal, or a value past 2^64 - 1.
+    """
+    word = text.removesuffix("\n").removeprefix("+")
+    if not word.isascii() or not word.isdigit():
+        raise UsageError(f"{text!r} is not a plain decimal number (no unit, sign, blank or 0x)")
+    value = int(word)
+    if value >= 1 << 64:
+        raise UsageError(f"{text!r} is larger than 2^64 - 1")
+    return min(max(value, low), high)
+
+
+def parse_human(text: str) -> int:
+    """Bytes of the kernel's suffixed form, ``4M`` (util.c, strtoi_h): digits and at most one letter of kmgtpezy."""
+    word = text.removesuffix("\n")
+    shift = 0
+    if word and word[-1].lower() in _SUFFIXES:
+        shift = 10 * (_SUFFIXES.index(word[-1].lower()) + 1)
+        word = word[:-1]
+    if not word.isascii() or not word.isdigit():
+        raise UsageError(f"{text!r} is not a size; write it like 4096, 512k or 4M")
+    return int(word) << shift
+
+
+def parse_uuid(text: str) -> bytes:
+    """The 16 bytes of a uuid in any usual spelling; UsageError otherwise."""
+    try:
+        return uuid.UUID(text.strip()).bytes
+    except ValueError:
+        raise UsageError(f"{text!r} is not a uuid") from None
+
+
+def format_uuid(raw: bytes) -> str:
+    """The usual spelling of a uuid's 16 bytes."""
+    return str(uuid.UUID(bytes=bytes(raw)))
