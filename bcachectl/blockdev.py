@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`BlockDevice`: a real device or an image file, opened with the care that writing to someone's disk asks for.
+
+`open_device` is the only place that opens a device.  It refuses, in one sentence each, what can never be right: a
+missing path, a directory, a character device, an empty file, a device that someone else holds.  Who holds it:
+
+* a block device is claimed with O_EXCL, which the kernel gives to one holder (a mount, md, dm, bcache, or us);
+* an image file is locked with flock: LOCK_EX by the one who writes, LOCK_SH by an engine that only reads.  Commands
+  that look at a file open it without ``exclusive`` and take no lock.
+
+Offsets and lengths are bytes.  Every failure is a `DeviceError` with the errno; the engine's own Ios go to ``fd``
+directly (`bcachectl.engine.io`) or to the methods `read_into`, `write_from` and so on, which raise OSError instead.
+With O_DIRECT, buffers that are not aligned are copied through an aligned one here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from types import TracebackType
+
+from bcachectl.errors import DeviceError
+
+Buffer = bytes | bytearray | memoryview
+"""What a write takes its bytes from."""
+
+_BLKROGET, _BLKSSZGET, _BLKIOOPT, _BLKGETSIZE64 = 0x125E, 0x1268, 0x1279, 0x80081272
+_BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+
+_ZERO_CHUNK_BYTES = 1 << 20
+"""How much `BlockDevice.zero` writes at a time where the device knows no quicker way."""
+
+_FILE_BLOCK_BYTES = 512
+"""Logical block of an image file: what tears at power loss is whatever the file system under it does with a sector."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> None:
+    # os.posix_fallocate has no mode.  EINTR is retried as the os module does.
+    while _libc.fallocate(fd, mode | _KEEP_SIZE, offset_bytes, length_bytes):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+class BlockDevice:
+    """An open device; made by `open_device`."""
+
+    __slots__ = ("path", "fd", "size_bytes", "logical_block_bytes", "optimal_io_bytes", "is_block", "can_discard",
+                 "read_only", "direct", "device_number")
+
+    def __init__(self, path: str, fd: int, *, read_only: bool, direct: bool) -> None:
+        status = os.fstat(fd)
+        self.path = path
+        self.fd = fd
+        self.read_only = read_only
+        self.direct = direct
+        self.is_block = stat.S_ISBLK(status.st_mode)
+        self.device_number = status.st_rdev if self.is_block else 0
+        if self.is_block:
+            self.size_bytes = _ioctl_number(fd, _BLKGETSIZE64, "Q")
+            self.logical_block_bytes = _ioctl_number(fd, _BLKSSZGET, "i")
+            self.optimal_io_bytes = _ioctl_number(fd, _BLKIOOPT, "I")
+            self.can_discard = not read_only and _discard_max_bytes(status.st_rdev) > 0
+        else:
+            self.size_bytes = status.st_size
+            self.logical_block_bytes = _FILE_BLOCK_BYTES
+            self.optimal_io_bytes = 0
+            self.can_discard = not read_only
+
+    def __enter__(self) -> BlockDevice:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<BlockDevice {self.path} fd {self.fd}>"
+
+    def close(self) -> None:
+        """Close the descriptor, and with it give up the claim or the lock; a second call does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    # The methods for commands: DeviceError on failure.
+
+    def read(self, offset_bytes: int, nbytes: int) -> bytes:
+        """Exactly ``nbytes``; DeviceError if the range leaves the device or cannot be read."""
+        self._check_range("read", offset_bytes, nbytes)
+        buf = bytearray(nbytes)
+        try:
+            self.read_into(offset_bytes, memoryview(buf))
+        except OSError as error:
+            raise self._failed("read", offset_bytes, error) from error
+        return bytes(buf)
+
+    def write(self, offset_bytes: int, data: Buffer) -> None:
+        """Write all of ``data``; durable only after `flush`."""
+        self._check_range("write", offset_bytes, len(data))
+        try:
+            self.write_from(offset_bytes, data)
+        except OSError as error:
+            raise self._failed("write", offset_bytes, error) from error
+
+    def flush(self) -> None:
+        """Make everything written so far durable."""
+        try:
+            self.sync()
+        except OSError as error:
+            raise self._failed("flush", 0, error) from error
+
+    def discard(self, offset_bytes: int, length_bytes: int) -> None:
+        """Tell the device that the range is not needed: BLKDISCARD, or a hole punched into a file."""
+        self._check_range("discard", offset_bytes, length_bytes)
+        try:
+            self.trim(offset_bytes, length_bytes)
+        except OSError as error:
+            raise self._failed("discard", offset_bytes, error) from error
+
+    def zero(self, offset_bytes: int, length_bytes: int) -> None:
+        """Make the range read as zeros."""
+        self._check_range("zero", offset_bytes, length_bytes)
+        try:
+            self.write_zeroes(offset_bytes, length_bytes)
+        except OSError as error:
+            raise self._failed("zero", offset_bytes, error) from error
+
+    # The methods for the engine's backends: OSError on failure.
+
+    def read_into(self, offset_bytes: int, buf: memoryview) -> None:
+        """Fill ``buf``; the end of a file that shrank is EIO."""
+        if self.direct and not self._is_aligned(offset_bytes, buf):
+            mask = self.logical_block_bytes - 1
+            start, end = offset_bytes & ~mask, (offset_bytes + len(buf) + mask) & ~mask
+            with mmap.mmap(-1, end - start) as bounce:
+                with memoryview(bounce) as view:
+                    self._read_aligned(start, view)
+                    buf[:] = view[offset_bytes - start:][:len(buf)]
+        else:
+            self._read_aligned(offset_bytes, buf)
+
+    def write_from(self, offset_bytes: int, data: Buffer) -> None:
+        """Write all of ``data`` into the device's (or the page) cache."""
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        view = memoryview(data).cast("B")
+        if self.direct and not self._is_aligned(offset_bytes, view):
+            if (offset_bytes | len(view)) & (self.logical_block_bytes - 1):
+                raise OSError(errno.EINVAL, f"not a multiple of the logical block of {self.logical_block_bytes} bytes")
+            with mmap.mmap(-1, max(len(view), 1)) as bounce:
+                bounce[:] = view
+                with memoryview(bounce) as aligned:
+                    self._write_aligned(offset_bytes, aligned)
+        else:
+            self._write_aligned(offset_bytes, view)
+
+    def sync(self) -> None:
+        """fdatasync."""
+        os.fdatasync(self.fd)
+
+    def trim(self, offset_bytes: int, length_bytes: int) -> None:
+        """Discard; a device that turns out not to know it raises EOPNOTSUPP and loses ``can_discard``."""
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not self.can_discard:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        try:
+            if self.is_block:
+                fcntl.ioctl(self.fd, _BLKDISCARD, struct.pack("QQ", offset_bytes, length_bytes))
+            else:
+                _fallocate(self.fd, _PUNCH_HOLE, offset_bytes, length_bytes)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            self.can_discard = False
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
+
+    def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
+        """Zeros by BLKZEROOUT or fallocate, by plain writes where neither is known."""
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        try:
+            if self.is_block:
+                fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", offset_bytes, length_bytes))
+            else:
+                _fallocate(self.fd, _ZERO_RANGE, offset_bytes, length_bytes)
+            return
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        zeros = memoryview(bytes(min(_ZERO_CHUNK_BYTES, length_bytes)))
+        end = offset_bytes + length_bytes
+        while offset_bytes < end:
+            piece = zeros[:end - offset_bytes]
+            self.write_from(offset_bytes, piece)
+            offset_bytes += len(piece)
+
+    def _read_aligned(self, offset_bytes: int, buf: memoryview) -> None:
+        done = 0
+        while done < len(buf):
+            got = os.preadv(self.fd, [buf[done:]], offset_bytes + done)
+            if got == 0:
+                raise OSError(errno.EIO, "the device ends inside the range")
+            done += got
+
+    def _write_aligned(self, offset_bytes: int, buf: memoryview) -> None:
+        done = 0
+        while done < len(buf):
+            done += os.pwritev(self.fd, [buf[done:]], offset_bytes + done)
+
+    def _is_aligned(self, offset_bytes: int, buf: memoryview) -> bool:
+        mask = self.logical_block_bytes - 1
+        if (offset_bytes | len(buf)) & mask:
+            return False
+        # Only writable memory has an address that ctypes tells; the rest is copied.
+        if not len(buf):
+            return True
+        return not buf.readonly and not ctypes.addressof(ctypes.c_char.from_buffer(buf)) & mask
+
+    def _check_range(self, verb: str, offset_bytes: int, nbytes: int) -> None:
+        if offset_bytes < 0 or nbytes < 0 or offset_bytes + nbytes > self.size_bytes:
+            raise DeviceError(f"{self.path}: cannot {verb} {nbytes} bytes at byte {offset_bytes}: "
+                              f"the device ends at byte {self.size_bytes}", errno=errno.EINVAL)
+
+    def _failed(self, verb: str, offset_bytes: int, error: OSError) -> DeviceError:
+        code = error.errno or errno.EIO
+        return DeviceError(f"{self.path}: {verb} at byte {offset_bytes} failed: {error.strerror}", errno=code)
+
+
+def open_device(path: str, *, write: bool = False, exclusive: bool = False, direct: bool | None = None) -> BlockDevice:
+    """Open a block device or an image file.
+
+    ``exclusive`` claims it (see the module's text).  ``direct`` asks for O_DIRECT; None means O_DIRECT for a block
+    device that is opened for writing and claimed, which is how the engine opens one, and the page cache otherwise.
+    Raises `DeviceError` that names the path and says what is wrong.
+    """
+    path = os.fspath(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise _not_opened(path, error) from error
+    is_block = stat.S_ISBLK(status.st_mode)
+    if stat.S_ISDIR(status.st_mode):
+        raise DeviceError(f"{path}: is a directory; name a block device or an image file", errno=errno.EISDIR)
+    if not is_block and not stat.S_ISREG(status.st_mode):
+        kind = "a character device" if stat.S_ISCHR(status.st_mode) else "neither a block device nor a plain file"
+        raise DeviceError(f"{path}: is {kind}; name a block device or an image file", errno=errno.ENOTBLK)
+    use_direct = is_block and write and exclusive if direct is None else direct
+    flags = os.O_RDWR if write else os.O_RDONLY
+    flags |= os.O_EXCL if is_block and exclusive else 0
+    flags |= os.O_DIRECT if use_direct else 0
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise _not_opened(path, error) from error
+    try:
+        if exclusive and not is_block:
+            _lock_file(path, fd, write=write)
+        device = BlockDevice(path, fd, read_only=not write, direct=use_direct)
+        if write and is_block and _ioctl_number(fd, _BLKROGET, "i"):
+            raise DeviceError(f"{path}: is a read-only device", errno=errno.EROFS)
+        if device.size_bytes < _FILE_BLOCK_BYTES:
+            raise DeviceError(f"{path}: is empty (0 sectors)", errno=errno.ENODATA)
+    except OSError as error:
+        os.close(fd)
+        raise _not_opened(path, error) from error
+    except DeviceError:
+        os.close(fd)
+        raise
+    return device
+
+
+def _not_opened(path: str, error: OSError) -> DeviceError:
+    code = error.errno or errno.EIO
+    why = {
+        errno.ENOENT: "no such file or device",
+        errno.EACCES: "permission denied; root, or the group that owns the device, may open it",
+        errno.EPERM: "permission denied; root, or the group that owns the device, may open it",
+        errno.EBUSY: "is in use (mounted, or held by the kernel or another program)",
+        errno.EROFS: "is read-only",
+        errno.ENXIO: "no such device (its driver has no device behind this node)",
+        errno.ENOMEDIUM: "has no medium",
+        errno.EINVAL: "does not take direct I/O",
+    }.get(code, error.strerror)
+    return DeviceError(f"{path}: {why}", errno=code)
+
+
+def _lock_file(path: str, fd: int, *, write: bool) -> None:
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DeviceError(f"{path}: is in use by another engine or command; stop it first",
+                          errno=errno.EBUSY) from error
+
+
+def _ioctl_number(fd: int, request: int, kind: str) -> int:
+    raw = fcntl.ioctl(fd, request, bytes(struct.calcsize(kind)))
+    value: int = struct.unpack(kind, raw)[0]
+    return value
+
+
+def _discard_max_bytes(device_number: int) -> int:
+    # A partition has no queue of its own; its disk is the directory above.
+    where = f"/sys/dev/block/{os.major(device_number)}:{os.minor(device_number)}"
+    for queue in (f"{where}/queue", f"{where}/../queue"):
+        try:
+            with open(f"{queue}/discard_max_bytes", encoding="ascii") as file:
+                return int(file.read())
+        except OSError:
+            continue
+    return 0

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Opening devices: what is refused, and that what is written is read back."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from bcachectl.blockdev import open_device
+from bcachectl.errors import DeviceError
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(64 << 10))
+    return path
+
+
+def test_missing_directory_character_device_and_empty_file_are_refused(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    for path, word in ((tmp_path / "none", "no such file"), (tmp_path, "directory"),
+                       (Path("/dev/null"), "character device"), (empty, "empty")):
+        with pytest.raises(DeviceError, match=word) as caught:
+            open_device(str(path))
+        assert str(path) in str(caught.value)
+        assert caught.value.errno
+
+
+def test_written_bytes_are_read_back(image: Path) -> None:
+    with open_device(str(image), write=True) as device:
+        assert (device.size_bytes, device.logical_block_bytes, device.is_block) == (64 << 10, 512, False)
+        device.write(4096, b"x" * 512)
+        device.flush()
+        assert device.read(4096, 512) == b"x" * 512
+        device.zero(4096, 1024)
+        assert device.read(4096, 1024) == bytes(1024)
+
+
+def test_a_hole_is_punched(image: Path) -> None:
+    with open_device(str(image), write=True) as device:
+        device.flush()
+        before = os.fstat(device.fd).st_blocks
+        device.discard(8192, 32768)
+        assert device.read(8192, 32768) == bytes(32768)
+        assert os.fstat(device.fd).st_blocks < before
+        assert device.size_bytes == image.stat().st_size
+
+
+def test_ranges_outside_are_refused(image: Path) -> None:
+    with open_device(str(image), write=True) as device:
+        for call in (lambda: device.read(65536, 1), lambda: device.write(65535, b"ab"), lambda: device.read(-1, 1)):
+            with pytest.raises(DeviceError, match="the device ends at byte 65536"):
+                call()
+    assert image.stat().st_size == 65536
+
+
+def test_read_only_refuses_every_write(image: Path) -> None:
+    before = image.read_bytes()
+    with open_device(str(image)) as device:
+        for call in (lambda: device.write(0, b"a"), lambda: device.discard(0, 512), lambda: device.zero(0, 512)):
+            with pytest.raises(DeviceError) as caught:
+                call()
+            assert caught.value.errno == errno.EROFS
+    assert image.read_bytes() == before
+
+
+def test_one_writer_at_a_time(image: Path) -> None:
+    with open_device(str(image), write=True, exclusive=True):
+        for write in (True, False):
+            with pytest.raises(DeviceError, match="in use"):
+                open_device(str(image), write=write, exclusive=True)
+        open_device(str(image)).close()
+    with open_device(str(image), exclusive=True), open_device(str(image), exclusive=True):
+        pass
+
+
+def test_direct_io_takes_unaligned_buffers(image: Path) -> None:
+    try:
+        device = open_device(str(image), write=True, direct=True)
+    except DeviceError:
+        pytest.skip("this file system has no direct I/O")
+    with device:
+        expected = image.read_bytes()
+        assert device.read(100, 5000) == expected[100:5100]
+        device.write(4096, memoryview(b"?" + b"y" * 4096)[1:])
+        assert device.read(4096, 4096) == b"y" * 4096
+        with pytest.raises(DeviceError, match="logical block"):
+            device.write(4096, b"short")
