@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# `make` lists what there is to do.  `make demo` and `make test` need only git, make and Python 3.11 on Debian 12.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest
+WORKERS ?= 2
+KERNEL ?= 6.12
+SEED ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint unit golden vm clean setup setup-dev debian-packages
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: setup ## set everything up and show the engine at work
+	$(BIN)/bcachectl demo
+
+test: setup-dev ## set everything up and run every test
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(PYTEST) -n $(WORKERS) --dist worksteal
+
+check: setup-dev ## ruff, mypy --strict, unit, property and tidy tests: under a minute
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(PYTEST) -n $(WORKERS) -m "unit or property or tidy"
+
+golden: setup-dev ## every test on the images that the kernel's driver wrote
+	$(PYTEST) -n $(WORKERS) -m golden
+
+vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or 6.12 (default)
+	BCACHECTL_VM_KERNEL=$(KERNEL) $(PYTEST) -m vm
+
+clean: ## remove the virtual environment and all caches of this tree
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+setup: $(VENV)/.runtime
+
+setup-dev: debian-packages $(VENV)/.dev
+
+# First, so that one `apt-get update` serves all.
+debian-packages:
+	@packaging/debian-packages.sh test
+
+$(VENV)/.runtime: requirements.txt pyproject.toml
+	@packaging/debian-packages.sh demo
+	test -x $(BIN)/python || "$$(packaging/find-python.sh)" -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@
