@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The options and arguments that several verbs share, as Typer annotations: one spelling and one help text for each.
+
+    def show(device: DeviceArgument, as_json: Json = False) -> int | None: ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+JSON_SCHEMA = 1
+"""The schema version in every ``--json`` output; raised when a field changes its meaning or goes away."""
+
+
+def complete_device(incomplete: str) -> Iterator[str]:
+    """Devices for the shell's completion; plain files are completed by the shell itself."""
+    from bcachectl import discovery
+
+    yield from (node for node in discovery.device_nodes() if node.startswith(incomplete))
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; sizes are integers, in the unit that the name ends in.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print each write (device, byte offset, length, what it is) "
+                                                        "and write nothing.")]
+Force = Annotated[list[str] | None, typer.Option("--force", metavar="HAZARD",
+                                                 help="Override one safety check, by the word that the refusal names.")]
+DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", autocompletion=complete_device, show_default=False,
+                                               help="A block device or a file that holds an image.")]
+DevicesArgument = Annotated[list[str], typer.Argument(metavar="DEVICE...", autocompletion=complete_device,
+                                                      show_default=False,
+                                                      help="Block devices or files that hold an image.")]
+SetArgument = Annotated[str, typer.Argument(metavar="SET", autocompletion=complete_device, show_default=False,
+                                            help="A set's uuid, a unique prefix of it, or a DEVICE of it.")]
+VolumeArgument = Annotated[str, typer.Argument(metavar="VOLUME", autocompletion=complete_device, show_default=False,
+                                               help="bcache0, a uuid, a label, or the backing DEVICE.")]
+
+
+def print_json(kind: str, body: dict[str, Any]) -> None:
+    """Print ``body`` as one JSON document that names its schema and its ``kind`` (the verb that made it)."""
+    json.dump({"schema": JSON_SCHEMA, "kind": kind, **body}, sys.stdout, indent=2, ensure_ascii=False)
+    print()
