@@ -23,8 +23,8 @@ TESTS = Path(__file__).resolve().parent
 GROUPS = ("unit", "property", "sim", "crash", "golden", "cli", "export", "vm")
 _HOLE_BYTES = 64 << 10
 
-# Machines differ in speed, and a run must be repeatable: no deadlines, and the same examples every time.  HYPOTHESIS_PROFILE=search
-# looks for new ones.
+# Machines differ in speed, and a run must be repeatable: no deadlines, and the same examples every time.
+# HYPOTHESIS_PROFILE=search looks for new ones.
 hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
@@ -109,7 +109,7 @@ def _golden_unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 @pytest.fixture
 def golden(_golden_unpacked: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """``golden("fresh")``: a directory with that story's files, images unpacked, shared by all tests and not to be written.
+    """``golden("fresh")``: a directory with that story's files, images unpacked; all tests share it, none may write.
 
     ``golden("fresh", writable=True)``: a copy of the images (cache.img, back0.img, ...) for this test alone.
     """
