@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Running cache sets as commands see them, and the client's side of an engine's control socket.
+
+A `LiveSet` is a set that runs somewhere: in an engine of ours (`EngineSet`) or, from a later release on, in the
+kernel's driver.  Commands know only this interface.
+
+The protocol, version `PROTOCOL`: JSON lines over a Unix socket, one socket per engine, ``<set uuid>.sock``.
+
+1. The engine greets: ``{"bcachectl": 1, "version": ..., "set": uuid, "pid": n}``.
+2. The client asks: ``{"id": n, "method": ..., "params": {...}}``; it may ask again before it has an answer.
+3. The engine answers in the order in which things end: ``{"id": n, "result": ...}`` or
+   ``{"id": n, "error": {"status": exit status, "message": sentence}}``.
+
+A request line has at most `MAX_REQUEST_BYTES`, an answer at most `MAX_ANSWER_BYTES`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+from typing import Any, NamedTuple, Protocol
+
+from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
+from bcachectl.snapshot import SetSnapshot, VolumeSnapshot, from_json
+from bcachectl.units import format_uuid, parse_uuid
+
+PROTOCOL = 1
+MAX_REQUEST_BYTES = 64 << 10
+MAX_ANSWER_BYTES = 16 << 20
+ANSWER_TIMEOUT_S = 30.0
+"""How long a request that does no work may take before the engine counts as stuck."""
+
+GREETING_TIMEOUT_S = 2.0
+MIN_PREFIX = 8
+"""Characters of a set's uuid that name it, at least."""
+
+_ERRORS: dict[int, type[BcachectlError]] = {2: UsageError, 3: Refused, 4: WrongState}
+
+
+class Job(Protocol):
+    """Work that was started and may last: gc, a flush, a detach."""
+
+    result: Any
+
+    def wait(self, timeout_s: float) -> bool:
+        """True once it has ended, with its ``result``; raises what it ended with."""
+        ...
+
+
+class LiveSet(Protocol):
+    """A set that runs, whoever runs it.  A target is "" for the set itself or the name of one of its volumes."""
+
+    uuid: str
+    source: str
+
+    def snapshot(self, cells: int) -> SetSnapshot:
+        """The state now, with a map of all buckets in ``cells`` cells (0: none)."""
+        ...
+
+    def get(self, target: str, names: list[str]) -> dict[str, str]:
+        """Tunables and attributes by the kernel's names; all of the target's if ``names`` is empty."""
+        ...
+
+    def set(self, target: str, name: str, value: str) -> str:
+        """Set a tunable and give what was stored."""
+        ...
+
+    def start(self, verb: str, **params: Any) -> Job:
+        """Begin ``attach``, ``detach``, ``stop``, ``gc``, ``flush``, ``where``, ``volume_create`` or ``_remove``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; the set runs on."""
+        ...
+
+
+class Found(NamedTuple):
+    """What a SET or VOLUME argument names: a set, and the name of a volume in it, or "" for the set."""
+
+    live: LiveSet
+    target: str
+
+
+class EngineJob:
+    """A request that an engine has not answered yet."""
+
+    def __init__(self, engine: EngineSet, number: int) -> None:
+        self.engine = engine
+        self.number = number
+        self.result: Any = None
+
+    def wait(self, timeout_s: float) -> bool:
+        """True once the answer is here (``result``); raises the engine's error as this program's own."""
+        answer = self.engine.receive(self.number, timeout_s)
+        if answer is None:
+            return False
+        if "error" in answer:
+            error = answer["error"]
+            raise _ERRORS.get(int(error["status"]), BcachectlError)(str(error["message"]))
+        self.result = answer.get("result")
+        return True
+
+
+class EngineSet:
+    """A set that an engine runs, over its control socket."""
+
+    source = "engine"
+
+    def __init__(self, path: str) -> None:
+        """Connect and read the greeting; WrongState if nobody answers there."""
+        self.path = path
+        self._buffer = bytearray()
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._last_number = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(GREETING_TIMEOUT_S)
+        try:
+            self._socket.connect(path)
+            greeting = self._read_line(GREETING_TIMEOUT_S)
+        except OSError as error:
+            self._socket.close()
+            raise WrongState(f"{path}: no engine answers there ({os.strerror(error.errno or 0)})") from None
+        except BcachectlError:
+            self._socket.close()
+            raise
+        if greeting is None or greeting.get("bcachectl") != PROTOCOL:
+            self._socket.close()
+            spoken = "nothing" if greeting is None else f"version {greeting.get('bcachectl')!r}"
+            raise WrongState(f"{path}: the engine speaks {spoken}, this program version {PROTOCOL}; "
+                             "use the same release")
+        self.uuid = str(greeting["set"])
+        self.pid = int(greeting["pid"])
+        self.version = str(greeting["version"])
+
+    def snapshot(self, cells: int) -> SetSnapshot:
+        """The state now, with a map in ``cells`` cells."""
+        return from_json(SetSnapshot, self.call("snapshot", cells=cells))
+
+    def get(self, target: str, names: list[str]) -> dict[str, str]:
+        """Attributes by name."""
+        values: dict[str, str] = self.call("get", target=target, names=names)
+        return values
+
+    def set(self, target: str, name: str, value: str) -> str:
+        """Set an attribute; what was stored."""
+        return str(self.call("set", target=target, name=name, value=value))
+
+    def call(self, method: str, **params: Any) -> Any:
+        """Ask and wait for the answer of a method that does no lasting work."""
+        job = self.start(method, **params)
+        if not job.wait(ANSWER_TIMEOUT_S):
+            raise WrongState(f"the engine of set {self.uuid} (pid {self.pid}) has not answered "
+                             f"for {ANSWER_TIMEOUT_S:.0f} s")
+        return job.result
+
+    def start(self, verb: str, **params: Any) -> EngineJob:
+        """Ask, and do not wait."""
+        self._last_number += 1
+        line = json.dumps({"id": self._last_number, "method": verb, "params": params}).encode() + b"\n"
+        if len(line) > MAX_REQUEST_BYTES:
+            raise UsageError(f"the request is longer than {MAX_REQUEST_BYTES} bytes")
+        try:
+            self._socket.settimeout(ANSWER_TIMEOUT_S)
+            self._socket.sendall(line)
+        except OSError as error:
+            raise self._gone(error) from None
+        return EngineJob(self, self._last_number)
+
+    def receive(self, number: int, timeout_s: float) -> dict[str, Any] | None:
+        """The answer to request ``number``, or None if it does not come in time; answers to others are kept."""
+        deadline_s = time.monotonic() + timeout_s
+        while number not in self._answers:
+            try:
+                answer = self._read_line(max(0.0, deadline_s - time.monotonic()))
+            except OSError as error:
+                raise self._gone(error) from None
+            if answer is None:
+                return None
+            if answer.get("id") is None:
+                raise BcachectlError(str(answer.get("error", {}).get("message", "the engine did not understand")))
+            self._answers[int(answer["id"])] = answer
+        return self._answers.pop(number)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._socket.close()
+
+    def _gone(self, error: OSError) -> WrongState:
+        return WrongState(f"the engine of set {self.uuid} (pid {self.pid}) has ended ({error.strerror or error})")
+
+    def _read_line(self, timeout_s: float) -> dict[str, Any] | None:
+        # One line as JSON, None if none is complete in time; ConnectionResetError when the engine is gone.
+        deadline_s = time.monotonic() + timeout_s
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > MAX_ANSWER_BYTES:
+                raise BcachectlError(f"{self.path}: an answer is longer than {MAX_ANSWER_BYTES} bytes")
+            self._socket.settimeout(max(0.001, deadline_s - time.monotonic()))
+            try:
+                data = self._socket.recv(1 << 18)
+            except TimeoutError:
+                return None
+            if not data:
+                raise ConnectionResetError(104, "connection closed")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[:end + 1]
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise BcachectlError(f"{self.path}: the engine sent something that is not JSON") from None
+        if not isinstance(answer, dict):
+            raise BcachectlError(f"{self.path}: the engine sent something that is not an answer")
+        return answer
+
+
+def socket_dirs() -> list[str]:
+    """Where engines of this user (and, for all to see, of root) have their sockets, the preferred place first."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return [os.path.join(runtime, "bcachectl"), "/run/bcachectl"]
+    if os.geteuid() == 0:
+        return ["/run/bcachectl"]
+    return [os.path.join(tempfile.gettempdir(), f"bcachectl-{os.geteuid()}"), "/run/bcachectl"]
+
+
+def socket_path(set_uuid: str) -> str:
+    """Where the engine of this set listens; makes the directory, readable by its owner only."""
+    directory = socket_dirs()[0]
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    status = os.lstat(directory)
+    if status.st_uid != os.geteuid():
+        raise Refused(f"{directory} belongs to another user (uid {status.st_uid}); "
+                      "set XDG_RUNTIME_DIR to a directory of yours")
+    return os.path.join(directory, f"{set_uuid}.sock")
+
+
+def engines() -> list[EngineSet]:
+    """Every engine that runs here and lets this user in, by set uuid; leftover sockets are passed over."""
+    found: dict[str, EngineSet] = {}
+    for directory in socket_dirs():
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError:
+            continue
+        for name in names:
+            if not name.endswith(".sock"):
+                continue
+            try:
+                engine = EngineSet(os.path.join(directory, name))
+            except BcachectlError:
+                continue
+            if engine.uuid in found:
+                engine.close()
+            else:
+                found[engine.uuid] = engine
+    return [found[uuid] for uuid in sorted(found)]
+
+
+def find(text: str | None) -> Found:
+    """The running set or volume that a person means; None means the only set that runs.
+
+    A set goes by its uuid, a prefix of it or its cache device, a volume by name, uuid, label or backing device.
+    Raises WrongState if nothing of that name runs, UsageError if it could be several.
+    """
+    running: list[LiveSet] = list(engines())
+    if text is None:
+        if len(running) == 1:
+            return Found(running[0], "")
+        _close_all(running)
+        if running:
+            raise UsageError("several sets run here, name one: " + ", ".join(engine.uuid for engine in running))
+        raise WrongState("no engine runs here; `bcachectl engine run` starts one")
+    matches = [Found(engine, target) for engine in running for target in _targets(engine, text)]
+    kept = [match.live for match in matches[:1]] if len(matches) == 1 else []
+    _close_all([engine for engine in running if engine not in kept])
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(f"{match.target or 'set'} of {match.live.uuid}" for match in matches)
+        raise UsageError(f"{text} could be several things, use a uuid: {names}")
+    raise WrongState(_why_unknown(text, running))
+
+
+def find_set(text: str | None) -> LiveSet:
+    """The running set that a person means; a volume stands for its set."""
+    return find(text).live
+
+
+def find_volume(text: str) -> Found:
+    """The running volume that a person means; a set stands for its volume if it has just one, else UsageError."""
+    found = find(text)
+    if found.target:
+        return found
+    volumes = found.live.snapshot(0).volumes
+    if len(volumes) == 1:
+        return Found(found.live, volumes[0].name)
+    found.live.close()
+    names = ", ".join(volume.name for volume in volumes) or "none"
+    raise UsageError(f"{text} is a set; name one of its volumes: {names}")
+
+
+def parse_set_uuid(text: str) -> str:
+    """The uuid that an ``attach`` names, in its usual spelling: any case, dashes or none.
+
+    The kernel takes the first 32 digits and ignores what follows (sysfs.c, STORE(__cached_dev)); a typing mistake would
+    attach to a set nobody named.  Here it is a UsageError that says what is wrong.
+    """
+    word = text.strip().lower()
+    digits = word.replace("-", "")
+    strange = sorted({character for character in digits if character not in "0123456789abcdef"})
+    if not strange and len(digits) == 32:
+        return format_uuid(parse_uuid(digits))
+    head = word[:36]
+    try:
+        complete = format_uuid(parse_uuid(head))
+    except UsageError:
+        complete = ""
+    if complete:
+        raise UsageError(f"{text.strip()!r}: text follows the uuid {complete}; leave {word[36:]!r} out")
+    if strange:
+        raise UsageError(f"{text.strip()!r} is not a uuid: {''.join(strange)!r} is no hexadecimal digit")
+    raise UsageError(f"{text.strip()!r} is not a uuid: {len(digits)} hexadecimal digits instead of 32")
+
+
+def match_volume(volumes: tuple[VolumeSnapshot, ...], text: str) -> list[str]:
+    """Names of the volumes that ``text`` means: by name, uuid, label or backing device."""
+    folded = text.strip().lower()
+    names = []
+    for volume in volumes:
+        is_name = text in (volume.name, volume.label) and text != ""
+        is_backing = volume.backing_path is not None and is_same_file(text, volume.backing_path)
+        if is_name or is_backing or folded == volume.uuid:
+            names.append(volume.name)
+    return names
+
+
+def is_same_file(one: str, other: str) -> bool:
+    """Whether two paths name one file or one block device."""
+    try:
+        there, here = os.stat(one), os.stat(other)
+    except OSError:
+        return False
+    if there.st_rdev or here.st_rdev:
+        return there.st_rdev == here.st_rdev
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def _targets(engine: LiveSet, text: str) -> list[str]:
+    folded = text.strip().lower()
+    if folded == engine.uuid or (len(folded) >= MIN_PREFIX and engine.uuid.startswith(folded)):
+        return [""]
+    if len(folded) == 32 and folded == engine.uuid.replace("-", ""):
+        return [""]
+    try:
+        snapshot = engine.snapshot(0)
+    except BcachectlError:
+        return []
+    if is_same_file(text, snapshot.cache_path):
+        return [""]
+    return match_volume(snapshot.volumes, text)
+
+
+def _why_unknown(text: str, running: list[LiveSet]) -> str:
+    if not running:
+        return f"{text}: no engine runs here; `bcachectl engine run` starts one"
+    there = ", ".join(engine.uuid for engine in running)
+    if os.path.exists(text):
+        return f"{text}: no running engine uses this device (sets that run: {there})"
+    return f"{text}: neither a running set nor one of its volumes (sets that run: {there})"
+
+
+def _close_all(running: list[LiveSet]) -> None:
+    for engine in running:
+        engine.close()
