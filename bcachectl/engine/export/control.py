@@ -3,9 +3,9 @@
 
 The server never blocks the engine.  It has no thread and no loop of its own:
 
-1. the rim polls what `ControlServer.poll_fds` names and calls `ControlServer.handle` for a socket that is ready;
+1. it registers its sockets with the rim's loop, which calls `ControlServer.on_ready` for one that is ready;
 2. a request that only looks is answered at once; one that works becomes a task of the core;
-3. after each `Sched.run` the rim calls `ControlServer.answer`, which sends the results of the tasks that ended.
+3. after the tasks ran the loop calls `ControlServer.flush`, which sends the results of those that ended.
 
 Everything about a client is bounded: the length of its request line, how many of its requests may be open, and how
 much it may leave unread.  A client that does not read its answers is not read from either, until it does.
@@ -54,6 +54,22 @@ MAX_CELLS = 65536
 """Cells of a bucket map."""
 
 
+class Poller(Protocol):
+    """The rim's loop, as far as the server needs it: whom to call when a descriptor is ready."""
+
+    def register(self, fd: int, handler: ControlServer, events: int = select.EPOLLIN) -> None:
+        """Call the handler's ``on_ready`` whenever ``fd`` is ready."""
+        ...
+
+    def modify(self, fd: int, events: int) -> None:
+        """Wait for other events."""
+        ...
+
+    def unregister(self, fd: int) -> None:
+        """Forget ``fd``."""
+        ...
+
+
 class Host(Protocol):
     """What the server asks of the program around the engine."""
 
@@ -86,13 +102,14 @@ class _Call:
 
 
 class _Client:
-    __slots__ = ("socket", "received", "unsent", "open_calls", "is_closing", "is_gone")
+    __slots__ = ("socket", "received", "unsent", "open_calls", "events", "is_closing", "is_gone")
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self.received = bytearray()
         self.unsent = bytearray()
         self.open_calls = 0
+        self.events = select.EPOLLIN
         self.is_closing = False
         self.is_gone = False
 
@@ -100,10 +117,11 @@ class _Client:
 class ControlServer:
     """One engine's socket and its clients."""
 
-    def __init__(self, cset: CacheSet, host: Host, path: str) -> None:
+    def __init__(self, cset: CacheSet, host: Host, loop: Poller, path: str) -> None:
         """Listen at ``path``, mode 0600; WrongState if an engine answers there already."""
         self.cset = cset
         self.host = host
+        self.loop = loop
         self.path = path
         self.pid = os.getpid()
         self._clients: dict[int, _Client] = {}
@@ -111,18 +129,9 @@ class ControlServer:
         self._listener = _listen(path)
         status = os.stat(path)
         self._inode = (status.st_dev, status.st_ino)
+        loop.register(self._listener.fileno(), self)
 
-    def poll_fds(self) -> list[tuple[int, int]]:
-        """What to poll now: descriptor and mask of POLLIN and POLLOUT."""
-        wanted = [(self._listener.fileno(), select.POLLIN)]
-        for fd, client in self._clients.items():
-            mask = select.POLLOUT if client.unsent else 0
-            if _may_ask(client):
-                mask |= select.POLLIN
-            wanted.append((fd, mask))
-        return wanted
-
-    def handle(self, fd: int, mask: int) -> None:
+    def on_ready(self, fd: int, events: int) -> None:
         """Serve a descriptor that is ready."""
         if fd == self._listener.fileno():
             self._accept()
@@ -130,13 +139,14 @@ class ControlServer:
         client = self._clients.get(fd)
         if client is None:
             return
-        if mask & select.POLLOUT:
+        if events & select.EPOLLOUT:
             self._send(client)
             self._serve(client)
-        if mask & (select.POLLIN | select.POLLHUP | select.POLLERR) and not client.is_gone:
+        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not client.is_gone:
             self._receive(client)
+        self._poll(client)
 
-    def answer(self) -> None:
+    def flush(self) -> None:
         """Send what the tasks that have ended gave."""
         if not self._ended:
             return
@@ -148,9 +158,12 @@ class ControlServer:
             else:
                 self._put(call.client, _error_of(call.number, call.error))
             self._serve(call.client)
+            self._poll(call.client)
 
     def close(self) -> None:
         """Stop listening, and take the socket away if it is still this engine's."""
+        self.flush()
+        self.loop.unregister(self._listener.fileno())
         self._listener.close()
         for client in list(self._clients.values()):
             self._send(client)
@@ -177,6 +190,7 @@ class ControlServer:
             connection.close()
             return
         self._clients[connection.fileno()] = client
+        self.loop.register(connection.fileno(), self)
         self._put(client, {"bcachectl": PROTOCOL, "version": __version__, "set": self._set_uuid(), "pid": self.pid})
 
     def _receive(self, client: _Client) -> None:
@@ -225,9 +239,18 @@ class ControlServer:
         if client.is_closing:
             self._drop(client)
 
+    def _poll(self, client: _Client) -> None:
+        # What to wait for next: room for the answers that are left, and requests while the client may ask.
+        if not client.is_gone:
+            events = (select.EPOLLOUT if client.unsent else 0) | (select.EPOLLIN if _may_ask(client) else 0)
+            if events != client.events:
+                client.events = events
+                self.loop.modify(client.socket.fileno(), events)
+
     def _drop(self, client: _Client) -> None:
         if not client.is_gone:
             client.is_gone = True
+            self.loop.unregister(client.socket.fileno())
             self._clients.pop(client.socket.fileno(), None)
             client.socket.close()
 

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What should worry an administrator, as sentences, worst first: the first line of every view of a running set.
+
+An `Alert` is ``bad`` when data or service is in danger, ``warn`` when something waits or is close to a limit.  No alert
+means that nothing is known to be wrong.  The limits are the kernel's own (allocator.md 13.5 and 14, request.c).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bcachectl.snapshot import SetSnapshot, VolumeSnapshot
+from bcachectl.units import format_sectors
+
+BYPASS_ALL_PERCENT = 95
+"""Above this in_use everything goes past the cache (request.c, CUTOFF_CACHE_ADD)."""
+
+HEADROOM_WARN = 16
+JOURNAL_WARN_PERCENT = 90
+
+
+class Alert(NamedTuple):
+    """One sentence and how bad it is."""
+
+    level: str
+    text: str
+
+
+def alerts(snapshot: SetSnapshot) -> list[Alert]:
+    """Everything that is known to be wrong or close to a limit."""
+    found: list[Alert] = []
+    if snapshot.failed is not None:
+        found.append(Alert("bad", f"the set has failed: {snapshot.failed}; caching is off"))
+    for volume in snapshot.volumes:
+        found += _volume_alerts(volume)
+    if snapshot.cache_io_errors:
+        found.append(Alert("warn", f"{snapshot.cache_io_errors} I/O errors of the cache device {snapshot.cache_path}"))
+    found += _allocator_alerts(snapshot)
+    journal = snapshot.journal
+    if journal is not None and journal.is_full:
+        found.append(Alert("warn", "the journal is full: writes wait until btree nodes are written"))
+    elif journal is not None and journal.njournal > 8:
+        used_percent = 100 * (journal.njournal - journal.free_buckets) // journal.njournal
+        if used_percent > JOURNAL_WARN_PERCENT:
+            found.append(Alert("warn", f"the journal is {used_percent} % full"))
+    return sorted(found, key=lambda alert: alert.level != "bad")
+
+
+def _volume_alerts(volume: VolumeSnapshot) -> list[Alert]:
+    found: list[Alert] = []
+    if volume.io_disabled:
+        found.append(Alert("bad", f"{volume.name} answers every request with an error (io_disable)"))
+    if volume.state == "inconsistent":
+        found.append(Alert("bad", f"{volume.name} ran without its dirty data: its contents are inconsistent"))
+    if volume.backing_io_errors:
+        found.append(Alert("bad", f"{volume.name}: {volume.backing_io_errors} I/O errors of its backing device "
+                                  f"{volume.backing_path or ''}".rstrip()))
+    writeback = volume.writeback
+    if writeback is not None and writeback.keys_failed:
+        found.append(Alert("warn", f"{volume.name}: {writeback.keys_failed} keys could not be written back (yet)"))
+    if writeback is not None and not writeback.running and volume.dirty_sectors and volume.attached:
+        found.append(Alert("warn", f"{volume.name}: writeback is paused with {format_sectors(volume.dirty_sectors)} "
+                                   "dirty (writeback_running is 0)"))
+    return found
+
+
+def _allocator_alerts(snapshot: SetSnapshot) -> list[Alert]:
+    found: list[Alert] = []
+    allocator = snapshot.allocator
+    if allocator.in_use_percent is not None and allocator.in_use_percent > BYPASS_ALL_PERCENT:
+        found.append(Alert("warn", f"{allocator.in_use_percent} % in use: every request bypasses the cache above "
+                                   f"{BYPASS_ALL_PERCENT} %"))
+    if allocator.gens is not None and allocator.gens.headroom <= HEADROOM_WARN:
+        found.append(Alert("warn", f"a bucket is {allocator.gens.headroom} reuses from the gen guard: a gc is due"))
+    if allocator.waiting_tasks:
+        found.append(Alert("warn", f"{allocator.waiting_tasks} tasks wait for a free bucket"))
+    if allocator.invalidate_needs_gc and not (snapshot.gc is not None and snapshot.gc.running):
+        found.append(Alert("warn", "nothing can be invalidated before a gc has run"))
+    return found

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Small drawings in text: bars, sparklines, and the map of all buckets.  Each gives a `Text` of an exact width.
+
+Colours carry no meaning of their own: a bucket's state is also told by its letter when colours are off (`bucket_map`
+with ``letters``), and a bar always stands beside its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from bcachectl.snapshot import MAP_STATES, MapSnapshot
+
+STATE_NAMES = dict(zip(MAP_STATES, ("unused", "free", "open", "clean", "dirty", "metadata", "reserved"), strict=True))
+
+STATE_STYLES = {"u": "bright_black", "f": "cyan", "o": "bright_green", "c": "blue", "d": "bright_yellow",
+                "m": "magenta", "r": "white"}
+"""One colour a state, told apart by people who confuse red and green as well."""
+
+STATE_LETTERS = {"u": ".", "f": "f", "o": "o", "c": "c", "d": "D", "m": "M", "r": "J"}
+"""What stands for a state where there are no colours; the two that must not be lost are capitals."""
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+_SHADES = "░▒▓█"
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def bar(used: float, size: float, width: int, style: str = "") -> Text:
+    """``used`` of ``size`` as a bar of ``width`` cells, in steps of an eighth."""
+    share = min(max(used / size, 0.0), 1.0) if size else 0.0
+    eighths = round(share * width * 8)
+    if used and not eighths:
+        eighths = 1
+    whole, rest = divmod(eighths, 8)
+    drawn = "█" * whole + (_EIGHTHS[rest] if rest else "")
+    return Text.assemble((drawn, style), ("·" * (width - len(drawn)), "bright_black"))
+
+
+def sparkline(values: Sequence[float | None], width: int, style: str = "", *, top: float | None = None) -> Text:
+    """The newest ``width`` values, newest at the right; ``top`` is the value that fills a cell, by default the largest.
+
+    None is drawn as a blank, zero as the lowest line, so that "nothing happened" and "not known" look different.
+    """
+    shown = list(values)[-width:]
+    known = [value for value in shown if value is not None]
+    scale = top if top is not None else max(known, default=0.0)
+    cells = [" " if value is None else _level(value, scale) for value in shown]
+    return Text(" " * (width - len(cells)) + "".join(cells), style)
+
+
+def histogram(counts: Sequence[int], width: int, style: str = "") -> Text:
+    """Counts as columns, drawn on a scale of roots so that a few stragglers beside thousands stay visible.
+
+    More counts than ``width`` are added up in neighbouring groups; an empty group is a dot.
+    """
+    groups = [0] * min(width, len(counts))
+    for index, count in enumerate(counts):
+        groups[index * len(groups) // len(counts)] += count
+    top = max(groups, default=0) ** 0.25
+    cells = ["·" if not group else _level(float(group) ** 0.25, top) for group in groups]
+    return Text("".join(cells), style)
+
+
+def bucket_map(buckets: MapSnapshot, *, width: int, rows: int, letters: bool) -> list[Text]:
+    """The map as lines of ``width`` cells, at most ``rows`` of them.
+
+    In colour a cell's shade says how full it is; with ``letters`` a cell is the letter of its state.
+    """
+    lines: list[Text] = []
+    for start in range(0, min(len(buckets.states), width * rows), width):
+        line = Text()
+        states = buckets.states[start:start + width]
+        fills = buckets.fills[start:start + width]
+        for state, fill in zip(states, fills, strict=True):
+            if letters:
+                line.append(STATE_LETTERS[state])
+            elif state == "u" and not fill:
+                line.append("·", STATE_STYLES[state])
+            else:
+                line.append(_SHADES[min(fill, 99) * len(_SHADES) // 100], STATE_STYLES[state])
+        lines.append(line)
+    return lines
+
+
+def _level(value: float, scale: float) -> str:
+    if value <= 0 or scale <= 0:
+        return _LEVELS[0]
+    return _LEVELS[max(1, min(len(_LEVELS) - 1, round(value / scale * (len(_LEVELS) - 1))))]
