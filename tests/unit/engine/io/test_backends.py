@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Both backends give the same answers; the overlay keeps its base untouched; the loop sleeps and wakes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import random
+import select
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.engine.front import Front
+from bcachectl.engine.io.loop import Loop, make_backend, make_sched
+from bcachectl.engine.io.medium import Backend, Medium
+from bcachectl.engine.io.overlay import Overlay
+from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, WRITE_ZEROES, Io, Sched
+from bcachectl.errors import WrongState
+
+SIZE_BYTES = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(random.Random(1).randbytes(SIZE_BYTES))
+    return path
+
+
+@pytest.fixture(params=["sync", "uring", "uring-direct"])
+def backend(request: pytest.FixtureRequest, image: Path) -> Iterator[Backend]:
+    kind, _, direct = request.param.partition("-")
+    try:
+        device = open_device(str(image), write=True, direct=bool(direct))
+        made = make_backend([device], kind)
+    except Exception as error:
+        pytest.skip(f"not here: {error}")
+    yield made
+    made.close()
+    device.close()
+
+
+def drain(backend: Backend, ios: list[Io]) -> list[Io]:
+    backend.submit(ios)
+    done: list[Io] = []
+    while len(done) < len(ios):
+        if backend.fileno() >= 0 and not (got := backend.reap()):
+            assert select.select([backend.fileno()], [], [], 5)[0], "the ring never answered"
+            got = backend.reap()
+        elif backend.fileno() < 0:
+            got = backend.reap()
+        done += got
+    assert backend.pending() == 0
+    return done
+
+
+def test_random_ios_agree_with_a_bytearray(backend: Backend, image: Path) -> None:
+    draw = random.Random(2)
+    model = bytearray(image.read_bytes())
+    for _ in range(60):
+        ios, spans = [], []
+        used = 0
+        while used < SIZE_BYTES >> 9:                   # side by side, so no two touch one sector
+            sector = used + draw.randrange(64)
+            nsectors = draw.choice((1, 2, 8, 24, 128))
+            used = sector + nsectors
+            if used > SIZE_BYTES >> 9:
+                break
+            op = draw.choice((READ, READ, WRITE, WRITE, WRITE_ZEROES, DISCARD, FLUSH))
+            start, end = sector << 9, used << 9
+            if op == WRITE:
+                data = draw.randbytes(end - start)
+                model[start:end] = data
+                buf = draw.choice((bytes, bytearray, memoryview))(data)
+                ios.append(Io(WRITE, 0, sector, nsectors, buf, draw.choice((0, 0, FUA, PREFLUSH | FUA, PREFLUSH))))
+            elif op == READ:
+                buf = bytearray(end - start)
+                ios.append(Io(READ, 0, sector, nsectors, buf))
+                spans.append((buf, start, end))
+            elif op == FLUSH:
+                ios.append(Io(FLUSH, 0, 0, 0))
+            else:
+                model[start:end] = bytes(end - start)
+                ios.append(Io(op, 0, sector, nsectors))
+        assert {id(io) for io in drain(backend, ios)} == {id(io) for io in ios}
+        assert [io for io in ios if io.error] == []
+        for buf, start, end in spans:
+            assert buf == model[start:end]
+    assert image.read_bytes() == bytes(model)
+
+
+def test_more_ios_than_the_ring_holds(backend: Backend, image: Path) -> None:
+    expected = image.read_bytes()
+    ios = [Io(READ, 0, n * 8 % 2048, 8, memoryview(mmap.mmap(-1, 4096))) for n in range(1500)]
+    drain(backend, ios)
+    for io in ios:
+        assert io.error == 0
+        assert bytes(io.buf) == expected[io.sector << 9:][:4096]
+
+
+def test_errors_are_positive_errnos(backend: Backend, image: Path) -> None:
+    os.truncate(image, SIZE_BYTES // 2)
+    io = Io(READ, 0, SIZE_BYTES // 2 >> 9, 8, bytearray(4096))
+    part = Io(READ, 0, (SIZE_BYTES // 2 >> 9) - 4, 8, bytearray(4096))
+    drain(backend, [io, part])
+    assert (io.error, part.error) == (errno.EIO, errno.EIO)
+
+
+@pytest.mark.parametrize("kind", ["sync", "uring"])
+def test_read_only_media_refuse_writes(kind: str, image: Path) -> None:
+    before = image.read_bytes()
+    device = open_device(str(image))
+    backend = make_backend([device], kind)
+    ios = [Io(WRITE, 0, 0, 1, b"x" * 512), Io(WRITE, 0, 0, 1, b"x" * 512, FUA), Io(DISCARD, 0, 0, 8),
+           Io(WRITE_ZEROES, 0, 0, 8), Io(FLUSH, 0, 0, 0)]
+    drain(backend, ios)
+    assert [io.error for io in ios] == [errno.EROFS] * 4 + [0]
+    backend.close()
+    assert image.read_bytes() == before
+
+
+def overlaid(path: Path, image: Path) -> tuple[Overlay, Backend, BlockDevice]:
+    base = open_device(str(image), exclusive=True)
+    overlay = Overlay(str(path), [base, base])
+    media: list[Medium] = list(overlay.devices)
+    return overlay, make_backend(media), base
+
+
+def test_an_overlay_takes_all_writes_and_can_be_opened_again(tmp_path: Path, image: Path) -> None:
+    before = hashlib.sha256(image.read_bytes()).digest()
+    models = [bytearray(image.read_bytes()) for _ in range(2)]
+    draw = random.Random(3)
+    path = tmp_path / "overlay"
+    for _ in range(3):
+        overlay, backend, base = overlaid(path, image)
+        for _ in range(100):
+            device = draw.randrange(2)
+            sector = draw.randrange(SIZE_BYTES // 512 - 40)
+            nsectors = draw.randrange(1, 40)
+            start, end = sector << 9, sector + nsectors << 9
+            if draw.random() < 0.5:
+                data = draw.randbytes(end - start)
+                models[device][start:end] = data
+                drain(backend, [io := Io(WRITE, device, sector, nsectors, data)])
+            else:
+                drain(backend, [io := Io(READ, device, sector, nsectors, buf := bytearray(end - start))])
+                assert buf == models[device][start:end]
+            assert io.error == 0
+        drain(backend, [Io(FLUSH, 0, 0, 0), Io(FLUSH, 1, 0, 0)])
+        backend.close()
+        overlay.close()
+        base.close()
+    assert hashlib.sha256(image.read_bytes()).digest() == before
+    assert os.stat(path).st_blocks * 512 < 3 * SIZE_BYTES
+
+
+def test_an_overlay_refuses_a_base_that_changed(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "overlay"
+    overlay, backend, base = overlaid(path, image)
+    with pytest.raises(Exception, match="in use"):
+        overlaid(path, image)
+    backend.close()
+    overlay.close()
+    base.close()
+    with open(image, "r+b") as file:
+        file.seek(4096)
+        file.write(b"changed")
+    with pytest.raises(WrongState, match="written since"):
+        overlaid(path, image)
+    (tmp_path / "foreign").write_bytes(b"x" * 4096)
+    with pytest.raises(WrongState, match="not an overlay"):
+        overlaid(tmp_path / "foreign", image)
+
+
+def test_the_loop_runs_coroutines_and_an_idle_one_uses_no_cpu(image: Path) -> None:
+    with open_device(str(image)) as device:
+        sched = make_sched()
+        backend = make_backend([device])
+        loop = Loop(sched, backend, Front())
+        buf = bytearray(4096)
+
+        async def story(sched: Sched) -> int:
+            error = await sched.submit(Io(READ, 0, 8, 8, buf))
+            await sched.sleep_until(sched.now_ns + 50_000_000)
+            return error
+
+        used = time.process_time()
+        start = time.monotonic()
+        assert loop.run(story(sched)) == 0
+        assert time.monotonic() - start >= 0.05
+        assert time.process_time() - used < 0.02
+        assert buf == image.read_bytes()[4096:8192]
+        backend.close()
+        loop.close()
+
+
+def test_a_signal_wakes_the_loop(image: Path) -> None:
+    with open_device(str(image)) as device:
+        sched = make_sched()
+        backend = make_backend([device], "sync")
+        loop = Loop(sched, backend, Front())
+        before = signal.getsignal(signal.SIGTERM)
+        loop.catch_signals()
+
+        async def story() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not loop.signalled:
+                await loop.signal_wait.wait()
+
+        loop.run(story())
+        loop.close()
+        assert signal.getsignal(signal.SIGTERM) is before
