@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Power fails at point 1, 2, 3 ... of a `Story`, and what must be true afterwards.
+
+A point is the moment before an Io is answered.  For every point that is asked for, and every *draw* of what the disks
+kept:
+
+1. a backing device whose superblock says clean or none is judged by itself, without its cache;
+2. the bytes of the cache device are judged offline (`tests.sim.image`), by code that shares nothing with the engine;
+3. a fresh engine recovers, and every sector that was ever written is read and judged, sometimes twice;
+4. some go on: more requests, power fails again at a point drawn by chance (twice at most), or a clean stop and a start.
+
+When the story has finished the set is stopped cleanly, started again and read in full.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+from tests.sim import image
+from tests.sim.world import Setup, SimFailure, World
+
+Choose = Callable[[int], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Story:
+    """``prepare`` runs without points (None: the set comes up and is idle), ``body`` with them."""
+
+    name: str
+    setup: Setup
+    body: Callable[[World], Awaitable[None]]
+    prepare: Callable[[World], Awaitable[None]] | None = None
+    boots: bool = True
+    """The set is brought up before the story; else the story does that itself."""
+
+
+@dataclass
+class Tally:
+    """What a run did."""
+
+    points: int = 0
+    recoveries: int = 0
+    second: int = 0
+    stops: int = 0
+
+
+class Stopped(Exception):
+    """Power failed in a nested run."""
+
+
+def build(story: Story, seed: int, engine: Callable[..., object] | None = None) -> World:
+    """The world of a story when its preparation is over."""
+    world = World(story.setup, f"{story.name}/{seed}", engine=engine)
+    if story.boots:
+        world.run(world.up(), "up")
+    if story.prepare is not None:
+        world.run(_call(story.prepare, world), "prepare")
+    return world
+
+
+async def _call(function: Callable[[World], Awaitable[None]], world: World) -> None:
+    await function(world)
+
+
+def run_story(story: Story, seed: int, choose: Choose, *, engine: Callable[..., object] | None = None,
+              settle: bool = True) -> Tally:
+    """Run a story once; at point n power fails once for each draw in ``choose(n)``."""
+    tally = Tally()
+    where = f"story={story.name} seed={seed}"
+    try:
+        world = build(story, seed, engine)
+    except Exception as error:
+        raise SimFailure(f"{where} while preparing: {_text(error)}") from error
+
+    def point(number: int) -> None:
+        tally.points += 1
+        for draw in choose(number):
+            crash(world, f"{where} io={number} draw={draw}", tally)
+
+    world.on_point = point
+    try:
+        world.run(_call(story.body, world))
+    except SimFailure:
+        raise
+    except Exception as error:
+        raise SimFailure(f"{where} io={world.points}: the story itself: {_text(error)}") from error
+    if settle:
+        for draw in choose(world.points + 1):
+            crash(world, f"{where} io=end draw={draw}", tally)
+        world.on_point = None
+        _finish(world, where, tally)
+    return tally
+
+
+def _text(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno} {frames[-1].name}" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _finish(world: World, where: str, tally: Tally) -> None:
+    try:
+        world.run(world.verify(twice=True), "verify")
+        stop_and_start(world, where)
+        tally.stops += 1
+    except SimFailure:
+        raise
+    except Exception as error:
+        raise SimFailure(f"{where} after the story: {_text(error)}") from error
+
+
+def stop_and_start(world: World, where: str) -> World:
+    """A clean stop, and the next start from all bytes that were written."""
+    world.run(world.cset.stop(), "stop")
+    drain(world)
+    image.check(world.disks[0].now, f"{where}: after a clean stop")
+    world.check_backings_alone(f"{where}: after a clean stop", images=[disk.now for disk in world.disks])
+    again = world.revive(f"{world.seed}/again")
+    again.run(again.up(), "up")
+    again.run(again.verify(everything=True), "verify")
+    return again
+
+
+def drain(world: World) -> None:
+    """Let the Ios that a stopped engine left behind be answered."""
+    for _ in range(10_000):
+        if all(disk.quiet for disk in world.disks):
+            return
+        world.step()
+    raise SimFailure("Ios without end after a stop")
+
+
+def crash(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
+    """Power fails now; everything that must hold is checked.  ``world`` is left as it is."""
+    chooser = random.Random(where)
+    images = world.survivors(chooser)
+    tally.recoveries += 1
+    flying = world.flying()
+    try:
+        world.check_backings_alone("after power loss", images=images)
+        image.check(images[0], "after power loss")
+        after = world.revive(where, images=images)
+        after.run(after.up(), "up")
+        after.run(after.verify(twice=chooser.random() < 0.3), "verify")
+        fate = chooser.random()
+        if fate < 0.25 and depth:
+            _go_on(after, where, chooser, tally)
+        elif fate < 0.5:
+            tally.stops += 1
+            stop_and_start(after, where)
+    except SimFailure as error:
+        if str(error).startswith("story="):
+            raise
+        raise SimFailure(f"{where}: {error} [in flight: {flying}]") from error
+    except Exception as error:
+        raise SimFailure(f"{where}: {_text(error)} [in flight: {flying}]") from error
+
+
+def _go_on(world: World, where: str, chooser: random.Random, tally: Tally) -> None:
+    # More traffic after a recovery, and power fails again.
+    last = chooser.randrange(1, 60)
+
+    def point(number: int) -> None:
+        if number == last:
+            raise Stopped
+
+    world.on_point = point
+    world.points = 0
+    try:
+        world.run(mixed(world, chooser, 30))
+    except Stopped:
+        pass
+    world.on_point = None
+    tally.second += 1
+    crash(world, f"{where} then io={last}", tally, depth=0)
+
+
+async def mixed(world: World, chooser: random.Random, count: int, *, width: int = 24) -> None:
+    """Requests of all kinds at random places, up to four at a time."""
+
+    async def one() -> None:
+        volume = chooser.choice(sorted(world.volumes))
+        size = world.oracle.sizes[volume]
+        nsectors = chooser.randrange(1, width)
+        sector = chooser.randrange(0, min(size, 512) - nsectors)
+        roll = chooser.random()
+        if roll < 0.5:
+            await world.write(volume, sector, nsectors, fua=chooser.random() < 0.2, preflush=chooser.random() < 0.1,
+                              sync=chooser.random() < 0.5)
+        elif roll < 0.8:
+            await world.read(volume, sector, nsectors)
+        elif roll < 0.92:
+            await world.flush(volume)
+        elif roll < 0.96:
+            await world.zeroes(volume, sector, nsectors)
+        else:
+            await world.discard(volume, sector, nsectors)
+
+    for _ in range(0, count, 3):
+        await world.together(*[one() for _ in range(chooser.randrange(1, 5))])
+
+
