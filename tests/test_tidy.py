@@ -151,7 +151,7 @@ def header_complaints(path: Path, source: str) -> Iterator[str]:
     essay = ast.get_docstring(ast.parse(source)) or ""
     if not essay:
         yield f"{path}: no docstring"
-    elif path.name not in ("__init__.py", "__main__.py") and path.parts[0] == PACKAGE and len(essay) < ESSAY_CHARACTERS_MIN:
+    elif len(essay) < ESSAY_CHARACTERS_MIN and path.parts[0] == PACKAGE and not path.name.startswith("__"):
         yield f"{path}: its essay is too short to say what it owns and what holds"
     if path.name in BANNED_FILE_NAMES:
         yield f"{path}: a file is named after what it owns"
@@ -248,11 +248,14 @@ def dead_complaints(package: dict[Path, str], users: dict[Path, str]) -> Iterato
                 mentions.update(re.findall(r"\w+", node.value))
             elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
                 prefixes.add(str(node.values[0].value))
+
+    def put_together(name: str) -> bool:
+        return any(name.startswith(prefix) for prefix in prefixes if re.fullmatch(r"_\w+_", prefix))
+
     for path, source in package.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.decorator_list:
-                put_together = any(node.name.startswith(prefix) for prefix in prefixes if re.fullmatch(r"_\w+_", prefix))
-                if not re.fullmatch(r"__\w+__", node.name) and not mentions[node.name] and not put_together:
+                if not re.fullmatch(r"__\w+__", node.name) and not mentions[node.name] and not put_together(node.name):
                     yield f"{path}:{node.lineno}: nothing uses {node.name}"
 
 
