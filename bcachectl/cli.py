@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.completion import completion_init
+from typer.completion import get_completion_inspect_parameters
 
 from bcachectl import __version__
 from bcachectl.errors import BcachectlError
@@ -93,7 +93,8 @@ def run(words: Sequence[str]) -> int:
     arguments = [word for index, word in enumerate(words) if word != "--debug" or "--" in words[:index]]
     try:
         command = typer.main.get_command(build_app(asked))
-        completion_init()
+        if f"_{PROGRAM.upper()}_COMPLETE" in os.environ:
+            get_completion_inspect_parameters()  # Registers the shells; its answer is for Typer's own options.
         status = command.main(args=arguments, prog_name=PROGRAM, standalone_mode=False,
                               complete_var=f"_{PROGRAM.upper()}_COMPLETE")
         sys.stdout.flush()

@@ -24,7 +24,7 @@ def complete_device(incomplete: str) -> Iterator[str]:
     yield from (node for node in discovery.device_nodes() if node.startswith(incomplete))
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; sizes are integers, in the unit that the name ends in.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; sizes are integers in the unit their name ends in.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print each write (device, byte offset, length, what it is) "
                                                         "and write nothing.")]
 Force = Annotated[list[str] | None, typer.Option("--force", metavar="HAZARD",

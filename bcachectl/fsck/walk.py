@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`Walk`: a whole cache device read offline, from the superblock down to every key.
+
+The device is seen only as ``read(sector, count)``.  `Walk.structures` yields a `Record` for each structure that could be
+read and a `Damage` for each that could not or that the kernel would refuse; bad data never raises.  What was learned on
+the way stays in the walk's attributes: `Walk.superblock`, `Walk.gens`, `Walk.prios`, `Walk.uuids`, `Walk.replay`,
+`Walk.slots`.  Its order (super.c, run_cache_set):
+
+1. superblock; a set that never ran (no CACHE_SYNC) has nothing else that is valid;
+2. every journal bucket; the newest entry names all the rest, and the entries from its last_seq on are to be replayed;
+3. prio sets: priority and generation of every bucket, the generations as lower bounds;
+4. uuid array;
+5. btree from the root.  All keys of a node raise the gens of their buckets before its children are looked at: the
+   marker of a freed node is what makes the pointer to it stale (btree.c, bch_initial_mark_key);
+6. keys of the journal raise gens likewise.
+
+Only then is it known which extents are stale, so `Walk.leaf_extents` reads the leaves a second time, one after the
+other, and gives the live map: sets of the leaf, newer over older, the journal's keys on top.
+
+Limits: no bucket is read as two structures of the tree, which bounds the walk whatever the pointers say; of the keys
+only one node's and the journal's are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bcachectl.errors import BcachectlError, Corrupt
+from bcachectl.fsck import extents as extent
+from bcachectl.fsck.extents import Extents
+from bcachectl.ondisk import validity
+from bcachectl.ondisk.bkey import (
+    INODE_SHIFT,
+    MAX_POS,
+    PTR_DEV,
+    PTR_GEN,
+    PTR_OFFSET,
+    SECTOR_MASK,
+    Bkey,
+    KeyColumns,
+    Ptr,
+    decode_key_columns,
+    ptr_make,
+    text,
+)
+from bcachectl.ondisk.bset import BsetImage, check_node_end, decode_node
+from bcachectl.ondisk.geometry import Geometry
+from bcachectl.ondisk.jset import JSET_MAX_BYTES, JSET_VERSION_UUIDV1, Jset, judge_jset, walk_journal_bucket
+from bcachectl.ondisk.magic import bset_magic, jset_magic, prio_magic
+from bcachectl.ondisk.prio import PrioSet, decode_prio_set
+from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, Superblock, check_superblock, decode_superblock
+from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, decode_uuids_v0
+
+Read = Callable[[int, int], bytes]
+"""``read(sector, count)``: that many sectors, or DeviceError."""
+
+BUCKETS_LIMIT = 1 << 30
+"""A superblock that claims more buckets than this is not believed; the arrays would not fit into memory."""
+JOURNAL_PIECE_BYTES = 256 << 10
+"""A journal bucket is read in full only if its valid part comes close to the end of a piece of this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """A valid jset and its place: the index of its journal bucket and the byte there."""
+
+    index: int
+    offset_bytes: int
+    jset: Jset
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A btree node as read.  It covers positions [start, end); ``gen`` is that of the pointer that led to it."""
+
+    bucket: int
+    gen: int
+    level: int
+    start: int
+    end: int
+    nsectors: int
+    sets: tuple[BsetImage, ...]
+    written_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A structure that could be read: where it stands, and what it says."""
+
+    where: str
+    sector: int
+    nsectors: int
+    value: Superblock | JournalEntry | PrioSet | tuple[UuidEntry, ...] | Node
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something that is not as it should be: ``why`` is the kernel's word for it.
+
+    ``start, end`` are the positions whose keys cannot be known because of it, both 0 if it costs no keys.
+    ``is_harmless`` marks what any power failure leaves behind: a torn entry at the end of the journal.
+    """
+
+    where: str
+    why: str
+    sector: int
+    nsectors: int
+    start: int = 0
+    end: int = 0
+    is_harmless: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A stretch [start, end) of the address space and the leaf that covers it; None where the tree is damaged."""
+
+    start: int
+    end: int
+    leaf: Ptr | None
+    nsectors: int
+
+
+class Walk:
+    """One walk over one device.  Exhaust `structures` before asking for anything else."""
+
+    def __init__(self, read: Read, size_sectors: int) -> None:
+        self.read = read
+        self.size_sectors = size_sectors
+        self.superblock: Superblock | None = None
+        self.geometry = Geometry(8, 1024, 0, 1)
+        self.gens: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self.prios: npt.NDArray[np.uint16] = np.zeros(0, np.uint16)
+        self.journal: list[JournalEntry] = []
+        """Every valid entry, by seq, old ones that a reused bucket still holds included."""
+        self.replay: list[JournalEntry] = []
+        """The entries that a start would replay, by seq."""
+        self.prio_buckets: list[int] = []
+        self.uuids: tuple[UuidEntry, ...] = ()
+        self.slots: list[Slot] = []
+        """The leaves in key order; together they cover the whole address space."""
+        self.nodes = 0
+        self._gen_known: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._visited: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._journal_map = extent.empty()
+
+    @property
+    def newest(self) -> Jset | None:
+        """The newest journal entry."""
+        return self.replay[-1].jset if self.replay else None
+
+    def structures(self) -> Iterator[Record | Damage]:
+        """Every structure and every damage, in the order of the module's text."""
+        yield from self._walk_superblock()
+        if self.superblock is None or not self.superblock.is_cache or not self.superblock.cache_sync:
+            return
+        yield from self._walk_journal()
+        if self.newest is None:
+            return
+        yield from self._walk_prios(self.newest)
+        yield from self._walk_uuids(self.newest)
+        yield from self._walk_btree(self.newest)
+        yield from self._mark_journal()
+
+    # Superblock.
+
+    def _walk_superblock(self) -> Iterator[Record | Damage]:
+        try:
+            raw = self.read(SB_SECTOR, SB_BYTES >> 9)
+            sb = decode_superblock(raw)
+        except BcachectlError as error:
+            yield self._damage(error, "superblock", SB_SECTOR, SB_BYTES >> 9)
+            return
+        yield Record("superblock", SB_SECTOR, SB_BYTES >> 9, sb)
+        try:
+            check_superblock(sb, device_sectors=self.size_sectors, for_kernel=False)
+        except Corrupt as error:
+            yield Damage(error.where, error.why, SB_SECTOR, SB_BYTES >> 9)
+            if not _is_usable(sb):
+                return
+        self.superblock = sb
+        if sb.is_cache:
+            self.geometry = sb.geometry
+            self.gens = np.zeros(sb.nbuckets, np.uint8)
+            self.prios = np.zeros(sb.nbuckets, np.uint16)
+            self._gen_known = np.zeros(sb.nbuckets, np.bool_)
+            self._visited = np.zeros(sb.nbuckets, np.bool_)
+
+    # Journal.
+
+    def _walk_journal(self) -> Iterator[Record | Damage]:
+        assert self.superblock is not None
+        torn: list[Damage] = []
+        for index, bucket in enumerate(self.superblock.d):
+            for found in self._journal_bucket(index, bucket):
+                if isinstance(found, Damage):
+                    torn.append(found)
+                    continue
+                assert isinstance(found.value, JournalEntry)
+                self.journal.append(found.value)
+                yield found
+        yield from torn
+        self.journal.sort(key=lambda entry: entry.jset.seq)
+        if not self.journal:
+            yield Damage("journal", "no journal entries found", self._sector_of(self.superblock.first_bucket), 0,
+                         0, MAX_POS)
+            return
+        newest = self.journal[-1].jset
+        by_seq = {entry.jset.seq: entry for entry in self.journal if entry.jset.seq >= newest.last_seq}
+        self.replay = [by_seq[seq] for seq in sorted(by_seq)]
+        expected = newest.last_seq
+        for entry in self.replay:
+            if entry.jset.seq != expected:
+                yield Damage("journal", f"journal entries {expected}-{entry.jset.seq - 1} missing! "
+                                        f"(replaying {newest.last_seq}-{newest.seq})", 0, 0, 0, MAX_POS)
+            expected = entry.jset.seq + 1
+
+    def _journal_bucket(self, index: int, bucket: int) -> Iterator[Record | Damage]:
+        assert self.superblock is not None
+        where, sector, block_bytes = f"journal bucket {index}", self._sector_of(bucket), self.geometry.block_bytes
+        magic = jset_magic(self.superblock.set_uuid)
+        length_bytes = min(JOURNAL_PIECE_BYTES, self.geometry.bucket_bytes)
+        while True:
+            try:
+                buf = self.read(sector, length_bytes >> 9)
+            except BcachectlError as error:
+                yield self._damage(error, where, sector, length_bytes >> 9)
+                return
+            found = walk_journal_bucket(buf, magic=magic, block_bytes=block_bytes)
+            end = found[-1][0] + found[-1][1].blocks * block_bytes if found else 0
+            if length_bytes == self.geometry.bucket_bytes or end + JSET_MAX_BYTES <= length_bytes:
+                break
+            length_bytes = self.geometry.bucket_bytes
+        for offset_bytes, jset in found:
+            yield Record(f"journal entry {jset.seq} in bucket {index}", sector + (offset_bytes >> 9),
+                         jset.blocks * self.geometry.block_size_sectors, JournalEntry(index, offset_bytes, jset))
+        why = judge_jset(buf, end, magic=magic, limit_bytes=length_bytes - end) if end < length_bytes else ""
+        if why in ("too big", "bad csum"):
+            yield Damage(f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
+
+    # Prio sets and uuids.
+
+    def _walk_prios(self, newest: Jset) -> Iterator[Record | Damage]:
+        assert self.superblock is not None
+        geometry, sb = self.geometry, self.superblock
+        per_bucket = geometry.prios_per_bucket
+        bucket = newest.prio_bucket[sb.nr_this_dev] if sb.nr_this_dev < len(newest.prio_bucket) else 0
+        for number in range(geometry.prio_buckets):
+            where, sector = f"prio set {number} at bucket {bucket}", self._sector_of(bucket)
+            if not geometry.first_bucket <= bucket < geometry.nbuckets:
+                yield Damage(where, "bad prio bucket", 0, 0)
+                return
+            try:
+                prio_set = decode_prio_set(self.read(sector, geometry.meta_sectors), prio_magic(sb.set_uuid), bucket)
+            except BcachectlError as error:
+                yield self._damage(error, where, sector, geometry.meta_sectors)
+                return
+            rows = slice(number * per_bucket, min((number + 1) * per_bucket, geometry.nbuckets))
+            count = rows.stop - rows.start
+            self.gens[rows] = prio_set.gen[:count]
+            self.prios[rows] = prio_set.prio[:count]
+            self._gen_known[rows] = True
+            self.prio_buckets.append(bucket)
+            yield Record(where, sector, geometry.meta_sectors, prio_set)
+            bucket = prio_set.next_bucket
+
+    def _walk_uuids(self, newest: Jset) -> Iterator[Record | Damage]:
+        key = newest.uuid_bucket
+        if validity.btree_ptr_invalid(key, self.geometry):
+            yield Damage("uuid array", f"bad uuid pointer {text(key)}", 0, 0)
+            return
+        ptr = key.ptrs[0]
+        where = f"uuid array at bucket {self.geometry.bucket_of(ptr.sector)}"
+        try:
+            buf = self.read(ptr.sector, key.size)
+            entries = decode_uuids(buf) if newest.version >= JSET_VERSION_UUIDV1 else decode_uuids_v0(buf)
+        except BcachectlError as error:
+            yield self._damage(error, where, ptr.sector, key.size)
+            return
+        self._mark_ptr(ptr)
+        self.uuids = tuple(entries)
+        yield Record(where, ptr.sector, key.size, self.uuids)
+
+    # The btree.
+
+    def _walk_btree(self, newest: Jset) -> Iterator[Record | Damage]:
+        root = newest.btree_root
+        if validity.btree_ptr_invalid(root, self.geometry) or root.ptrs[0].dev:
+            yield Damage("btree root", f"bad btree root {text(root)}", 0, 0, 0, MAX_POS)
+            self.slots.append(Slot(0, MAX_POS, None, 0))
+            return
+        self._mark_ptr(root.ptrs[0])
+        # A stack, not recursion: the level of a damaged root may say anything.
+        todo = [(newest.btree_level, root, 0, MAX_POS)]
+        while todo:
+            level, key, start, end = todo.pop()
+            node, damages = self._read_node(level, key.ptrs[0], key.size, start=start, end=end)
+            yield from damages
+            if node is None:
+                self.slots.append(Slot(start, end, None, key.size))
+                continue
+            ptr = key.ptrs[0]
+            yield Record(f"btree node at bucket {node.bucket}, level {level}", ptr.sector, key.size, node)
+            if level == 0:
+                self.slots.append(Slot(start, end, ptr, key.size))
+                yield from self._judge_leaf(node)
+                self._mark_columns([image.keys for image in node.sets], level)
+            else:
+                self._mark_columns([image.keys for image in node.sets], level)
+                children, damages = self._children(node)
+                yield from damages
+                todo.extend(reversed(children))
+
+    def _read_node(self, level: int, ptr: Ptr, nsectors: int, *, start: int,
+                   end: int) -> tuple[Node | None, list[Damage]]:
+        assert self.superblock is not None
+        bucket = self.geometry.bucket_of(ptr.sector)
+        where = f"btree node at bucket {bucket}, level {level}"
+        if self._visited[bucket]:
+            return None, [Damage(where, "two pointers lead to this node", ptr.sector, nsectors, start, end)]
+        self._visited[bucket] = True
+        self.nodes += 1
+        block_bytes = self.geometry.block_bytes
+        try:
+            sets, written_blocks = decode_node(
+                self.read(ptr.sector, nsectors), magic=bset_magic(self.superblock.set_uuid),
+                seed=ptr_make(ptr.sector, ptr.gen, ptr.dev), block_bytes=block_bytes,
+                node_blocks=(nsectors << 9) // block_bytes, where=f"bucket {bucket}")
+        except BcachectlError as error:
+            return None, [self._damage(error, where, ptr.sector, nsectors, start, end)]
+        node = Node(bucket, ptr.gen, level, start, end, nsectors, tuple(sets), written_blocks)
+        damages = []
+        last = max((int(image.keys.pos[image.keys.size > 0].max(initial=0)) for image in sets), default=0)
+        try:
+            check_node_end(last, end, where)
+        except Corrupt as error:
+            damages.append(Damage(error.where, error.why, ptr.sector, nsectors))
+        if any(bool((image.keys.nptrs > 1).any()) for image in sets):
+            damages.append(Damage(where, "a key with several pointers", ptr.sector, nsectors))
+        if any(not bool((image.keys.pos[:-1] <= image.keys.pos[1:]).all()) for image in sets):
+            damages.append(Damage(where, "keys out of order", ptr.sector, nsectors))
+        return node, damages
+
+    def _children(self, node: Node) -> tuple[list[tuple[int, Bkey, int, int]], list[Damage]]:
+        # In key order, the newer set first at equal positions; each child covers what follows the one before it.
+        # The kernel's iterator likewise skips what is bad (bset.c, bch_btree_iter_next_filter).
+        where = f"btree node at bucket {node.bucket}, level {node.level}"
+        sector = self._sector_of(node.bucket)
+        children: list[tuple[int, Bkey, int, int]] = []
+        damages: list[Damage] = []
+        rows = sorted((int(pos), -number, row) for number, image in enumerate(node.sets)
+                      for row, pos in enumerate(image.keys.pos))
+        start = node.start
+        for pos, minus_number, row in rows:
+            key = _interior_key(node.sets[-minus_number].keys, row)
+            if validity.btree_ptr_invalid(key, self.geometry):
+                damages.append(Damage(where, f"spotted btree ptr {text(key)}", sector, node.nsectors))
+                continue
+            if pos == 0 or not _is_here(key) or validity.ptr_stale(key, self.geometry, self.gens):
+                continue
+            if pos <= start:
+                damages.append(Damage(where, f"two children end at {pos >> INODE_SHIFT}:{pos & SECTOR_MASK}", sector,
+                                      node.nsectors))
+                continue
+            children.append((node.level - 1, key, start, pos))
+            start = pos
+        if start < node.end:
+            # The journal may still hold keys there; `leaf_extents` finds the gap by itself.
+            damages.append(Damage(where, "no child for the end of the node's range", sector, node.nsectors, start,
+                                  node.end))
+        return children, damages
+
+    def _judge_leaf(self, node: Node) -> Iterator[Damage]:
+        for image in node.sets:
+            for row in np.flatnonzero(validity.extents_fatal(image.keys, self.geometry)):
+                key = _leaf_key(image.keys, int(row))
+                why = validity.ptr_problem(key, self.geometry) or "bad, size larger than its offset"
+                yield Damage(f"btree node at bucket {node.bucket}, level 0", f"spotted extent {text(key)}: {why}",
+                             self._sector_of(node.bucket), node.nsectors, max(int(image.keys.pos[row]) - key.size, 0),
+                             int(image.keys.pos[row]))
+
+    # Generations.
+
+    def _mark_ptr(self, ptr: Ptr) -> None:
+        if ptr.dev == 0:
+            self._mark(np.array([self.geometry.bucket_of(ptr.sector)], np.intp), np.array([ptr.gen], np.uint8))
+
+    def _mark_columns(self, sets: list[KeyColumns], level: int) -> None:
+        for keys in sets:
+            usable = validity.columns_available(keys) & ~validity.columns_out_of_range(keys, self.geometry)
+            usable &= (keys.size > 0) if level else ~validity.extents_fatal(keys, self.geometry)
+            ptr = keys.ptr[usable]
+            bucket = (PTR_OFFSET.get(ptr) // self.geometry.bucket_size_sectors).astype(np.intp)
+            self._mark(bucket, PTR_GEN.get(ptr).astype(np.uint8))
+
+    def _mark(self, bucket: npt.NDArray[np.intp], gen: npt.NDArray[np.uint8]) -> None:
+        # Where the prio set is lost, the first gen seen is the best that is known.
+        unknown = ~self._gen_known[bucket]
+        if unknown.any():
+            self.gens[bucket[unknown]] = gen[unknown]
+            self._gen_known[bucket[unknown]] = True
+        ahead = gen - self.gens[bucket]
+        newer = (ahead > 0) & (ahead < 128)
+        # Several keys may point into one bucket: numpy lets the last one stand, so that must be the newest.
+        newest_last = np.flatnonzero(newer)[np.argsort(ahead[newer], kind="stable")]
+        self.gens[bucket[newest_last]] = gen[newest_last]
+
+    def _mark_journal(self) -> Iterator[Damage]:
+        parts: list[Extents] = []
+        for entry in self.replay:
+            where = f"journal entry {entry.jset.seq} in bucket {entry.index}"
+            try:
+                keys = decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8)
+            except Corrupt as error:
+                yield Damage(where, f"{error.where}: {error.why}", 0, 0)
+                continue
+            fatal = validity.extents_fatal(keys, self.geometry)
+            for row in np.flatnonzero(fatal):
+                yield Damage(where, f"bad key {text(_leaf_key(keys, int(row)))}", 0, 0)
+            self._mark_columns([keys], 0)
+            parts.append(extent.from_keys(_sound(keys, fatal)))
+        self._journal_map = extent.flatten(extent.concatenate(parts))
+
+    # The live map.
+
+    def leaf_extents(self, *, with_journal: bool = True) -> Iterator[tuple[Slot, Extents]]:
+        """Each leaf's live extents, in key order, as a start of the set would find them: no holes, check keys or
+        stale extents.  Where a leaf is damaged there are those of the journal alone."""
+        journal = self._journal_map if with_journal else extent.empty()
+        for slot in self._slots_and_gaps():
+            merged = extent.empty()
+            if slot.leaf is not None:
+                for image in self._reread(slot):
+                    fatal = validity.extents_fatal(image.keys, self.geometry)
+                    merged = extent.overlay(merged, extent.flatten(extent.from_keys(_sound(image.keys, fatal))))
+            merged = extent.overlay(merged, extent.clip(journal, start=slot.start, end=slot.end))
+            yield slot, merged.take(~self._is_dead(merged))
+
+    def too_stale(self, extents: Extents) -> npt.NDArray[np.bool_]:
+        """Which extents are so far behind their bucket that the kernel would fail the set: "key too stale"."""
+        return self._staleness(extents) > validity.BUCKET_GC_GEN_MAX
+
+    def _slots_and_gaps(self) -> Iterator[Slot]:
+        at = 0
+        for slot in self.slots:
+            if slot.start > at:
+                yield Slot(at, slot.start, None, 0)
+            yield slot
+            at = slot.end
+        if at < MAX_POS and self.superblock is not None:
+            yield Slot(at, MAX_POS, None, 0)
+
+    def _reread(self, slot: Slot) -> list[BsetImage]:
+        assert slot.leaf is not None and self.superblock is not None
+        block_bytes = self.geometry.block_bytes
+        try:
+            sets, _written = decode_node(
+                self.read(slot.leaf.sector, slot.nsectors), magic=bset_magic(self.superblock.set_uuid),
+                seed=ptr_make(slot.leaf.sector, slot.leaf.gen, slot.leaf.dev), block_bytes=block_bytes,
+                node_blocks=(slot.nsectors << 9) // block_bytes, where="")
+        except BcachectlError:
+            # It was good a moment ago: somebody writes to the device.  The first reading counted it as good.
+            return []
+        return sets
+
+    def _staleness(self, extents: Extents) -> npt.NDArray[np.uint8]:
+        bucket = (PTR_OFFSET.get(extents.ptr) // self.geometry.bucket_size_sectors).astype(np.intp)
+        ahead = self.gens[np.minimum(bucket, len(self.gens) - 1)] - PTR_GEN.get(extents.ptr).astype(np.uint8)
+        ahead[(ahead > 128) | (extents.nptrs == 0) | _no_cache(extents)] = 0
+        return ahead
+
+    def _is_dead(self, extents: Extents) -> npt.NDArray[np.bool_]:
+        return (extents.nptrs == 0) | _no_cache(extents) | (self._staleness(extents) > 0)
+
+    # Small things.
+
+    def _sector_of(self, bucket: int) -> int:
+        return self.geometry.sector_of(bucket)
+
+    def _damage(self, error: BcachectlError, where: str, sector: int, nsectors: int, start: int = 0,
+                end: int = 0) -> Damage:
+        if isinstance(error, Corrupt):
+            detail = error.where.partition(", ")[2]
+            return Damage(f"{where}, {detail}" if detail else where, error.why, sector, nsectors, start, end)
+        return Damage(where, f"IO error ({error})", sector, nsectors, start, end)
+
+
+def _is_usable(sb: Superblock) -> bool:
+    # Enough of it makes sense to go on looking, for a report of what is lost.
+    if not sb.is_cache or sb.feature_incompat & ~3 or sb.keys > len(sb.d):
+        return False
+    sizes = sb.block_size and sb.bucket_size >= 8 and not sb.bucket_size & (sb.bucket_size - 1)
+    return bool(sizes) and 0 < sb.nbuckets <= BUCKETS_LIMIT and all(bucket < sb.nbuckets for bucket in sb.d)
+
+
+def _no_cache(extents: Extents) -> npt.NDArray[np.bool_]:
+    elsewhere: npt.NDArray[np.bool_] = PTR_DEV.get(extents.ptr) != 0
+    return elsewhere
+
+
+def _sound(keys: KeyColumns, fatal: npt.NDArray[np.bool_]) -> KeyColumns:
+    return KeyColumns._make(column[~fatal] for column in keys) if fatal.any() else keys
+
+
+def _is_here(key: Bkey) -> bool:
+    return all(validity.ptr_available(ptr) for ptr in key.ptrs)
+
+
+def _leaf_key(keys: KeyColumns, row: int) -> Bkey:
+    pos, size = int(keys.pos[row]), int(keys.size[row])
+    inode, end = pos >> INODE_SHIFT, pos & SECTOR_MASK
+    return Bkey(inode, end - size, end, bool(keys.dirty[row]), int(keys.csum[row]), _ptrs(keys, row))
+
+
+def _interior_key(keys: KeyColumns, row: int) -> Bkey:
+    pos = int(keys.pos[row])
+    inode, end = (0xFFFFF, (1 << 63) - 1) if pos == MAX_POS else (pos >> INODE_SHIFT, pos & SECTOR_MASK)
+    return Bkey(inode, end - int(keys.size[row]), end, bool(keys.dirty[row]), 0, _ptrs(keys, row))
+
+
+def _ptrs(keys: KeyColumns, row: int) -> tuple[Ptr, ...]:
+    ptr = int(keys.ptr[row])
+    return (Ptr(ptr >> 51 & 0xFFF, ptr >> 8 & (1 << 43) - 1, ptr & 0xFF),) if keys.nptrs[row] else ()
