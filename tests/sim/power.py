@@ -6,8 +6,9 @@ kept:
 
 1. a backing device whose superblock says clean or none is judged by itself, without its cache;
 2. the bytes of the cache device are judged offline (`tests.sim.image`), by code that shares nothing with the engine;
-3. a fresh engine recovers, and every sector that was ever written is read and judged, sometimes twice;
-4. some go on: more requests, power fails again at a point drawn by chance (twice at most), or a clean stop and a start.
+3. a fresh engine recovers, and what was written is read and judged, sometimes twice;
+4. some have power fail again, during that recovery or in the requests that follow it; some are stopped cleanly and
+   started again.
 
 When the story has finished the set is stopped cleanly, started again and read in full.
 """
@@ -35,6 +36,8 @@ class Story:
     prepare: Callable[[World], Awaitable[None]] | None = None
     boots: bool = True
     """The set is brought up before the story; else the story does that itself."""
+    ends: bool = True
+    """The set still runs when the story is over."""
 
 
 @dataclass
@@ -91,7 +94,8 @@ def run_story(story: Story, seed: int, choose: Choose, *, engine: Callable[..., 
         for draw in choose(world.points + 1):
             crash(world, f"{where} io=end draw={draw}", tally)
         world.on_point = None
-        _finish(world, where, tally)
+        if story.ends:
+            _finish(world, where, tally)
     return tally
 
 
@@ -139,16 +143,17 @@ def crash(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
     images = world.survivors(chooser)
     tally.recoveries += 1
     flying = world.flying()
+    fate = chooser.random()
     try:
         world.check_backings_alone("after power loss", images=images)
         image.check(images[0], "after power loss")
         after = world.revive(where, images=images)
+        if depth and fate < 0.3:
+            _again(after, where, chooser, tally, while_starting=fate < 0.12)
+            return
         after.run(after.up(), "up")
-        after.run(after.verify(twice=chooser.random() < 0.3), "verify")
-        fate = chooser.random()
-        if fate < 0.25 and depth:
-            _go_on(after, where, chooser, tally)
-        elif fate < 0.5:
+        after.run(after.verify(twice=fate < 0.6), "verify")
+        if fate > 0.8:
             tally.stops += 1
             stop_and_start(after, where)
     except SimFailure as error:
@@ -159,23 +164,31 @@ def crash(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
         raise SimFailure(f"{where}: {_text(error)} [in flight: {flying}]") from error
 
 
-def _go_on(world: World, where: str, chooser: random.Random, tally: Tally) -> None:
-    # More traffic after a recovery, and power fails again.
-    last = chooser.randrange(1, 60)
+def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, while_starting: bool) -> None:
+    # Power fails a second time: in the recovery from the first, or in the traffic after it.
+    last = chooser.randrange(1, 30 if while_starting else 70)
 
     def point(number: int) -> None:
         if number == last:
             raise Stopped
 
-    world.on_point = point
-    world.points = 0
+    async def life() -> None:
+        await world.up()
+        if while_starting:
+            await world.verify()
+        else:
+            world.points = 0
+            world.on_point = point
+            await mixed(world, chooser, 30)
+
+    world.on_point = point if while_starting else None
     try:
-        world.run(mixed(world, chooser, 30))
+        world.run(life(), "second life")
     except Stopped:
         pass
     world.on_point = None
     tally.second += 1
-    crash(world, f"{where} then io={last}", tally, depth=0)
+    crash(world, f"{where} then {'start' if while_starting else 'io'}={last}", tally, depth=0)
 
 
 async def mixed(world: World, chooser: random.Random, count: int, *, width: int = 24) -> None:

@@ -280,6 +280,10 @@ class World:
         self.vanishing.add(number)
         await self.cset.volume_remove(self.volumes.pop(number).name)
 
+    async def tune(self, target: str, name: str, text: str) -> None:
+        """Set a tunable."""
+        await self.cset.tunables.set(target, name, text)
+
     def superblock(self, number: int) -> Superblock:
         """The superblock of a backing device as it can be read now."""
         return decode_superblock(bytes(self.disks[1 + number].now[SB_SECTOR * SECTOR:SB_SECTOR * SECTOR + SB_BYTES]))
@@ -348,14 +352,21 @@ class World:
 
     # -- judging
 
-    async def verify(self, *, twice: bool = False, everything: bool = False, chunk: int = 64) -> None:
-        """Read back all that any write touched (or every sector), and let the oracle judge."""
+    async def verify(self, *, twice: bool = False, everything: bool = False, chunk: int = 64, limit: int = 24) -> None:
+        """Read back what writes touched (or every sector), and let the oracle judge.
+
+        Where more than ``limit`` chunks were touched, those that the last crash left open and some others.
+        """
         for volume in sorted(self.volumes):
             size = self.oracle.sizes[volume]
             wanted = set(range(0, size, chunk))
             if not everything:
-                wanted = {sector // chunk * chunk for number, sector in self.oracle.held if number == volume}
+                touched = {sector // chunk * chunk for number, sector in self.oracle.held if number == volume}
+                wanted = {sector // chunk * chunk for (number, sector), held in self.oracle.held.items()
+                          if number == volume and len(held) > 1}
                 wanted.add(self.random.randrange(0, size) // chunk * chunk)
+                rest = sorted(touched - wanted)
+                wanted.update(self.random.sample(rest, min(len(rest), max(6, limit - len(wanted)))))
             for _ in range(2 if twice else 1):
                 for start in sorted(wanted):
                     await self.read(volume, start, min(chunk, size - start), stream=start & 0xffff)

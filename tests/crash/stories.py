@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The stories that power loss and errors interrupt.  Each is small: a few hundred Ios on a cache of 4 KiB buckets.
+
+With 512-byte blocks a node holds about 160 keys and eight sets, a journal bucket eight entries, and gc is due after
+some 300 sectors, so everything that happens once a day on a real set happens within seconds here.
+"""
+
+from __future__ import annotations
+
+import random
+
+from bcachectl.ondisk.superblock import BdevState
+from tests.sim.power import Story, mixed
+from tests.sim.world import FLASH, Backing, Setup, World
+
+WRITETHROUGH = Setup(backings=(Backing(mode="writethrough"),), settles=False)
+
+
+def rng(w: World) -> random.Random:
+    """The story's own choices."""
+    return random.Random(f"story/{w.seed}")
+
+
+async def scatter(w: World, volume: int, sectors: list[int], nsectors: int = 1, *, at_once: int = 4) -> None:
+    """Write at each of ``sectors``, several at a time."""
+    for index in range(0, len(sectors), at_once):
+        await w.together(*[w.write(volume, sector, nsectors, sync=True) for sector in sectors[index:index + at_once]])
+
+
+# 1. First attach.
+
+async def first_attach(w: World) -> None:
+    await w.up()
+    await w.write(0, 0, 9, fua=True)
+    await w.read(0, 100, 8)
+    await w.write(0, 4, 3)
+    await w.flush(0)
+    await w.write(0, 40, 8)
+
+
+async def attach_by_hand(w: World) -> None:
+    await w.up()
+    await w.write(0, 0, 8, fua=True)
+    await w.write(0, 16, 8)
+    await w.cset.attach(w.volumes[0].name)
+    await w.write(0, 4, 8, fua=True)
+    await w.read(0, 0, 32)
+    await w.write(0, 20, 8)
+    await w.flush(0)
+
+
+# 2. Overwrites in writeback, of all alignments, several at a time.
+
+async def overwrite_prepare(w: World) -> None:
+    await scatter(w, 0, list(range(0, 256, 8)), 8)
+    await w.flush(0)
+
+
+async def overwrite(w: World) -> None:
+    dice = rng(w)
+    for _ in range(14):
+        asks = []
+        for _ in range(3):
+            nsectors = dice.randrange(1, 20)
+            sector = dice.randrange(0, 256 - nsectors)
+            asks.append(w.write(0, sector, nsectors, fua=dice.random() < 0.3, preflush=dice.random() < 0.1))
+        if dice.random() < 0.3:
+            asks.append(w.flush(0))
+        await w.together(*asks)
+
+
+# 3. Miss fills, raced by writes.
+
+async def miss_fill(w: World) -> None:
+    dice = rng(w)
+    for _ in range(16):
+        sector = dice.randrange(0, 300)
+        asks = [w.read(0, sector, dice.randrange(1, 40))]
+        if dice.random() < 0.7:
+            there = max(0, sector + dice.randrange(-8, 30))
+            asks.append(w.write(0, there, dice.randrange(1, 12), fua=dice.random() < 0.2))
+        if dice.random() < 0.3:
+            asks.append(w.read(0, sector + 5, 20))
+        await w.together(*asks)
+        await w.read(0, sector, 40)
+    await w.flush(0)
+
+
+# 4. Invalidation and reuse of buckets: more is written through than the cache holds.
+
+async def reuse_prepare(w: World) -> None:
+    await scatter(w, 0, list(range(0, 4800, 8)), 8, at_once=8)
+    await w.flush(0)
+
+
+async def reuse(w: World) -> None:
+    dice = rng(w)
+    for _ in range(20):
+        asks = [w.write(0, dice.randrange(0, 740) * 8, 8, fua=dice.random() < 0.2) for _ in range(2)]
+        asks.append(w.read(0, dice.randrange(0, 740) * 8, 16))
+        await w.together(*asks)
+    await w.flush(0)
+
+
+# 5. Prio writes: the chain has two sets, and free_inc is emptied again and again.
+
+async def prio_write(w: World) -> None:
+    for start in range(0, 800, 32):
+        await scatter(w, 0, list(range(start, start + 32, 8)), 8)
+    await w.flush(0)
+
+
+# 6. The journal goes round.
+
+async def journal_wrap(w: World) -> None:
+    dice = rng(w)
+    for _ in range(70):
+        await w.write(0, dice.randrange(0, 64), 1, fua=True)
+
+
+# 7. Leaves fill up and are split; then the root is.
+
+async def split_prepare(w: World) -> None:
+    sectors = list(range(0, 200, 2))
+    rng(w).shuffle(sectors)
+    await scatter(w, 0, sectors, at_once=8)
+    await w.flush(0)
+
+
+async def split(w: World) -> None:
+    sectors = list(range(200, 480, 2))
+    rng(w).shuffle(sectors)
+    await scatter(w, 0, sectors, at_once=6)
+    await w.write(0, 1, 1, fua=True)
+
+
+# 8. gc, with leaves to coalesce.
+
+async def gc_prepare(w: World) -> None:
+    sectors = list(range(0, 900, 2))
+    rng(w).shuffle(sectors)
+    await scatter(w, 0, sectors, at_once=8)
+    await scatter(w, 0, list(range(0, 896, 16)), 16, at_once=8)
+    await w.flush(0)
+
+
+async def gc(w: World) -> None:
+    async def traffic() -> None:
+        dice = rng(w)
+        for _ in range(8):
+            await w.write(0, dice.randrange(0, 880), dice.randrange(1, 9), fua=dice.random() < 0.4)
+            await w.read(0, dice.randrange(0, 880), 16)
+
+    await w.together(w.cset.run_gc(), traffic())
+    await w.cset.run_gc()
+    await w.write(0, 3, 1, fua=True)
+
+
+# 9. Moving gc empties sparse buckets.
+
+async def moving_prepare(w: World) -> None:
+    await w.tune("set", "copy_gc_enabled", "1")
+    await scatter(w, 0, list(range(0, 400, 8)), 8)
+    for start in range(0, 400, 8):
+        await w.write(0, start + 1, 6, sync=True)
+    await w.flush(0)
+
+
+async def moving_gc(w: World) -> None:
+    for turn in range(3):
+        await w.together(w.cset.run_gc(), w.write(0, turn * 16, 3, fua=True), w.read(0, 64, 32),
+                         w.write(0, turn * 8 + 100, 4))
+    await w.flush(0)
+
+
+# 10. Write-back until clean, while writes go on.
+
+async def writeback_prepare(w: World) -> None:
+    await w.tune("bcache0", "writeback_running", "0")
+    await scatter(w, 0, list(range(0, 300, 10)), 7)
+    await w.flush(0)
+
+
+async def wait_state(w: World, volume: int, *states: BdevState) -> None:
+    """Until the backing superblock says one of ``states``."""
+    for _ in range(600):
+        if w.superblock(volume).state in states or w.cset.failed:
+            return
+        await w.sleep(200)
+    raise AssertionError(f"the backing device stays {w.superblock(volume).state.name}")
+
+
+async def writeback(w: World) -> None:
+    await w.tune("bcache0", "writeback_delay", "0")
+    await w.tune("bcache0", "writeback_percent", "0")
+    await w.tune("bcache0", "writeback_running", "1")
+    dice = rng(w)
+    for _ in range(6):
+        await w.together(w.write(0, dice.randrange(0, 300), dice.randrange(1, 9), fua=dice.random() < 0.5),
+                         w.read(0, dice.randrange(0, 300), 8))
+    await wait_state(w, 0, BdevState.CLEAN)
+    await w.write(0, 11, 5, fua=True)
+
+
+# 11. Detach, and attach again in the next slot.
+
+async def detach(w: World) -> None:
+    async def traffic() -> None:
+        dice = rng(w)
+        for _ in range(10):
+            await w.write(0, dice.randrange(0, 300), dice.randrange(1, 9), fua=dice.random() < 0.5)
+            await w.read(0, dice.randrange(0, 300), 8)
+
+    await w.together(w.cset.detach("bcache0"), traffic())
+    await wait_state(w, 0, BdevState.NONE)
+    await w.write(0, 5, 20, fua=True)
+    await w.cset.attach(w.volumes[0].name)
+    await w.write(0, 7, 3, fua=True)
+    await w.read(0, 0, 64)
+
+
+# 12. Mode changes.
+
+async def modes(w: World) -> None:
+    dice = rng(w)
+    for mode in ("writeback", "writethrough", "writeback", "writearound", "none", "writeback", "writethrough"):
+        await w.tune("bcache0", "cache_mode", mode)
+        for _ in range(3):
+            await w.together(w.write(0, dice.randrange(0, 120), dice.randrange(1, 17), fua=dice.random() < 0.3),
+                             w.read(0, dice.randrange(0, 120), dice.randrange(1, 24)))
+        await w.flush(0)
+
+
+# 13. Flash-only volumes.
+
+async def flash(w: World) -> None:
+    await w.flash_create(FLASH, 256)
+    await scatter(w, FLASH, list(range(0, 128, 16)), 13)
+    await w.flush(FLASH)
+    await w.discard(FLASH, 20, 30)
+    await w.read(FLASH, 0, 64)
+    await w.write(FLASH, 24, 5, fua=True)
+    await w.flash_create(FLASH + 1, 64)
+    await w.write(FLASH + 1, 0, 64, fua=True)
+    await w.flash_remove(FLASH)
+    await w.write(FLASH + 1, 10, 10)
+    await w.flush(FLASH + 1)
+
+
+# 14. Two backing devices and a flash-only volume.
+
+async def cached_and_flash_prepare(w: World) -> None:
+    await w.flash_create(FLASH, 600)
+
+
+async def traffic(w: World) -> None:
+    await mixed(w, rng(w), 50)
+
+
+# 15. A clean stop.
+
+async def stop(w: World) -> None:
+    await w.cset.stop()
+
+
+# 16. Discards, of the client and of the allocator.
+
+async def discards(w: World) -> None:
+    dice = rng(w)
+    for _ in range(14):
+        await w.together(w.write(0, dice.randrange(0, 740) * 8, 8, fua=dice.random() < 0.3),
+                         w.discard(0, dice.randrange(0, 5000), dice.randrange(1, 64)),
+                         w.read(0, dice.randrange(0, 5000), 16))
+    await w.flush(0)
+
+
+# 17. Writes around the cache, against fills of the same place.
+
+async def around(w: World) -> None:
+    dice = rng(w)
+    for _ in range(18):
+        sector = dice.randrange(0, 150)
+        await w.together(w.read(0, sector, dice.randrange(1, 32)),
+                         w.write(0, sector + dice.randrange(0, 9), dice.randrange(1, 16), fua=dice.random() < 0.3),
+                         w.read(0, sector, dice.randrange(1, 32)))
+        await w.read(0, sector, 32)
+    await w.flush(0)
+
+
+TWO_BACKINGS = (Backing(), Backing(data_sectors=600, mode="writethrough", data_offset=64))
+BIG_BACKING = (Backing(data_sectors=6000, mode="writethrough"),)
+STORIES = {story.name: story for story in (
+    Story("first_attach", Setup(), first_attach, boots=False),
+    Story("first_attach_many_journal_buckets", Setup(nbuckets=6000), first_attach, boots=False),
+    Story("attach_by_hand", Setup(backings=(Backing(member=False),), settles=False), attach_by_hand, boots=False),
+    Story("overwrite", Setup(), overwrite, overwrite_prepare),
+    Story("overwrite_4k", Setup(bucket_sectors=64, block_sectors=8, atomic_sectors=8), traffic),
+    Story("miss_fill", WRITETHROUGH, miss_fill),
+    Story("miss_fill_writeback", Setup(), miss_fill),
+    Story("reuse", Setup(backings=BIG_BACKING, settles=False), reuse, reuse_prepare),
+    Story("reuse_fifo", Setup(backings=BIG_BACKING, settles=False, replacement=1), reuse, reuse_prepare),
+    Story("reuse_random", Setup(backings=BIG_BACKING, settles=False, replacement=2), reuse, reuse_prepare),
+    Story("prio_write", Setup(nbuckets=1400), prio_write),
+    Story("journal_wrap", Setup(), journal_wrap),
+    Story("split", Setup(), split, split_prepare),
+    Story("gc", Setup(), gc, gc_prepare),
+    Story("moving_gc", Setup(nbuckets=1200), moving_gc, moving_prepare),
+    Story("writeback", Setup(), writeback, writeback_prepare),
+    Story("detach", Setup(settles=False), detach, writeback_prepare),
+    Story("modes", Setup(settles=False), modes),
+    Story("flash", Setup(backings=()), flash),
+    Story("cached_and_flash", Setup(backings=TWO_BACKINGS, settles=False), traffic, cached_and_flash_prepare),
+    Story("stop", Setup(), stop, overwrite_prepare, ends=False),
+    Story("discards", Setup(backings=BIG_BACKING, settles=False, discard=True), discards, reuse_prepare),
+    Story("around", Setup(backings=(Backing(mode="writearound"),), settles=False), around),
+)}
