@@ -7,6 +7,7 @@ with ``letters``), and a bar always stands beside its numbers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from rich.text import Text
@@ -24,6 +25,7 @@ STATE_LETTERS = {"u": ".", "f": "f", "o": "o", "c": "c", "d": "D", "m": "M", "r"
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _SHADES = "░▒▓█"
+_COLUMN = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -63,6 +65,19 @@ def histogram(counts: Sequence[int], width: int, style: str = "") -> Text:
     return Text("".join(cells), style)
 
 
+def column_chart(values: Sequence[float], width: int, height: int, style: str = "") -> list[Text]:
+    """Values as columns over several lines; each value is as many cells wide as fit, the largest fills the height."""
+    cell_width = max(1, width // max(1, len(values)))
+    shown = list(values)[:width // cell_width]
+    top = max(shown, default=0.0)
+    steps = [max(1, round(value / top * height * 8)) if value > 0 and top > 0 else 0 for value in shown]
+    lines = []
+    for row in range(height - 1, -1, -1):
+        cells = [_COLUMN[min(8, max(0, step - row * 8))] for step in steps]
+        lines.append(Text("".join(cell * cell_width for cell in cells), style))
+    return lines
+
+
 def bucket_map(buckets: MapSnapshot, *, width: int, rows: int, letters: bool) -> list[Text]:
     """The map as lines of ``width`` cells, at most ``rows`` of them.
 
@@ -73,13 +88,17 @@ def bucket_map(buckets: MapSnapshot, *, width: int, rows: int, letters: bool) ->
         line = Text()
         states = buckets.states[start:start + width]
         fills = buckets.fills[start:start + width]
-        for state, fill in zip(states, fills, strict=True):
+        # Neighbours of one state are one span of the text: a screen has thousands of cells.
+        at = 0
+        for state, run in itertools.groupby(states):
+            end = at + len(list(run))
             if letters:
-                line.append(STATE_LETTERS[state])
-            elif state == "u" and not fill:
-                line.append("·", STATE_STYLES[state])
+                line.append(STATE_LETTERS[state] * (end - at))
+            elif state == "u":
+                line.append("·" * (end - at), STATE_STYLES[state])
             else:
-                line.append(_SHADES[min(fill, 99) * len(_SHADES) // 100], STATE_STYLES[state])
+                line.append("".join([_SHADES[min(fill, 99) // 25] for fill in fills[at:end]]), STATE_STYLES[state])
+            at = end
         lines.append(line)
     return lines
 

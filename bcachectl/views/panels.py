@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The parts of the live view: each takes a snapshot (and the `History`) and gives a few lines of `Text`.
+
+No part knows where it stands on the screen; `bcachectl.views.monitor` puts them together for small screens, large
+screens and plain pages.  A part whose data the source does not know gives no lines.  Numbers follow one rule: sizes are
+IEC, counts are plain, rates are per second.
+"""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from bcachectl.snapshot import (
+    GEN_GUARD,
+    MAP_STATES,
+    AllocatorSnapshot,
+    EventSnapshot,
+    SetSnapshot,
+    VolumeSnapshot,
+    WritebackSnapshot,
+)
+from bcachectl.units import format_sectors, format_size
+from bcachectl.views.alerts import alerts
+from bcachectl.views.charts import STATE_LETTERS, STATE_NAMES, STATE_STYLES, bar, histogram, sparkline
+from bcachectl.views.history import History
+
+LABEL = "bold"
+_ALERT_STYLES = {"bad": "bold white on red", "warn": "black on yellow"}
+
+
+def headline(snapshot: SetSnapshot) -> Text:
+    """Which set this is, how large, and who runs it."""
+    allocator = snapshot.allocator
+    line = Text.assemble(("set ", LABEL), snapshot.uuid[:8], "  ", snapshot.cache_path, "  ",
+                         format_size(snapshot.cache_bytes), f" = {allocator.nbuckets} x ",
+                         format_size(snapshot.bucket_bytes))
+    if snapshot.source == "engine":
+        line.append(f"  engine {snapshot.pid}" if snapshot.pid is not None else "  engine")
+        if snapshot.uptime_ns is not None:
+            line.append(f" up {format_duration(snapshot.uptime_ns)}")
+    elif snapshot.source == "kernel":
+        line.append("  run by the kernel")
+    else:
+        line.append("  not running (a still picture)")
+    if snapshot.read_only:
+        line.append("  read-only")
+    return line
+
+
+def verdict(snapshot: SetSnapshot, *, lines: int) -> list[Text]:
+    """The worst alerts, at most ``lines`` of them, or that all is well and where the only copy of data is."""
+    found = alerts(snapshot)
+    if not found:
+        dirty_sectors = sum(volume.dirty_sectors for volume in snapshot.volumes)
+        dirty = f"{format_sectors(dirty_sectors)} exist only in the cache" if dirty_sectors else "nothing dirty"
+        return [Text.assemble(("ok", "bold green"), f"  no alert; {dirty}")]
+    shown = [Text.assemble((f" {alert.level} ", _ALERT_STYLES[alert.level]), " ", alert.text)
+             for alert in found[:lines]]
+    if len(found) > lines:
+        shown[-1].append(f"  (and {len(found) - lines} more)", "bright_black")
+    return shown
+
+
+def legend(snapshot: SetSnapshot, width: int, *, letters: bool) -> Text:
+    """Every state with its share of the buckets, as the key to the map."""
+    counts = snapshot.allocator.counts
+    line = Text()
+    wide = width >= 100
+    for state in MAP_STATES:
+        name = STATE_NAMES[state]
+        count = getattr(counts, name)
+        share = percent(count, snapshot.allocator.nbuckets).replace(" %", "%")
+        if not wide:
+            name = {"metadata": "meta", "reserved": "journal"}.get(name, name)
+        mark = STATE_LETTERS[state] if letters else "·" if state == "u" else "█"
+        if line:
+            line.append("  " if wide else " ")
+        line.append(mark, STATE_STYLES[state])
+        line.append(f"{' ' if wide else '=' if letters else ''}{name} {share}")
+    return line
+
+
+def lists(allocator: AllocatorSnapshot, width: int, *, columns: int) -> list[Text]:
+    """Fill of the four reserves and of free_inc, ``columns`` to a line."""
+    fifos = [*allocator.reserves, *([allocator.free_inc] if allocator.free_inc is not None else [])]
+    if not fifos:
+        return []
+    cell_width = width // columns
+    digits = max(len(f"{fifo.used}/{fifo.size}") for fifo in fifos)
+    name_width = max(len(fifo.name) for fifo in fifos)
+    lines: list[Text] = []
+    for index, fifo in enumerate(fifos):
+        if index % columns == 0:
+            lines.append(Text())
+        style = "red" if fifo.used == 0 and fifo.name != "free_inc" else "cyan"
+        line = lines[-1]
+        line.append(f"{fifo.name:<{name_width}} ")
+        line.append_text(bar(fifo.used, fifo.size, max(2, cell_width - name_width - digits - 4), style))
+        line.append(f" {f'{fifo.used}/{fifo.size}':<{digits}}  ")
+    return lines
+
+
+def allocation(snapshot: SetSnapshot, history: History) -> list[Text]:
+    """What the allocator does: policy, rates, prio writes, and who waits."""
+    allocator = snapshot.allocator
+    counters = allocator.counters
+    first = Text(allocator.replacement)
+    if allocator.in_use_percent is not None:
+        first.append(f", {allocator.in_use_percent} % in use")
+    if counters is None:
+        return [first]
+    first.append(f", prio writes {counters.prio_writes}{_rate(history, 'prio_writes')}")
+    if allocator.prio_blocked:
+        first.append(f", held up by {allocator.prio_blocked} freed nodes", "yellow")
+    if allocator.discard:
+        first.append(f", discards {counters.discards}")
+    second = Text(f"allocs {counters.allocations}{_rate(history, 'allocations')}, "
+                  f"invalidations {counters.invalidations}{_rate(history, 'invalidations')}")
+    if counters.alloc_fails:
+        second.append(f", fails {counters.alloc_fails}", "yellow")
+    if allocator.waiting_tasks:
+        second.append(f", {allocator.waiting_tasks} tasks wait", "bold red")
+    return [first, second]
+
+
+def gens(snapshot: SetSnapshot, width: int) -> list[Text]:
+    """The histogram of gen - last_gc and how far the worst bucket is from the guard."""
+    found = snapshot.allocator.gens
+    if found is None:
+        return []
+    style = "red" if found.headroom <= 16 else "yellow" if found.headroom <= 48 else "green"
+    tail = f" max {found.max}, headroom {found.headroom} of {GEN_GUARD}"
+    line = histogram(found.histogram, max(8, width - len(tail)), style)
+    line.append(tail)
+    return [line]
+
+
+def priorities(snapshot: SetSnapshot, width: int) -> list[Text]:
+    """Priorities by quantile: 0 is just used, 32768 longest ago."""
+    found = snapshot.allocator.prio
+    if found is None:
+        return []
+    if not found.quantiles or not found.sectors_per_quantile:
+        return [Text("no data bucket has a priority yet")]
+    drawn = sparkline([float(value) for value in found.quantiles], min(len(found.quantiles), width), "blue",
+                      top=max(1.0, float(found.quantiles[-1])))
+    drawn.append(f" age {found.quantiles[0]}..{found.quantiles[-1]}, mean {found.average}")
+    if len(drawn) + 30 < width:
+        drawn.append(f", {format_sectors(found.sectors_per_quantile)} a step")
+    return [drawn]
+
+
+def collection(snapshot: SetSnapshot, width: int) -> list[Text]:
+    """Garbage collection and moving gc."""
+    gc = snapshot.gc
+    if gc is None:
+        return []
+    if gc.running:
+        line = Text("running", "bold green")
+        line.append("" if gc.progress_percent is None else f" {gc.progress_percent} %")
+    else:
+        line = Text("idle")
+    line.append(f", {gc.runs} runs")
+    if not gc.running:
+        line.append(f", next in {format_sectors(max(0, gc.sectors_to_gc))}")
+    lines = [line]
+    if gc.last_end_ns is not None:
+        last = (f"last {format_duration(max(0, snapshot.t_ns - gc.last_end_ns))} ago took "
+                f"{gc.last_duration_ns / 1e6:.0f} ms over {gc.nodes} nodes")
+        if line.cell_len + len(last) + 2 <= width:
+            line.append(f", {last}")
+        else:
+            lines.append(Text(last))
+    if gc.moving_enabled:
+        state = "runs" if gc.moving_running else "on"
+        lines.append(Text(f"moving gc {state}, moved {format_sectors(gc.moved_sectors)}"))
+    return lines
+
+
+def journal(snapshot: SetSnapshot, width: int) -> list[Text]:
+    """Fill of the journal and its open entries."""
+    found = snapshot.journal
+    if found is None:
+        return []
+    used = found.njournal - found.free_buckets
+    line = bar(used, found.njournal, max(6, min(24, width - 48)), "red" if found.is_full else "magenta")
+    line.append(f" {used}/{found.njournal} buckets, entries {found.last_seq}..{found.seq}, {found.pins} pins")
+    if found.is_full:
+        line.append("  FULL", "bold red")
+    return [line]
+
+
+def btree(snapshot: SetSnapshot, width: int) -> list[Text]:
+    """Depth of the btree and what of it is in memory."""
+    found = snapshot.btree
+    if found is None:
+        return []
+    line = Text(f"depth {found.depth}, {found.nodes_cached} nodes in {format_size(found.cache_bytes)}")
+    if found.limit_bytes:
+        line.append(f" of {format_size(found.limit_bytes)}")
+    rest = f"{found.keys_cached} keys, {found.dirty_leaves} to write"
+    if line.cell_len + len(rest) + 2 > width:
+        return [line, Text(rest)]
+    line.append(f", {rest}")
+    return [line]
+
+
+def requests(history: History, width: int) -> list[Text]:
+    """Reads, writes, hit ratio, dirty data and writeback over time, with the newest numbers."""
+    samples = list(history.samples)
+    newest = history.newest
+    if newest is None:
+        return [Text("rates follow with the second look", "bright_black")]
+    rows: list[tuple[str, list[float | None], str, float | None, str]] = [
+        ("reads", [sample.reads for sample in samples], "green", None,
+         f"{newest.reads:.0f}/s {format_size(int(newest.read_bytes))}/s"),
+        ("writes", [sample.writes for sample in samples], "bright_yellow", None,
+         f"{newest.writes:.0f}/s {format_size(int(newest.written_bytes))}/s"),
+        ("hits", [sample.hit_ratio_percent for sample in samples], "cyan", 100.0,
+         "no lookups" if newest.hit_ratio_percent is None else f"{newest.hit_ratio_percent:.0f} %"),
+        ("dirty", [float(sample.dirty_bytes) for sample in samples], "bright_yellow", None,
+         f"{format_size(newest.dirty_bytes)}, back {format_size(int(newest.writeback_bytes))}/s"),
+    ]
+    tail_width = max(len(row[4]) for row in rows)
+    lines = []
+    for name, values, style, top, tail in rows:
+        line = Text(f"{name:<7}")
+        line.append_text(sparkline(values, max(8, width - tail_width - 9), style, top=top))
+        line.append(f"  {tail}")
+        lines.append(line)
+    return lines
+
+
+def volumes(snapshot: SetSnapshot, width: int, *, rows: int) -> list[Text]:
+    """One line a volume, at most ``rows``."""
+    shown = list(snapshot.volumes)
+    if not shown:
+        return [Text("no volumes: no backing device is attached", "bright_black")]
+    left_out = 0
+    if len(shown) > rows:
+        left_out = len(shown) - rows + 1
+        shown = shown[:rows - 1]
+    lines = [_volume(volume, width) for volume in shown]
+    if left_out:
+        lines.append(Text(f"and {left_out} more volumes", "bright_black"))
+    return lines
+
+
+def events(snapshot: SetSnapshot, *, rows: int) -> list[Text]:
+    """The last events, newest last; a run of the same event is one line."""
+    runs: list[tuple[EventSnapshot, int]] = []
+    for event in snapshot.events:
+        if runs and runs[-1][0].name == event.name:
+            runs[-1] = (event, runs[-1][1] + 1)
+        else:
+            runs.append((event, 1))
+    lines = []
+    for event, count in runs[len(runs) - rows if len(runs) > rows else 0:]:
+        line = Text(f"{format_duration(max(0, snapshot.t_ns - event.t_ns)):>8} ago  ", "bright_black")
+        line.append(event.name, "bold" if "fail" in event.name or "error" in event.name else "")
+        line.append(f"  {event.detail}" if event.detail else "")
+        line.append(f"  x{count}" if count > 1 else "", "bright_black")
+        lines.append(line)
+    return lines
+
+
+def percent(count: int, whole: int) -> str:
+    """A share in percent that never shows something as nothing, nor a part as the whole."""
+    if count == 0 or whole == 0:
+        return "0 %"
+    share = 100 * count / whole
+    if share < 1:
+        return "<1 %"
+    return "100 %" if count == whole else f"{min(99, round(share))} %"
+
+
+def format_duration(duration_ns: int) -> str:
+    """A duration for people: ``0.3 s``, ``12 s``, ``3:07``, ``5:03:07``, ``12 d``."""
+    seconds = duration_ns / 1e9
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rate(history: History, name: str) -> str:
+    newest = history.newest
+    if newest is None:
+        return ""
+    value = getattr(newest, name)
+    return f" ({value:.1f}/s)" if 0 < value < 10 else f" ({value:.0f}/s)"
+
+
+def _volume(volume: VolumeSnapshot, width: int) -> Text:
+    style = {"dirty": "bright_yellow", "inconsistent": "bold red", "clean": "green"}.get(volume.state, "")
+    line = Text.assemble((f"{volume.name:<8} ", LABEL), f"{format_size(volume.size_bytes):>8} ",
+                         f"{volume.mode if volume.kind == 'cached' else 'flash-only':<12} ")
+    line.append(f"{volume.state:<8} ", style)
+    line.append(f"{format_sectors(volume.dirty_sectors):>9} dirty ", style if volume.dirty_sectors else "bright_black")
+    if volume.writeback is not None and volume.attached:
+        line.append(_writeback(volume.writeback, dirty_sectors=volume.dirty_sectors))
+    if width >= 100:
+        for window in volume.windows:
+            if window.name == "total" and window.hits + window.misses:
+                line.append(f"  hits {window.hit_ratio_percent} %")
+                line.append(f", {format_sectors(window.bypassed_sectors)} bypassed")
+        if volume.label:
+            line.append(f"  {volume.label}")
+        if volume.backing_path:
+            line.append(f"  {volume.backing_path}", "bright_black")
+    return line
+
+
+def _writeback(writeback: WritebackSnapshot, *, dirty_sectors: int) -> str:
+    if writeback.detaching:
+        return "detaching"
+    if not writeback.running:
+        return "wb paused"
+    if not dirty_sectors:
+        return "wb idle"
+    if not writeback.percent:
+        return "wb full speed"
+    return f"wb <= {format_sectors(writeback.rate_sectors)}/s"
