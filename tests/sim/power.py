@@ -76,7 +76,7 @@ def run_story(story: Story, seed: int, choose: Choose, *, engine: Callable[..., 
     try:
         world = build(story, seed, engine)
     except Exception as error:
-        raise SimFailure(f"{where} while preparing: {_text(error)}") from error
+        raise SimFailure(f"{where} while preparing: {text_of(error)}") from error
 
     def point(number: int) -> None:
         tally.points += 1
@@ -89,7 +89,7 @@ def run_story(story: Story, seed: int, choose: Choose, *, engine: Callable[..., 
     except SimFailure:
         raise
     except Exception as error:
-        raise SimFailure(f"{where} io={world.points}: the story itself: {_text(error)}") from error
+        raise SimFailure(f"{where} io={world.points}: the story itself: {text_of(error)}") from error
     if settle:
         for draw in choose(world.points + 1):
             crash(world, f"{where} io=end draw={draw}", tally)
@@ -99,7 +99,8 @@ def run_story(story: Story, seed: int, choose: Choose, *, engine: Callable[..., 
     return tally
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """One line about an exception, with the place it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno} {frames[-1].name}" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
@@ -113,7 +114,7 @@ def _finish(world: World, where: str, tally: Tally) -> None:
     except SimFailure:
         raise
     except Exception as error:
-        raise SimFailure(f"{where} after the story: {_text(error)}") from error
+        raise SimFailure(f"{where} after the story: {text_of(error)}") from error
 
 
 def stop_and_start(world: World, where: str) -> World:
@@ -161,7 +162,7 @@ def crash(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
             raise
         raise SimFailure(f"{where}: {error} [in flight: {flying}]") from error
     except Exception as error:
-        raise SimFailure(f"{where}: {_text(error)} [in flight: {flying}]") from error
+        raise SimFailure(f"{where}: {text_of(error)} [in flight: {flying}]") from error
 
 
 def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, while_starting: bool) -> None:

@@ -57,6 +57,9 @@ FLASH = 100
 IDLE_LIMIT_S = 3600
 """Simulated seconds without an Io and without a request answered after which a world counts as stuck."""
 
+EARLY = "answered early"
+"""`Io.what` of the disk's share of an Io that a mutation answered at once."""
+
 STEP_LIMIT = 400_000
 
 
@@ -172,6 +175,7 @@ class World:
         self.is_calm = True
         self.on_point: Callable[[int], None] | None = None
         self.on_io: Callable[[Io], None] | None = None
+        self.mutate: Callable[[Io], bool] | None = None
         self.points = 0
         self.steps = 0
         self._due: list[tuple[int, int, Io]] = []
@@ -204,7 +208,7 @@ class World:
             due_ns, _serial, io = heapq.heappop(self._due)
             self.disks[io.device].finish(io)
             self._last_progress_ns = due_ns
-            self._turn([io], max(due_ns, self.sched.now_ns))
+            self._turn([io] if io.what != EARLY else [], max(due_ns, self.sched.now_ns))
         elif timer_ns is not None:
             if timer_ns - self._last_progress_ns > IDLE_LIMIT_S * NS_PER_S:
                 raise SimFailure(f"stuck: nothing but timers for an hour, at {timer_ns} ns")
@@ -215,16 +219,20 @@ class World:
     def _turn(self, completions: list[Io], now_ns: int | None = None) -> None:
         now_ns = self.sched.now_ns if now_ns is None else now_ns
         while True:
-            for io in self.sched.run(now_ns, completions):
+            ios, completions = self.sched.run(now_ns, completions), []
+            for io in ios:
                 disk = self.disks[io.device]
-                disk.begin(io)
                 if self.on_io is not None:
                     self.on_io(io)
+                if self.mutate is not None and self.mutate(io):
+                    # A mutation: the engine goes on as if the Io were done, the disk still has it to do.
+                    completions.append(io)
+                    io = Io(io.op, io.device, io.sector, io.nsectors, io.buf and bytes(io.buf), io.flags, EARLY)
+                disk.begin(io)
                 self._serial += 1
                 heapq.heappush(self._due, (now_ns + disk.latency_ns(), self._serial, io))
-            completions = []
             answered, self.cset.front.completed[:] = list(self.cset.front.completed), []
-            if not answered:
+            if not answered and not completions:
                 return
             self._last_progress_ns = now_ns
             for request in answered:
@@ -394,6 +402,7 @@ class World:
         world = World(self.setup, seed, images=images, oracle=self.oracle.after_crash() if crashed else self.oracle,
                       wall_s=self.sched.wall_s + 10, engine=self.engine)
         world.flash, world.vanishing = dict(self.flash), set(self.vanishing)
+        world.mutate = self.mutate
         return world
 
     def survivors(self, chooser: random.Random) -> list[bytearray]:
