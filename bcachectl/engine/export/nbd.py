@@ -1,0 +1,564 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`NbdServer`: the set's volumes on a Unix socket, for any NBD client.
+
+Life of a `Connection`:
+
+1. `bcachectl.engine.export.nbd_handshake.Handshake` talks until an export is chosen.
+2. Transmission.  One ``recv_into`` takes all that has come, `Connection._parse` serves every whole request in it:
+
+   * a read that `bcachectl.engine.front.Volume.read_nowait` knows at once is read from the page cache straight behind
+     its reply header in the transmit arena: no object is made, nothing is copied in Python, and one ``send`` carries
+     all such replies of a turn;
+   * everything else becomes a `bcachectl.engine.front.Request`, whose tag is a `_Pending`.  Its data lies in a pooled
+     buffer that has room for the reply's header.  A write too large to be in the receive buffer as a whole is
+     received straight into that buffer.
+
+3. Answers gather in ``out`` until `Connection.flush`.
+4. The client says goodbye (what is in flight is finished and sent), or vanishes (what is in flight goes nowhere).
+
+A client may be slow, hostile, or both.  So everything has a limit: what is in flight, what waits to be sent.  At a
+limit the connection is ``blocked``: it parses no further, although whole requests may lie in the receive buffer.  No
+event will come for those, hence every `Connection.flush` that makes room parses again; forgetting that is a hang.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import stat
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from struct import pack
+
+from bcachectl.engine.export import nbd_wire as wire
+from bcachectl.engine.export.buffers import PAGE_BYTES, Buffer, BufferPool
+from bcachectl.engine.export.nbd_handshake import Handshake
+from bcachectl.engine.front import (
+    EXTENT_CLEAN,
+    EXTENT_DIRTY,
+    REQ_DISCARD,
+    REQ_FLUSH,
+    REQ_FUA,
+    REQ_READ,
+    REQ_STATUS,
+    REQ_WRITE,
+    REQ_WRITE_ZEROES,
+    Request,
+    Volume,
+)
+from bcachectl.engine.io.loop import Loop
+from bcachectl.engine.io.medium import Medium
+from bcachectl.engine.sched import NS_PER_S, WaitQueue
+from bcachectl.errors import DeviceError, WrongState
+
+RX_BYTES = 256 << 10
+ARENA_BYTES = 2 << 20
+"""Transmit arena of a connection: replies to reads that were served at once."""
+MAX_QUICK_BYTES = 1 << 20
+"""A longer read takes the way of all other requests."""
+MAX_IN_FLIGHT = 1024
+MAX_IN_FLIGHT_BYTES = 64 << 20
+MAX_CONNECTIONS = 128
+MAX_STATUS_BYTES = 1 << 30
+"""How much of a block status request is answered; a client asks again for the rest."""
+STOP_TIMEOUT_NS = 5 * NS_PER_S
+"""How long a stopping server waits for a client to take its last answers."""
+
+_IOV_MAX = 512
+_SOCKET_PATH_MAX_BYTES = 107
+_SO_SNDBUFFORCE = 32
+_SOCKET_BUFFER_BYTES = 1 << 20
+
+_CACHE_STATES = {EXTENT_CLEAN: 1, EXTENT_DIRTY: 2}
+"""Flags of the context ``bcachectl:cache``: 0 not in the cache, 1 clean, 2 dirty."""
+
+# Which request flags each command may carry.
+_ALLOWED_FLAGS = {
+    wire.CMD_READ: wire.CMD_FLAG_DF | wire.CMD_FLAG_FUA,
+    wire.CMD_WRITE: wire.CMD_FLAG_FUA,
+    wire.CMD_FLUSH: wire.CMD_FLAG_FUA,
+    wire.CMD_TRIM: wire.CMD_FLAG_FUA,
+    wire.CMD_WRITE_ZEROES: wire.CMD_FLAG_FUA | wire.CMD_FLAG_NO_HOLE | wire.CMD_FLAG_FAST_ZERO,
+    wire.CMD_BLOCK_STATUS: wire.CMD_FLAG_REQ_ONE | wire.CMD_FLAG_FUA,
+}
+_OPERATIONS = {
+    wire.CMD_READ: REQ_READ, wire.CMD_WRITE: REQ_WRITE, wire.CMD_FLUSH: REQ_FLUSH, wire.CMD_TRIM: REQ_DISCARD,
+    wire.CMD_WRITE_ZEROES: REQ_WRITE_ZEROES, wire.CMD_BLOCK_STATUS: REQ_STATUS,
+}
+_WRITING = frozenset((wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES))
+
+
+class _Pending:
+    # A request in flight: the tag of a `Request`.
+    __slots__ = ("connection", "cookie", "flags", "length", "buffer")
+
+    def __init__(self, connection: Connection, cookie: int, flags: int, length: int, buffer: Buffer | None) -> None:
+        self.connection = connection
+        self.cookie = cookie
+        self.flags = flags
+        self.length = length
+        self.buffer = buffer
+
+    def answered(self, request: Request) -> None:
+        """The engine has completed the request."""
+        self.connection.answer(self, request)
+
+
+class Connection:
+    """One client."""
+
+    def __init__(self, server: NbdServer, sock: socket.socket, serial: int) -> None:
+        self.server = server
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.stream = serial & 0xFFFF
+        self.handshake = Handshake(server.volumes)
+        self.volume: Volume | None = None
+        self.size_bytes = 0
+        self.is_open = True
+        self.is_leaving = False             # parses nothing any more; closes when all is answered and sent
+        self.blocked = False
+        self.in_flight = 0
+        self.in_flight_bytes = 0
+        self.out: deque[tuple[memoryview, Buffer | None]] = deque()
+        self._rx = memoryview(bytearray(RX_BYTES))
+        self._rx_start = self._rx_end = 0
+        self._skip_bytes = 0                # of a refused write's payload
+        self._payload: tuple[_Pending, memoryview, int, int] | None = None      # with sector and bytes received
+        self._arena = memoryview(bytearray(0))
+        self._arena_queued = self._arena_end = 0      # what is between them is not yet in `out`
+        self._events = select.EPOLLIN
+        self.out.append((memoryview(bytes(self.handshake.out)), None))
+        self.handshake.out.clear()
+
+    # Receiving
+
+    def on_ready(self, fd: int, events: int) -> None:
+        """The socket is readable, writable, or gone."""
+        if events & select.EPOLLIN and not self.blocked and not self.is_leaving:
+            self._receive()
+        elif events & (select.EPOLLHUP | select.EPOLLERR):
+            self.close()
+        if self.is_open:
+            self.flush()
+
+    def _receive(self) -> None:
+        try:
+            if self._payload is not None:
+                pending, data, sector, got = self._payload
+                count = self.sock.recv_into(data[got:])
+                if got + count < len(data):
+                    self._payload = pending, data, sector, got + count
+                else:
+                    self._payload = None
+                    self._submit(REQ_WRITE, pending, sector, data)
+            else:
+                count = self.sock.recv_into(self._rx[self._rx_end:])
+                self._rx_end += count
+                self._parse()
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if not count:
+            self.close()
+
+    def _parse(self) -> None:
+        # Serve every whole request in the receive buffer, then move what is left to its front.
+        self.blocked = False
+        if self.volume is None:
+            self._negotiate()
+        if self.volume is not None and self.is_open:
+            self._transmit()
+        start, end = self._rx_start, self._rx_end
+        if start == end:
+            self._rx_start = self._rx_end = 0
+        elif start:
+            self._rx[:end - start] = self._rx[start:end]
+            self._rx_start, self._rx_end = 0, end - start
+
+    def _negotiate(self) -> None:
+        handshake = self.handshake
+        while not handshake.is_over and handshake.volume is None:
+            used = handshake.feed(self._rx[self._rx_start:self._rx_end])
+            self._rx_start += used
+            if not used:
+                break
+        if handshake.out:
+            self.out.append((memoryview(bytes(handshake.out)), None))
+            handshake.out.clear()
+        if handshake.is_over:
+            self.is_leaving = True
+        elif handshake.volume is not None:
+            self.volume = handshake.volume
+            self.size_bytes = self.volume.size_sectors << 9
+            self._arena = memoryview(bytearray(ARENA_BYTES))
+
+    def _transmit(self) -> None:
+        # The hot loop: everything it needs is a local variable.
+        volume, rx, arena = self.volume, self._rx, self._arena
+        assert volume is not None
+        read_nowait, quick_fd = volume.read_nowait, self.server.quick_fd
+        unpack_request, preadv, nowait = wire.REQUEST.unpack_from, os.preadv, os.RWF_NOWAIT
+        structured = self.handshake.structured
+        pack_chunk, pack_simple = wire.DATA_CHUNK.pack_into, wire.SIMPLE_REPLY.pack_into
+        header_bytes = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
+        size_bytes, start, end, filled = self.size_bytes, self._rx_start, self._rx_end, self._arena_end
+        start += self._skip(end - start)
+        while end - start >= 28:
+            magic, flags, command, cookie, offset, length = unpack_request(rx, start)
+            if command == 0 and not flags and not (offset | length) & 511 and magic == 0x25609513 \
+                    and 0 < length <= MAX_QUICK_BYTES and offset + length <= size_bytes and quick_fd >= 0:
+                data_start = filled + header_bytes
+                data_end = data_start + length
+                if data_end > ARENA_BYTES:
+                    self.blocked = True
+                    break
+                place = read_nowait(offset >> 9, length >> 9)
+                if place >= 0:
+                    try:
+                        got = preadv(quick_fd, (arena[data_start:data_end],), place, nowait)
+                    except OSError:
+                        got = 0
+                    if got == length:
+                        if structured:
+                            pack_chunk(arena, filled, wire.CHUNK_MAGIC, 1, 1, cookie, length + 8, offset)
+                        else:
+                            pack_simple(arena, filled, wire.SIMPLE_REPLY_MAGIC, 0, cookie)
+                        filled = data_end
+                        start += 28
+                        continue
+            if self.in_flight >= MAX_IN_FLIGHT or self.in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
+                self.blocked = True
+                break
+            self._rx_start = start + 28
+            self._request(magic, flags, command, cookie, offset, length)
+            start = self._rx_start
+            start += self._skip(end - start)
+            if self.is_leaving or self._payload is not None:
+                break
+        self._arena_end = filled
+        self._rx_start = start
+
+    def _skip(self, available_bytes: int) -> int:
+        # How much of what has come belongs to the payload of a refused write.
+        skipped = min(self._skip_bytes, available_bytes)
+        self._skip_bytes -= skipped
+        return skipped
+
+    def _request(self, magic: int, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
+        # A request that is not a quick read.  Its header has left the receive buffer; a payload follows there.
+        if magic != wire.REQUEST_MAGIC or command == wire.CMD_DISC:
+            self.is_leaving = True
+            return
+        error = self._refusal(flags, command, offset, length)
+        if error:
+            self._skip_bytes = length if command == wire.CMD_WRITE else 0
+            self._send_error(cookie, error, is_read=command in (wire.CMD_READ, wire.CMD_BLOCK_STATUS))
+            return
+        if command == wire.CMD_BLOCK_STATUS:
+            length = min(length, MAX_STATUS_BYTES)
+        has_data = command in (wire.CMD_READ, wire.CMD_WRITE)
+        buffer = self.server.pool.take(length) if has_data else None
+        pending = _Pending(self, cookie, flags, length, buffer)
+        self.in_flight += 1
+        if buffer is None:
+            self._submit(_OPERATIONS[command], pending, offset >> 9, None)
+            return
+        self.in_flight_bytes += length
+        data = buffer.data(length)
+        if command == wire.CMD_WRITE:
+            start = self._rx_start
+            there = min(length, self._rx_end - start)
+            data[:there] = self._rx[start:start + there]
+            self._rx_start = start + there
+            if there < length:
+                self._payload = pending, data, offset >> 9, there
+                return
+        self._submit(_OPERATIONS[command], pending, offset >> 9, data)
+
+    def _refusal(self, flags: int, command: int, offset: int, length: int) -> int:
+        # The errno that this request gets without the engine seeing it, or 0.
+        assert self.volume is not None
+        if command not in _OPERATIONS or flags & ~_ALLOWED_FLAGS[command]:
+            return errno.EINVAL
+        if command in _WRITING and self.volume.read_only:
+            return errno.EPERM
+        if command == wire.CMD_FLUSH:
+            return errno.EINVAL if offset or length else 0
+        if (offset | length) & 511 or not length:
+            return errno.EINVAL
+        if offset + length > self.size_bytes:
+            return errno.ENOSPC if command in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES) else errno.EINVAL
+        if command in (wire.CMD_READ, wire.CMD_WRITE) and length > wire.MAX_PAYLOAD_BYTES:
+            return errno.EINVAL
+        if flags & wire.CMD_FLAG_FAST_ZERO:
+            # Zeros may have to be written; a client that asks for fast ones rather writes them itself.
+            return errno.EOPNOTSUPP
+        if command == wire.CMD_BLOCK_STATUS and not self.handshake.contexts:
+            return errno.EINVAL
+        return 0
+
+    def _submit(self, operation: int, pending: _Pending, sector: int, data: memoryview | None) -> None:
+        assert self.volume is not None
+        flags = REQ_FUA if pending.flags & wire.CMD_FLAG_FUA and operation not in (REQ_READ, REQ_STATUS) else 0
+        self.volume.submit(Request(operation, sector, pending.length >> 9, data, flags, self.stream, pending))
+
+    # Answering
+
+    def answer(self, pending: _Pending, request: Request) -> None:
+        """Put the reply to a completed request among what is to be sent."""
+        self.in_flight -= 1
+        buffer = pending.buffer
+        if buffer is not None:
+            self.in_flight_bytes -= pending.length
+        if not self.is_open:
+            if buffer is not None:
+                self.server.pool.release(buffer)
+            return
+        is_read = request.op == REQ_READ
+        if is_read and not request.error:
+            assert buffer is not None
+            self._send_data(pending, buffer, request.sector << 9)
+            return
+        if buffer is not None:
+            self.server.pool.release(buffer)
+        if request.error:
+            self._send_error(pending.cookie, wire.wire_error(request.error),
+                             is_read=is_read or request.op == REQ_STATUS)
+        elif request.op == REQ_STATUS:
+            self._send_status(pending, request)
+        else:
+            self.out.append((memoryview(wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, pending.cookie)), None))
+        self.server.active.add(self)
+
+    def _send_data(self, pending: _Pending, buffer: Buffer, offset: int) -> None:
+        # The bytes stay counted as in flight until they are sent: they are memory that the client makes us hold.
+        if self.handshake.structured:
+            start = PAGE_BYTES - wire.DATA_CHUNK.size
+            wire.DATA_CHUNK.pack_into(buffer.memory, start, wire.CHUNK_MAGIC, wire.CHUNK_DONE,
+                                      wire.CHUNK_OFFSET_DATA, pending.cookie, pending.length + 8, offset)
+        else:
+            start = PAGE_BYTES - wire.SIMPLE_REPLY.size
+            wire.SIMPLE_REPLY.pack_into(buffer.memory, start, wire.SIMPLE_REPLY_MAGIC, 0, pending.cookie)
+        self.in_flight_bytes += buffer.capacity_bytes
+        self.out.append((buffer.view[start:PAGE_BYTES + pending.length], buffer))
+        self.server.active.add(self)
+
+    def _send_error(self, cookie: int, error: int, *, is_read: bool) -> None:
+        if is_read and self.handshake.structured:
+            reply = wire.ERROR_CHUNK.pack(wire.CHUNK_MAGIC, wire.CHUNK_DONE, wire.CHUNK_ERROR, cookie, 6, error, 0)
+        else:
+            reply = wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, error, cookie)
+        self.out.append((memoryview(reply), None))
+        self.server.active.add(self)
+
+    def _send_status(self, pending: _Pending, request: Request) -> None:
+        contexts = self.handshake.contexts
+        for context in contexts:
+            runs: list[tuple[int, int]] = []
+            for nsectors, kind in request.extents:
+                # A cached device's holes are on the backing device, so all of it counts as allocated.
+                state = _CACHE_STATES.get(kind, 0) if context == wire.CONTEXT_CACHE else 0
+                if runs and runs[-1][1] == state:
+                    runs[-1] = runs[-1][0] + (nsectors << 9), state
+                else:
+                    runs.append((nsectors << 9, state))
+            if pending.flags & wire.CMD_FLAG_REQ_ONE:
+                del runs[1:]
+            done = wire.CHUNK_DONE if context == contexts[-1] else 0
+            payload = pack(">I", wire.CONTEXT_IDS[context]) + b"".join(pack(">II", *run) for run in runs)
+            self.out.append((memoryview(wire.CHUNK.pack(wire.CHUNK_MAGIC, done, wire.CHUNK_BLOCK_STATUS,
+                                                        pending.cookie, len(payload)) + payload), None))
+
+    def flush(self) -> None:
+        """Send what there is; parse what waited for room; then wait for the events that matter now."""
+        while self.is_open and self._send() and self.blocked and not self.is_leaving \
+                and self.in_flight < MAX_IN_FLIGHT and self.in_flight_bytes < MAX_IN_FLIGHT_BYTES:
+            self._parse()
+        if not self.is_open:
+            return
+        is_sent = not self.out
+        if self.is_leaving and is_sent and not self.in_flight:
+            self.close()
+            return
+        events = 0 if self.blocked or self.is_leaving else select.EPOLLIN
+        if not is_sent:
+            events |= select.EPOLLOUT
+        if events != self._events:
+            self._events = events
+            self.server.loop.modify(self.fd, events)
+
+    def _send(self) -> bool:
+        # True if everything has left.
+        out = self.out
+        if self._arena_end > self._arena_queued:
+            out.append((self._arena[self._arena_queued:self._arena_end], None))
+            self._arena_queued = self._arena_end
+        try:
+            while out:
+                if len(out) == 1:
+                    sent = self.sock.send(out[0][0])
+                else:
+                    sent = self.sock.sendmsg([segment for segment, _ in islice(out, _IOV_MAX)])
+                while out and sent >= len(out[0][0]):
+                    segment, buffer = out.popleft()
+                    sent -= len(segment)
+                    if buffer is not None:
+                        self._release_sent(buffer)
+                if sent:
+                    out[0] = out[0][0][sent:], out[0][1]
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.close()
+            return False
+        self._arena_queued = self._arena_end = 0
+        return True
+
+    def _release_sent(self, buffer: Buffer) -> None:
+        self.in_flight_bytes -= buffer.capacity_bytes
+        self.server.pool.release(buffer)
+
+    def leave(self) -> None:
+        """Parse nothing any more; close as soon as all is answered and sent."""
+        self.is_leaving = True
+        if self._payload is not None:
+            self._drop_payload()
+        self.flush()
+
+    def close(self) -> None:
+        """Close at once.  Requests in flight go on in the engine; their answers go nowhere."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        if self._payload is not None:
+            self._drop_payload()
+        for _, buffer in self.out:
+            if buffer is not None:
+                self._release_sent(buffer)
+        self.out.clear()
+        self.server.forget(self)
+        self.sock.close()
+
+    def _drop_payload(self) -> None:
+        # The rest of the write will not come: the write never was.
+        assert self._payload is not None
+        pending = self._payload[0]
+        self._payload = None
+        self.in_flight -= 1
+        self.in_flight_bytes -= pending.length
+        assert pending.buffer is not None
+        self.server.pool.release(pending.buffer)
+
+
+class NbdServer:
+    """Listens on a Unix socket; `Loop.exports` calls `flush` once a turn."""
+
+    def __init__(self, loop: Loop, volumes: Sequence[Volume], cache: Medium, path: str) -> None:
+        self.loop = loop
+        self.volumes = volumes
+        self.path = path
+        self.pool = BufferPool()
+        # Quick reads take the page cache's copy, so they need a descriptor, and one that goes through the page cache.
+        self.quick_fd = -1 if cache.direct else cache.fd
+        self.active: set[Connection] = set()
+        self.connections: dict[int, Connection] = {}
+        self.closed_wait = WaitQueue(loop.sched, "nbd connection closed")
+        self._serial = 0
+        self._listener = listen(path)
+        loop.register(self._listener.fileno(), self)
+        loop.exports.append(self)
+
+    def on_ready(self, fd: int, events: int) -> None:
+        """A client connects."""
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return                          # gone again, or no descriptor left: the next client may fare better
+        if len(self.connections) >= MAX_CONNECTIONS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+                break
+            except OSError:
+                continue
+        self._serial += 1
+        connection = Connection(self, sock, self._serial)
+        self.connections[connection.fd] = connection
+        self.loop.register(connection.fd, connection)
+        connection.flush()
+
+    def flush(self) -> None:
+        """Send the answers of this turn."""
+        while self.active:
+            self.active.pop().flush()
+
+    def forget(self, connection: Connection) -> None:
+        """The connection closes."""
+        self.active.discard(connection)
+        del self.connections[connection.fd]
+        self.loop.unregister(connection.fd)
+        self.closed_wait.wake_all()
+
+    async def stop(self) -> None:
+        """Take no more clients or requests, answer what is in flight, close."""
+        self._close_listener()
+        deadline_ns = self.loop.sched.now_ns + STOP_TIMEOUT_NS
+        for connection in list(self.connections.values()):
+            connection.leave()
+        while self.connections and await self.closed_wait.wait(deadline_ns=deadline_ns):
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """Close everything at once and remove the socket."""
+        self._close_listener()
+        for connection in list(self.connections.values()):
+            connection.close()
+        if self in self.loop.exports:
+            self.loop.exports.remove(self)
+
+    def _close_listener(self) -> None:
+        if self._listener.fileno() >= 0:
+            self.loop.unregister(self._listener.fileno())
+            self._listener.close()
+            os.unlink(self.path)
+
+
+def listen(path: str) -> socket.socket:
+    """A listening Unix socket at ``path``, for its owner only; a dead engine's socket is replaced, a live one's not."""
+    if len(os.fsencode(path)) > _SOCKET_PATH_MAX_BYTES:
+        raise WrongState(f"{path}: a socket's path may have {_SOCKET_PATH_MAX_BYTES} bytes; choose a shorter one")
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)
+                else:
+                    raise WrongState(f"{path}: another engine listens there; choose another path")
+        else:
+            raise WrongState(f"{path}: exists and is no socket; choose another path")
+    except FileNotFoundError:
+        pass
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(mask)
+        listener.listen(MAX_CONNECTIONS)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise DeviceError(f"{path}: cannot listen there: {error.strerror}", errno=error.errno or 0) from error
+    return listener
