@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Take one flush, one FUA or one wait out of the engine: a story must notice.
+
+A mutation changes what the disks see (`World.mutate`) or replaces one function of the core.  Seeds and points are
+searched until a check fails; a mutation that survives the search means that a test is missing.  That the same stories
+pass without the mutation is what the other tests of this directory say.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bcachectl.engine.alloc import Allocator
+from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.journal import Journal
+from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, Io
+from bcachectl.engine.split import Splitter
+from tests.crash.stories import STORIES
+from tests.sim.power import Choose, run_story
+from tests.sim.world import SimFailure
+
+SEARCH_S = 100.0
+"""Seconds after which a mutation counts as survived."""
+
+Mutate = Callable[[Io], bool]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``stories`` are tried in turn; ``io`` changes Ios (True: answered at once), ``patch`` the core."""
+
+    name: str
+    stories: tuple[str, ...]
+    io: Mutate | None = None
+    patch: Callable[[pytest.MonkeyPatch], None] | None = None
+
+
+def without(what: str, flags: int) -> Mutate:
+    """Writes of this kind lose these flags."""
+    def mutate(io: Io) -> bool:
+        if io.what == what:
+            io.flags &= ~flags
+        return False
+    return mutate
+
+
+def not_awaited(what: str, *, flags: int = FUA | PREFLUSH, backing: bool | None = None) -> Mutate:
+    """The engine goes on before writes of this kind are done."""
+    def mutate(io: Io) -> bool:
+        if io.what == what and io.op not in (READ, DISCARD) and backing in (None, io.device > 0):
+            io.flags &= ~flags
+            return True
+        return False
+    return mutate
+
+
+def no_flush_of_backing(io: Io) -> bool:
+    """A flush of a backing device does nothing."""
+    if io.op == FLUSH and io.device > 0:
+        io.flags = 0
+        io.op = READ
+        io.nsectors = 0
+        io.buf = bytearray()
+    return False
+
+
+def no_flags_on_backing(io: Io) -> bool:
+    """Writes to a backing device lose FUA and PREFLUSH."""
+    if io.device > 0 and io.what != "superblock":
+        io.flags = 0
+    return False
+
+
+def head_first(patch: pytest.MonkeyPatch) -> None:
+    """A set of a node is written in one piece: torn, its head may be there without the rest."""
+    async def write(self: Bdev, sector: int, buf: memoryview, what: str) -> int:
+        return await self.write(sector, buf, FUA, what)
+    patch.setattr(Bdev, "write_head_last", write)
+
+
+def prio_not_written(patch: pytest.MonkeyPatch) -> None:
+    """free_inc is released before its gens are on disk."""
+    async def write(self: Allocator) -> bool:
+        return True
+    patch.setattr(Allocator, "_write_prios", write)
+
+
+def flush_without_journal(patch: pytest.MonkeyPatch) -> None:
+    """FUA and flushes are acknowledged before the journal entry."""
+    async def wait(self: Journal, seq: int) -> bool:
+        return True
+    patch.setattr(Journal, "wait_durable", wait)
+
+
+def old_nodes_freed_early(patch: pytest.MonkeyPatch) -> None:
+    """The buckets of replaced nodes get new content before the parent, or the journal, names the new nodes."""
+    publish = Splitter.publish
+
+    async def early(self: Splitter, old: list[Any], new: list[Any]) -> bool:
+        for node in old:
+            self.cset.cache.write(node.sector, bytes(512), FUA, "reused")
+        return await publish(self, old, new)
+    patch.setattr(Splitter, "publish", early)
+
+
+def old_journal_bucket_early(patch: pytest.MonkeyPatch) -> None:
+    """A journal bucket is used again although leaves still need its entries."""
+    reclaim = Journal.reclaim
+
+    def early(self: Journal, **options: Any) -> None:
+        kept = [pin.count for pin in self.pins]
+        for pin in list(self.pins)[:-1]:
+            pin.count = 0
+        reclaim(self, **options)
+        for pin, count in zip(self.pins, kept[len(kept) - len(self.pins):], strict=True):
+            pin.count = count
+    patch.setattr(Journal, "reclaim", early)
+
+
+MUTATIONS = (
+    Mutation("journal without PREFLUSH", ("overwrite", "split"), without("journal", PREFLUSH)),
+    Mutation("journal without FUA", ("overwrite",), without("journal", FUA)),
+    Mutation("journal not awaited", ("overwrite",), not_awaited("journal")),
+    Mutation("node set without FUA", ("split", "journal_wrap"), without("btree", FUA)),
+    Mutation("node set head first", ("split",), patch=head_first),
+    Mutation("prio sets not awaited", ("prio_write", "reuse"), not_awaited("prio")),
+    Mutation("free_inc released before the prio write", ("reuse", "reuse_fifo"), patch=prio_not_written),
+    Mutation("FUA acknowledged before the journal", ("overwrite",), patch=flush_without_journal),
+    Mutation("un-dirtied before the backing flush", ("writeback",), no_flush_of_backing),
+    Mutation("FUA not passed to the backing device", ("modes", "miss_fill"), no_flags_on_backing),
+    Mutation("DIRTY superblock not awaited", ("first_attach", "overwrite"), not_awaited("superblock", backing=True)),
+    Mutation("uuid array not awaited", ("first_attach", "flash"), not_awaited("uuid")),
+    Mutation("data not awaited", ("overwrite",), not_awaited("data", backing=False)),
+    Mutation("old nodes freed early", ("split", "gc"), patch=old_nodes_freed_early),
+    Mutation("journal bucket reused early", ("journal_wrap",), patch=old_journal_bucket_early),
+)
+
+
+def some(seed: int, end: float) -> Choose:
+    """A third of the points, another third for each seed."""
+    return lambda number: (seed,) if number % 3 == seed % 3 and time.monotonic() < end else ()
+
+
+def search(mutation: Mutation, seconds: float) -> str:
+    """The failure that a mutation leads to; empty if none was found in time."""
+    end = time.monotonic() + seconds
+    seed = 0
+    while time.monotonic() < end:
+        seed += 1
+        for name in mutation.stories:
+            try:
+                run_story(STORIES[name], seed, some(seed, end), mutate=mutation.io)
+            except SimFailure as error:
+                return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.name.replace(" ", "_") for mutation in MUTATIONS])
+def test_mutation_is_caught(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mutation.patch is not None:
+        mutation.patch(monkeypatch)
+    found = search(mutation, SEARCH_S)
+    assert found, "nothing noticed"
+    print(found)
