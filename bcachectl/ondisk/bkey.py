@@ -90,7 +90,8 @@ MAX_INODE = (1 << 20) - 1
 MAX_OFFSET = (1 << 63) - 1
 
 _MASK64 = (1 << 64) - 1
-_GO = 4                     # `_key_starts` jumps 2 ** _GO keys at a time
+_DOUBLINGS = 4              # `_key_starts` leaps over 2 ** 4 keys in a stream
+_LONG_STREAM_WORDS = 512    # of this length; in a shorter one it visits each
 _SHORTEST_KEY_WORDS = 2
 _KEY2 = struct.Struct("<QQ")
 _KEY3 = struct.Struct("<QQQ")
@@ -303,8 +304,8 @@ def _key_starts(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
 
     Each length is known only from the key's own first word, a chain.  Following it in Python costs 70 ns a key, so
     the successor of *every* word is computed as if a key started there, and composed with itself to reach 16 keys
-    ahead.  Only every 16th key is then visited in Python, and the keys between are found for all of them at once.
-    Two words past the end stand for "ended exactly" and "ran past the end", and are their own successors.
+    ahead.  Of a long stream only every 16th key is then visited in Python, and the keys between are found for all of
+    them at once.  Two words past the end stand for "ended exactly" and "ran past the end" and succeed themselves.
     """
     nr_u64s = len(words)
     following = np.arange(nr_u64s + 2, dtype=np.intp)
@@ -312,7 +313,8 @@ def _key_starts(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
     following[:nr_u64s] += (words >> 60 & 7).astype(np.intp)
     np.minimum(following, nr_u64s + 1, out=following)
     leap = following
-    for _ in range(_GO):
+    doublings = _DOUBLINGS if nr_u64s >= _LONG_STREAM_WORDS else 0
+    for _ in range(doublings):
         leap = leap[leap]
     heads = []
     at = 0
@@ -321,7 +323,7 @@ def _key_starts(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
         heads.append(at)
         at = leaps[at]
     columns = [np.array(heads, np.intp)]
-    for _ in range((1 << _GO) - 1):
+    for _ in range((1 << doublings) - 1):
         columns.append(following[columns[-1]])
     starts = np.stack(columns, 1).ravel()
     if at != nr_u64s:

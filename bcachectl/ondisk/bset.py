@@ -9,7 +9,7 @@ another, or at the node's end.  Blocks behind it hold whatever the bucket held b
 
     block 0                    1         2                   3
     | set 0                    | set 1   | set 2    padding  | old data ...
-    `-- header 32 bytes: csum u64, magic u64, seq u64, version u32, keys u32 (u64s, not keys); then the keys
+    header 32 bytes: csum u64, magic u64, seq u64, version u32, keys u32 (u64s, not keys); then the keys
 
 The checksum starts from the pointer to the node, the same for every set of it.  There is no second copy and no repair:
 a node that fails one check fails the whole set.

@@ -12,7 +12,7 @@ behind the last one is older, so the walk of a bucket ends at the first block th
 
     0      8       16    24        28     32         40            104          168     170   176           240
     | csum | magic | seq | version | keys | last_seq | uuid_bucket | btree_root | level | pad | prio_bucket | keys ...
-                                                     `-- two keys, each padded -'             `-- 8 u64s ---'
+                                                     (two keys, each padded  )               (8 u64s     )
 """
 
 from __future__ import annotations

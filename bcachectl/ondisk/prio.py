@@ -12,7 +12,7 @@ The gens are lower bounds: pointers in the btree and the journal may carry newer
 
     0      8       16    24        28    32           40
     | csum | magic | seq | version | pad | next_bucket | prio u16, gen u8 | prio u16, gen u8 | ...
-            `-------------------------- csum covers all of meta_bytes --------------------------'
+           (-------------------------- csum covers all of meta_bytes -------------------------->)
 """
 
 from __future__ import annotations
