@@ -67,7 +67,7 @@ class NbdClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_s)
         self._pending: dict[int, _Pending] = {}
-        self._next_cookie = 1
+        self.next_cookie = 1
         self._structured = structured or bool(meta_contexts)
         self._contexts: dict[int, str] = {}
         self.block_sizes: tuple[int, int, int] | None = None
@@ -134,7 +134,7 @@ class NbdClient:
 
     def send(self, command: int, offset: int, length: int, data: bytes | memoryview = b"", flags: int = 0) -> int:
         """Send a request; its cookie."""
-        cookie, self._next_cookie = self._next_cookie, self._next_cookie + 1
+        cookie, self.next_cookie = self.next_cookie, self.next_cookie + 1
         self._pending[cookie] = _Pending(command, offset, length, Reply(cookie))
         header = struct.pack(">IHHQQI", _REQUEST_MAGIC, flags, command, cookie, offset, length)
         try:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Generator
@@ -12,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests import nbd_client
+from tests.acceptance import Acceptance
+from tests.engine_process import write_plan
 from tests.nbd_client import CMD_READ, CMD_WRITE, NbdClient, NegotiationError, list_exports
+from tests.stamps import draw
 
 pytestmark = pytest.mark.export
 
@@ -87,3 +92,21 @@ def test_a_server_that_dies(nbdkit: Callable[..., Path], tmp_path: Path) -> None
     subprocess.run(["kill", "-9", (tmp_path / "pid").read_text().strip()], check=True)
     with pytest.raises(ConnectionError):
         client.read(0, 512)
+
+
+def test_write_plan_over_a_server_that_is_killed(nbdkit: Callable[..., Path], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    path = nbdkit("--pidfile", str(tmp_path / "pid"), "file", str(disk))
+    acceptance = Acceptance(1 << 20)
+    plan = draw(seed=5, ops=3000, size_bytes=1 << 20, max_kib=16, flushes=0.02)
+    client = NbdClient(path)
+
+    def kill() -> None:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    assert not write_plan(client, plan, acceptance, seed=5, stop_after=500, on_write=kill, fua=0.1)
+    assert acceptance.acknowledged_writes() >= 500
+    assert acceptance.completed_flushes() > 2
+    assert acceptance.judge(disk.read_bytes()) == []
+    assert acceptance.judge(bytes(1 << 20))
