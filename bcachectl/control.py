@@ -64,12 +64,16 @@ class LiveSet(Protocol):
         """Tunables and attributes by the kernel's names; all of the target's if ``names`` is empty."""
         ...
 
-    def set(self, target: str, name: str, value: str) -> str:
-        """Set a tunable and give what was stored."""
+    def set(self, target: str, values: dict[str, str]) -> dict[str, str]:
+        """Set tunables and give what was stored; nothing is set if a name or a value is wrong."""
         ...
 
     def start(self, verb: str, **params: Any) -> Job:
         """Begin ``attach``, ``detach``, ``stop``, ``gc``, ``flush``, ``where``, ``volume_create`` or ``_remove``."""
+        ...
+
+    def wait_end(self, timeout_s: float) -> bool:
+        """True once the set does not run any more."""
         ...
 
     def close(self) -> None:
@@ -144,9 +148,10 @@ class EngineSet:
         values: dict[str, str] = self.call("get", target=target, names=names)
         return values
 
-    def set(self, target: str, name: str, value: str) -> str:
-        """Set an attribute; what was stored."""
-        return str(self.call("set", target=target, name=name, value=value))
+    def set(self, target: str, values: dict[str, str]) -> dict[str, str]:
+        """Set attributes; what was stored."""
+        stored: dict[str, str] = self.call("set", target=target, values=values)
+        return stored
 
     def call(self, method: str, **params: Any) -> Any:
         """Ask and wait for the answer of a method that does no lasting work."""
@@ -183,6 +188,16 @@ class EngineSet:
                 raise BcachectlError(str(answer.get("error", {}).get("message", "the engine did not understand")))
             self._answers[int(answer["id"])] = answer
         return self._answers.pop(number)
+
+    def wait_end(self, timeout_s: float) -> bool:
+        """True once the engine has closed the connection: it has ended, or nearly so."""
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while time.monotonic() < deadline_s:
+                self._read_line(max(0.001, deadline_s - time.monotonic()))
+        except OSError:
+            return True
+        return False
 
     def close(self) -> None:
         """Disconnect."""
@@ -323,6 +338,17 @@ def parse_set_uuid(text: str) -> str:
     if strange:
         raise UsageError(f"{text.strip()!r} is not a uuid: {''.join(strange)!r} is no hexadecimal digit")
     raise UsageError(f"{text.strip()!r} is not a uuid: {len(digits)} hexadecimal digits instead of 32")
+
+
+def looks_like_uuid(text: str) -> bool:
+    """Whether a person who wrote this meant a whole uuid, right or wrong, and not a prefix or a path."""
+    digits = 0
+    for character in text.strip().lower():
+        if character in "0123456789abcdef":
+            digits += 1
+        elif character != "-":
+            break
+    return digits >= 32 and not os.path.exists(text)
 
 
 def match_volume(volumes: tuple[VolumeSnapshot, ...], text: str) -> list[str]:

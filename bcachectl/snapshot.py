@@ -267,6 +267,7 @@ class EventSnapshot:
     t_ns: int
     name: str
     detail: str
+    serial: int = 0
 
 
 @dataclass(frozen=True, slots=True)

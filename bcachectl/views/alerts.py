@@ -46,6 +46,28 @@ def alerts(snapshot: SetSnapshot) -> list[Alert]:
     return sorted(found, key=lambda alert: alert.level != "bad")
 
 
+def why_stalled(snapshot: SetSnapshot, volume: VolumeSnapshot) -> str:
+    """Why a volume's dirty data does not get less, as far as the snapshot can tell."""
+    if snapshot.failed is not None:
+        return f"the set has failed ({snapshot.failed})"
+    if volume.io_disabled:
+        return f"{volume.name} is disabled after I/O errors (io_disable)"
+    if volume.backing_io_errors:
+        return f"{volume.backing_io_errors} I/O errors of the backing device {volume.backing_path or ''}".rstrip()
+    writeback = volume.writeback
+    if writeback is None:
+        return "no writeback runs for it"
+    if writeback.keys_failed:
+        return f"{writeback.keys_failed} keys could not be written back"
+    if not writeback.running and not writeback.detaching:
+        return "writeback is paused (writeback_running is 0)"
+    if writeback.in_flight:
+        return f"{writeback.in_flight} writes to the backing device are in flight and take long"
+    if volume.requests is not None and volume.requests.writes:
+        return "nothing is in flight; clients may be writing as fast as it is written back"
+    return "nothing is in flight; the cause is not known"
+
+
 def _volume_alerts(volume: VolumeSnapshot) -> list[Alert]:
     found: list[Alert] = []
     if volume.io_disabled:

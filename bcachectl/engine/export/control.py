@@ -47,7 +47,7 @@ MAX_OPEN_CALLS = 64
 MAX_BACKLOG_BYTES = 1 << 20
 """Unread answers of one client past which its next request is left in the socket."""
 
-_PARAM_TYPES: dict[str, Any] = {"cells": int, "since": int, "target": str, "names": list, "name": str, "value": str,
+_PARAM_TYPES: dict[str, Any] = {"cells": int, "since": int, "target": str, "names": list, "values": dict,
                                 "volume": str, "set": str, "size": (int, str), "sector": int, "count": int}
 
 MAX_CELLS = 65536
@@ -288,14 +288,16 @@ class ControlServer:
         return to_json(self._snapshot(0).volumes)
 
     def _do_events(self, since: int = 0) -> Any:
-        return [to_json(event) for event in self._snapshot(0).events if event.t_ns > since]
+        return [to_json(event) for event in self._snapshot(0).events if event.serial > since]
 
     def _do_get(self, target: str = "", names: list[str] | None = None) -> Any:
         tunables = self.cset.tunables
         return {name: tunables.get(target, name) for name in names or tunables.names(target)}
 
-    def _do_set(self, target: str, name: str, value: str) -> Any:
-        return self.cset.tunables.set(target, name, value)
+    def _do_set(self, target: str, values: dict[str, str]) -> Any:
+        for name, text in values.items():
+            self.cset.tunables.check(target, name, text)
+        return self._set(target, values)
 
     def _do_attach(self, volume: str, set: str | None = None) -> Any:
         self._check_set(set)
@@ -333,6 +335,9 @@ class ControlServer:
             raise WrongState(f"{found.name} is a cached device, not a flash-only volume; "
                              "`detach` takes it out of the set")
         return self.cset.volume_remove(found.name)
+
+    async def _set(self, target: str, values: dict[str, str]) -> dict[str, str]:
+        return {name: await self.cset.tunables.set(target, name, text) for name, text in values.items()}
 
     async def _create(self, size_bytes: int) -> str:
         created = await self.cset.volume_create(size_bytes)
@@ -428,7 +433,8 @@ def _check_params(answer: Callable[..., Any], params: dict[str, Any]) -> None:
         raise UsageError(f"wrong parameters: {error}") from None
     for name, value in params.items():
         is_right = isinstance(value, _PARAM_TYPES[name]) and not isinstance(value, bool)
-        if not is_right or (name == "names" and not all(isinstance(item, str) for item in value)):
+        texts = value.values() if name == "values" else value if name == "names" else []
+        if not is_right or not all(isinstance(item, str) for item in texts):
             raise UsageError(f"wrong parameters: {name} is {type(value).__name__}")
 
 

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl engine list``: the engines that run here, with what they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bcachectl.commands.options import Json, print_json
+from bcachectl.control import EngineSet, engines
+from bcachectl.errors import BcachectlError
+from bcachectl.units import format_sectors, format_size
+
+
+def engine_list(as_json: Json = False) -> None:
+    """The engines that run here."""
+    described = [_describe(engine) for engine in engines()]
+    if as_json:
+        print_json("engines", {"engines": described})
+        return
+    if not described:
+        print("no engine runs here")
+    for engine in described:
+        print(f"set {engine['set']}  pid {engine['pid']}  cache {engine['cache'] or '?'}")
+        for volume in engine["volumes"]:
+            words = (f"  {volume['volume']:<9} {format_size(volume['size']):>9}", f"{volume['mode']:<12}",
+                     f"{volume['state']:<12}", f"{format_sectors(volume['dirty_bytes'] >> 9)} dirty",
+                     volume["backing"] or "")
+            print("  ".join(words).rstrip())
+
+
+def _describe(engine: EngineSet) -> dict[str, Any]:
+    record: dict[str, Any] = {"set": engine.uuid, "pid": engine.pid, "version": engine.version, "socket": engine.path,
+                              "cache": None, "failed": None, "volumes": []}
+    try:
+        snapshot = engine.snapshot(0)
+    except BcachectlError:
+        # It ended meanwhile, or is too busy to answer; that it is there is worth a line all the same.
+        return record
+    finally:
+        engine.close()
+    record["cache"] = snapshot.cache_path
+    record["failed"] = snapshot.failed
+    record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label, "size": volume.size_bytes,
+                          "kind": volume.kind, "mode": volume.mode, "state": volume.state,
+                          "dirty_bytes": volume.dirty_sectors * 512, "backing": volume.backing_path}
+                         for volume in snapshot.volumes]
+    return record

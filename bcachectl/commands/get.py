@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl get``: tunables and attributes of a set or a volume that runs, under the kernel's own names."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bcachectl.commands.options import Json, complete_device, print_json
+from bcachectl.control import find
+
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", autocompletion=complete_device, show_default=False,
+                                               help="A SET or a VOLUME.")]
+
+
+def get(
+    target: TargetArgument,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False,
+                                                      help="Names as in sysfs; by default all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read tunables; a single name prints the bare value, as cat on sysfs does."""
+    live, volume = find(target)
+    values = live.get(volume, names or [])
+    live.close()
+    if as_json:
+        print_json("get", {"set": live.uuid, "volume": volume or None, "values": values})
+    elif names and len(names) == 1:
+        print(values[names[0]])
+    else:
+        width = max((len(name) for name in values), default=0)
+        for name, value in values.items():
+            first, *rest = value.split("\n")
+            print(f"{name:<{width}}  {first}".rstrip())
+            for line in rest:
+                print(" " * (width + 2) + line)

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl status``: one page about a set or a volume that runs, from the engine that runs it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bcachectl.commands.options import Json, complete_device, print_json
+from bcachectl.control import find
+from bcachectl.snapshot import to_json
+from bcachectl.views.status import status_page
+
+
+def status(
+    target: Annotated[str | None, typer.Argument(metavar="[SET|VOLUME]", autocompletion=complete_device,
+                                                 show_default=False,
+                                                 help="What to show; by default the only set that runs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """State, mode, dirty data, hit ratios and buckets by state, as one page."""
+    live, volume = find(target)
+    snapshot = live.snapshot(0)
+    live.close()
+    if as_json:
+        print_json("status", to_json(snapshot))
+    else:
+        Console(highlight=False, soft_wrap=True).print(status_page(snapshot, only_volume=volume))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""One page about a set or one of its volumes: is my data safe, where is it, and does the cache help?
+
+`status_page` answers in that order: alerts first, then the cache, then each volume with its dirty data and its hit
+ratios in every window that the kernel keeps.  Plain text; colours only where something is wrong.
+"""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from bcachectl.snapshot import SetSnapshot, VolumeSnapshot, WindowSnapshot
+from bcachectl.units import format_sectors, format_size
+from bcachectl.views.panels import LABEL, format_duration, percent, verdict
+
+_LABEL_WIDTH = 12
+_WINDOW_NAMES = {"total": "total", "five_minute": "5 min", "hour": "hour", "day": "day"}
+
+
+def status_page(snapshot: SetSnapshot, *, only_volume: str = "") -> Text:
+    """The page; with ``only_volume`` the other volumes are left out."""
+    lines = [_row("Set", f"{snapshot.uuid}  {_runner(snapshot)}")]
+    lines += [Text(" " * _LABEL_WIDTH) + line for line in verdict(snapshot, lines=8)]
+    lines += _cache(snapshot)
+    for volume in snapshot.volumes:
+        if only_volume in ("", volume.name):
+            lines.append(Text())
+            lines += _volume(volume)
+    if not snapshot.volumes:
+        lines.append(_row("Volumes", "none: no backing device is attached"))
+    return Text("\n").join(lines)
+
+
+def _runner(snapshot: SetSnapshot) -> str:
+    if snapshot.source == "offline":
+        return "(does not run; read from the device)"
+    runner = "kernel" if snapshot.source == "kernel" else f"engine {snapshot.version}, pid {snapshot.pid}"
+    uptime = "" if snapshot.uptime_ns is None else f", up {format_duration(snapshot.uptime_ns)}"
+    return f"({runner}{uptime}{', read-only' if snapshot.read_only else ''})"
+
+
+def _cache(snapshot: SetSnapshot) -> list[Text]:
+    allocator, counts = snapshot.allocator, snapshot.allocator.counts
+    total = allocator.nbuckets
+    discard = "discard on" if allocator.discard else "discard off"
+    lines = [
+        _row("Cache", f"{snapshot.cache_path}  {format_size(snapshot.cache_bytes)} = {total} buckets of "
+                      f"{format_size(snapshot.bucket_bytes)}, block {format_size(snapshot.block_bytes)}, "
+                      f"{allocator.replacement}, {discard}"),
+        _row("Buckets", f"clean {percent(counts.clean, total)}, dirty {percent(counts.dirty, total)}, metadata "
+                        f"{percent(counts.metadata, total)}, free {percent(counts.free, total)}, unused "
+                        f"{percent(counts.unused, total)}"
+                        + ("" if allocator.in_use_percent is None else f"; in use {allocator.in_use_percent} %")),
+    ]
+    if snapshot.written_sectors is not None:
+        lines.append(_row("Written", f"data {format_sectors(snapshot.written_sectors)}, btree "
+                                     f"{format_sectors(snapshot.btree_written_sectors or 0)}, metadata "
+                                     f"{format_sectors(snapshot.metadata_written_sectors or 0)} since the start"))
+    if snapshot.journal is not None:
+        journal = snapshot.journal
+        used = journal.njournal - journal.free_buckets
+        lines.append(_row("Journal", f"{used} of {journal.njournal} buckets"))
+    if snapshot.gc is not None:
+        lines.append(_row("GC", f"{'running' if snapshot.gc.running else 'idle'}, {snapshot.gc.runs} runs"))
+    return lines
+
+
+def _volume(volume: VolumeSnapshot) -> list[Text]:
+    kind = "flash-only volume" if volume.kind == "flash" else f"cached device on {volume.backing_path or 'unknown'}"
+    label = f", label {volume.label}" if volume.label else ""
+    lines = [_row(volume.name, f"{format_size(volume.size_bytes)}, {kind}{label}"), _row("", f"uuid {volume.uuid}")]
+    if volume.kind == "cached":
+        style = {"dirty": "bright_yellow", "inconsistent": "bold red"}.get(volume.state, "")
+        state = _row("", "state ")
+        state.append(volume.state, style)
+        state.append(f", mode {volume.mode}")
+        state.append(f", {format_sectors(volume.dirty_sectors)} exist only in the cache" if volume.dirty_sectors
+                     else ", nothing dirty")
+        lines.append(state)
+    else:
+        lines.append(_row("", f"{format_sectors(volume.dirty_sectors)} used, all of it only in the cache"))
+    writeback = volume.writeback
+    if writeback is not None and volume.attached:
+        doing = "detaching" if writeback.detaching else "runs" if writeback.running else "paused"
+        lines.append(_row("", f"writeback {doing}: {writeback.percent} % of the cache ("
+                              f"{format_sectors(writeback.target_sectors)}) may stay dirty, rate "
+                              f"{format_sectors(writeback.rate_sectors)}/s, {writeback.in_flight} in flight, "
+                              f"{format_sectors(writeback.written_sectors)} written back"))
+    windows = [_window(window) for window in volume.windows if window.hits + window.misses]
+    if windows:
+        lines.append(_row("", "hits " + ", ".join(windows)))
+    for window in volume.windows:
+        if window.name == "total" and window.bypassed_sectors:
+            lines.append(_row("", f"bypassed {format_sectors(window.bypassed_sectors)}"))
+    requests = volume.requests
+    if requests is not None:
+        lines.append(_row("", f"requests: {requests.reads} reads ({format_sectors(requests.read_sectors)}), "
+                              f"{requests.writes} writes ({format_sectors(requests.written_sectors)}), "
+                              f"{requests.flushes} flushes, {requests.errors} errors"))
+    return lines
+
+
+def _window(window: WindowSnapshot) -> str:
+    return (f"{_WINDOW_NAMES.get(window.name, window.name)} {window.hit_ratio_percent} % "
+            f"of {window.hits + window.misses}")
+
+
+def _row(label: str, text: str) -> Text:
+    return Text.assemble((f"{label:<{_LABEL_WIDTH}}", LABEL), text)
