@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -44,3 +44,18 @@ def print_json(kind: str, body: dict[str, Any]) -> None:
     """Print ``body`` as one JSON document that names its schema and its ``kind`` (the verb that made it)."""
     json.dump({"schema": JSON_SCHEMA, "kind": kind, **body}, sys.stdout, indent=2, ensure_ascii=False)
     print()
+
+
+def print_json_list(kind: str, head: dict[str, Any], name: str, items: Iterable[dict[str, Any]],
+                    tail: Callable[[], dict[str, Any]]) -> None:
+    """Print a document with one long list, an item a line, while it is made.
+
+    ``tail`` gives the fields behind the list, once the list is through.
+    """
+    start = json.dumps({"schema": JSON_SCHEMA, "kind": kind, **head}, ensure_ascii=False)
+    sys.stdout.write(f"{start[:-1]}, {json.dumps(name)}: [")
+    separator = "\n"
+    for item in items:
+        sys.stdout.write(separator + json.dumps(item, ensure_ascii=False))
+        separator = ",\n"
+    sys.stdout.write(f"\n], {json.dumps(tail(), ensure_ascii=False)[1:]}\n")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Walk`: a whole cache device read offline, from the superblock down to every key.
 
-The device is seen only as ``read(sector, count)``.  `Walk.structures` yields a `Record` for each structure that could be
-read and a `Damage` for each that could not or that the kernel would refuse; bad data never raises.  What was learned on
-the way stays in the walk's attributes: `Walk.superblock`, `Walk.gens`, `Walk.prios`, `Walk.uuids`, `Walk.replay`,
+The device is seen only as ``read(sector, count)``.  `Walk.structures` yields a `Record` for each structure that could
+be read and a `Damage` for each that could not or that the kernel would refuse; bad data never raises.  What was learned
+on the way stays in the walk's attributes: `Walk.superblock`, `Walk.gens`, `Walk.prios`, `Walk.uuids`, `Walk.replay`,
 `Walk.slots`.  Its order (super.c, run_cache_set):
 
 1. superblock; a set that never ran (no CACHE_SYNC) has nothing else that is valid;
@@ -432,15 +432,25 @@ class Walk:
     def leaf_extents(self, *, with_journal: bool = True) -> Iterator[tuple[Slot, Extents]]:
         """Each leaf's live extents, in key order, as a start of the set would find them: no holes, check keys or
         stale extents.  Where a leaf is damaged there are those of the journal alone."""
-        journal = self._journal_map if with_journal else extent.empty()
         for slot in self._slots_and_gaps():
-            merged = extent.empty()
-            if slot.leaf is not None:
-                for image in self._reread(slot):
-                    fatal = validity.extents_fatal(image.keys, self.geometry)
-                    merged = extent.overlay(merged, extent.flatten(extent.from_keys(_sound(image.keys, fatal))))
-            merged = extent.overlay(merged, extent.clip(journal, start=slot.start, end=slot.end))
-            yield slot, merged.take(~self._is_dead(merged))
+            yield slot, self._live(slot, with_journal=with_journal)
+
+    def lookup(self, *, start: int, end: int) -> Extents:
+        """The live extents within positions [start, end), cut to them, joined where the kernel joins keys."""
+        parts = [self._live(slot, with_journal=True) for slot in self._slots_and_gaps()
+                 if slot.start < end and start < slot.end]
+        joined = extent.merge(extent.concatenate(parts), bucket_size_sectors=self.geometry.bucket_size_sectors)
+        return extent.clip(joined, start=start, end=end)
+
+    def _live(self, slot: Slot, *, with_journal: bool) -> Extents:
+        merged = extent.empty()
+        if slot.leaf is not None:
+            for image in self._reread(slot):
+                fatal = validity.extents_fatal(image.keys, self.geometry)
+                merged = extent.overlay(merged, extent.flatten(extent.from_keys(_sound(image.keys, fatal))))
+        if with_journal:
+            merged = extent.overlay(merged, extent.clip(self._journal_map, start=slot.start, end=slot.end))
+        return merged.take(~self._is_dead(merged))
 
     def too_stale(self, extents: Extents) -> npt.NDArray[np.bool_]:
         """Which extents are so far behind their bucket that the kernel would fail the set: "key too stale"."""
@@ -476,7 +486,8 @@ class Walk:
         return ahead
 
     def _is_dead(self, extents: Extents) -> npt.NDArray[np.bool_]:
-        return (extents.nptrs == 0) | _no_cache(extents) | (self._staleness(extents) > 0)
+        dead: npt.NDArray[np.bool_] = (extents.nptrs == 0) | _no_cache(extents) | (self._staleness(extents) > 0)
+        return dead
 
     # Small things.
 

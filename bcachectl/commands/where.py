@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl where``: which copy of a volume's sectors is the valid one, and where it lies."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from bcachectl import offline
+from bcachectl.blockdev import open_device
+from bcachectl.commands.options import Json, VolumeArgument, print_json
+from bcachectl.errors import UsageError, WrongState
+from bcachectl.fsck.walk import Walk
+from bcachectl.offline import Slot
+from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK, ptr_gen, ptr_sector
+from bcachectl.ondisk.superblock import SB_SECTOR
+from bcachectl.units import format_uuid
+from bcachectl.views import table
+
+SectorArgument = Annotated[int, typer.Argument(metavar="SECTOR", min=0, show_default=False,
+                                               help="First sector on the volume, of 512 bytes.")]
+CountArgument = Annotated[int, typer.Argument(metavar="COUNT", min=1, help="Number of sectors.")]
+CacheOption = Annotated[str, typer.Option("--cache", metavar="DEVICE", show_default=False,
+                                          help="The cache device of the volume's set.")]
+
+
+class Volume(NamedTuple):
+    """A volume as the keys know it; ``size_sectors`` is None where only its backing device would tell."""
+
+    slot: Slot
+    data_offset: int
+    size_sectors: int | None
+
+
+def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument = 1, *, cache: CacheOption,
+          as_json: Json = False) -> int:
+    """Tell for each of COUNT sectors of a VOLUME whether the cache or the backing device has the valid copy.
+
+    The set must not run; ask its engine with `bcachectl status` otherwise.
+    """
+    with offline.walk_cache(cache) as walked:
+        serious = [damage for damage in walked.damages if not damage.is_harmless]
+        for damage in serious:
+            print(f"bcachectl: {cache}: {damage}", file=sys.stderr)
+        found = _find_volume(walked.walk, cache, volume)
+        if found.size_sectors is not None and sector + count > found.size_sectors:
+            raise UsageError(f"{volume}: has {found.size_sectors} sectors; {sector}+{count} is behind its end")
+        pieces = list(_pieces(walked.walk, found, start=sector, end=sector + count))
+    if as_json:
+        print_json("where", {"volume": found.slot.name, "uuid": format_uuid(found.slot.entry.uuid), "pieces": pieces})
+    else:
+        rows = ((piece["start"], piece["end"], piece["state"], piece["device"], piece["device_sector"],
+                 piece.get("bucket"), piece.get("gen"), piece.get("prio"), piece.get("key")) for piece in pieces)
+        lines = table.table(("START", "END", "STATE", "ON", "AT_SECTOR", "BUCKET", "GEN", "PRIO", "KEY"), rows,
+                            color=table.wants_color(sys.stdout, os.environ))
+        print("\n".join(lines))
+    return 1 if serious else 0
+
+
+def _find_volume(walk: Walk, cache: str, volume: str) -> Volume:
+    assert walk.superblock is not None
+    if not os.path.exists(volume):
+        slot = offline.find_slot(walk, cache, volume)
+        is_flash = slot.entry.is_flash_only
+        return Volume(slot, 0 if is_flash else 2 * SB_SECTOR, slot.entry.sectors if is_flash else None)
+    with open_device(volume) as device:
+        found = offline.read_superblock(device)
+        offline.require_magic(device, found)
+        sb = found.superblock
+        if not sb.is_backing:
+            raise UsageError(f"{volume}: is not a backing device; name a volume by uuid, label or bcacheN, "
+                             "or its backing device")
+        if sb.set_uuid != walk.superblock.set_uuid:
+            raise WrongState(f"{volume}: belongs to set {format_uuid(sb.set_uuid)}, {cache} to set "
+                             f"{format_uuid(walk.superblock.set_uuid)}")
+        slot = offline.find_slot(walk, cache, format_uuid(sb.uuid))
+        return Volume(slot, sb.data_offset, (device.size_bytes >> 9) - sb.data_offset)
+
+
+def _pieces(walk: Walk, volume: Volume, *, start: int, end: int) -> Iterator[dict[str, Any]]:
+    base = (volume.slot.inode << INODE_SHIFT) + volume.data_offset
+    found = walk.lookup(start=base + start, end=base + end)
+    at = start
+    for row in range(len(found.start)):
+        key_start, key_end = int(found.start[row]), int(found.end[row])
+        if key_start - base > at:
+            yield _elsewhere(volume, at, key_start - base)
+        ptr = int(found.ptr[row])
+        bucket = walk.geometry.bucket_of(ptr_sector(ptr))
+        at = key_end - base
+        yield {"start": key_start - base, "end": at, "state": "dirty" if found.dirty[row] else "clean",
+               "device": "cache", "device_sector": ptr_sector(ptr), "bucket": bucket, "gen": ptr_gen(ptr),
+               "prio": int(walk.prios[bucket]),
+               "key": f"{volume.slot.inode}:{key_start & SECTOR_MASK} len {key_end - key_start}"}
+    if at < end:
+        yield _elsewhere(volume, at, end)
+
+
+def _elsewhere(volume: Volume, start: int, end: int) -> dict[str, Any]:
+    # What the cache does not have: the backing device does, and a flash-only volume reads zeros.
+    if volume.slot.entry.is_flash_only:
+        return {"start": start, "end": end, "state": "hole", "device": "zeros", "device_sector": None}
+    return {"start": start, "end": end, "state": "uncached", "device": "backing",
+            "device_sector": start + volume.data_offset}
