@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What a running set looks like at one moment: frozen records that the views show and that travel as JSON.
 
-A `SetSnapshot` is filled by whoever knows the set: the engine (``bcachectl.engine.stats``), the kernel's sysfs, or, for a
-set that does not run, an offline walk.  The views never ask where it came from.  What a source cannot know is None, or an
-empty tuple; a number is never made up.
+A `SetSnapshot` is filled by whoever knows the set: the engine (`bcachectl.engine.stats`), the kernel's sysfs, or, for a
+set that does not run, an offline walk.  The views never ask where it came from.  What a source cannot know is None, or
+an empty tuple; a number is never made up.
 
-Units are in the names; sizes in JSON are whole numbers of bytes or sectors.  Counters only grow while a set runs, so two
-snapshots give a rate.  `to_json` and `from_json` are each other's inverse; unknown names in JSON are ignored, so that an older
-program reads a newer engine.
+Units are in the names; sizes in JSON are whole numbers of bytes or sectors.  Counters only grow while a set runs, so
+two snapshots give a rate.  `to_json` and `from_json` are each other's inverse; unknown names in JSON are ignored, so
+that an older program reads a newer engine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUANTILES = 31
 """How many priorities the kernel's priority_stats gives."""
 
 MAP_STATES = "ufocdmr"
-"""Letters of a bucket map: unused, free (on a list), open, clean, dirty, metadata, reserved (journal and superblock)."""
+"""A bucket map's letters: unused, free (on a list), open, clean, dirty, metadata, reserved (journal, superblock)."""
 
 T = TypeVar("T")
 
@@ -77,7 +77,8 @@ class GenSnapshot:
 class PrioSnapshot:
     """Priorities as priority_stats tells them: distances from INITIAL_PRIO, 0 is just used and 32768 longest ago.
 
-    ``quantiles`` are in the kernel's order, most valuable bucket first; btree buckets and those with priority 0 are apart.
+    ``quantiles`` are in the kernel's order, most valuable bucket first; btree buckets and those with priority 0 are
+    apart.
     """
 
     quantiles: tuple[int, ...]
@@ -127,8 +128,8 @@ class AllocatorSnapshot:
 class MapSnapshot:
     """All buckets in order, as cells of nearly equal size.
 
-    ``states[i]`` is the state (a letter of `MAP_STATES`) that stands for cell i: dirty wins when it holds at least a quarter,
-    otherwise the most frequent one.  ``fills[i]`` is the percentage of the cell's buckets that hold data or metadata.
+    ``states[i]`` is the state (a letter of `MAP_STATES`) that stands for cell i: dirty wins when it holds at least a
+    quarter, otherwise the most frequent one.  ``fills[i]`` is the percentage of the cell's sectors that are in use.
     """
 
     states: str
@@ -272,7 +273,10 @@ class EventSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class SetSnapshot:
-    """A whole cache set.  ``source`` says who knows it: ``engine``, ``kernel`` or ``offline``."""
+    """A whole cache set.  ``source`` says who knows it: ``engine``, ``kernel`` or ``offline``.
+
+    ``damages`` counts what an offline walk could not read or the kernel would refuse.
+    """
 
     t_ns: int
     source: str
@@ -299,6 +303,7 @@ class SetSnapshot:
     btree_written_sectors: int | None = None
     metadata_written_sectors: int | None = None
     read_only: bool = False
+    damages: int = 0
 
 
 def to_json(record: Any) -> Any:

@@ -28,8 +28,8 @@ def engine_stop(
 def stop_engine(live: LiveSet, *, dry_run: bool, as_json: bool) -> None:
     """Ask the engine to stop and wait until it is gone."""
     if dry_run:
-        print(f"would ask the {live.source} of set {live.uuid} to stop; it would write what is journaled and not yet in "
-              "the btree")
+        print(f"would ask the {live.source} of set {live.uuid} to stop; it would write what is journaled and not yet "
+              "in the btree")
         return
     job = live.start("stop")
     job.wait(STOP_TIMEOUT_S)

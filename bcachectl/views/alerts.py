@@ -31,6 +31,9 @@ def alerts(snapshot: SetSnapshot) -> list[Alert]:
     found: list[Alert] = []
     if snapshot.failed is not None:
         found.append(Alert("bad", f"the set has failed: {snapshot.failed}; caching is off"))
+    if snapshot.damages:
+        found.append(Alert("bad", f"{snapshot.damages} structures are damaged: `bcachectl fsck {snapshot.cache_path}` "
+                                  "tells what that costs"))
     for volume in snapshot.volumes:
         found += _volume_alerts(volume)
     if snapshot.cache_io_errors:

@@ -298,7 +298,8 @@ def _rate(history: History, name: str) -> str:
 
 def _volume(volume: VolumeSnapshot, width: int) -> Text:
     style = {"dirty": "bright_yellow", "inconsistent": "bold red", "clean": "green"}.get(volume.state, "")
-    line = Text.assemble((f"{volume.name:<8} ", LABEL), f"{format_size(volume.size_bytes):>8} ",
+    size = format_size(volume.size_bytes) if volume.size_bytes else ""
+    line = Text.assemble((f"{volume.name:<8} ", LABEL), f"{size:>8} ",
                          f"{volume.mode if volume.kind == 'cached' else 'flash-only':<12} ")
     line.append(f"{volume.state:<8} ", style)
     line.append(f"{format_sectors(volume.dirty_sectors):>9} dirty ", style if volume.dirty_sectors else "bright_black")

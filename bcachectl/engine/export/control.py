@@ -23,7 +23,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bcachectl import __version__
 from bcachectl.control import (
@@ -34,11 +34,13 @@ from bcachectl.control import (
     parse_set_uuid,
 )
 from bcachectl.engine.bdev import Bdev
-from bcachectl.engine.cache_set import CacheSet
 from bcachectl.engine.front import Volume
 from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
 from bcachectl.snapshot import SetSnapshot, to_json
 from bcachectl.units import format_uuid, parse_size
+
+if TYPE_CHECKING:
+    from bcachectl.engine.cache_set import CacheSet
 
 MAX_CLIENTS = 64
 MAX_OPEN_CALLS = 64
