@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
+"""A field of bits in one word and in a column of words."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
+"""Prio sets: layout, checksum over the whole buffer, and the two ways to be refused."""
+
 from __future__ import annotations
 
 import struct

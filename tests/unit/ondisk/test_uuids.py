@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
+"""The uuid array: fields, slots free and retired, odd labels, and its older form."""
+
 from __future__ import annotations
 
 import pytest
