@@ -239,7 +239,7 @@ def _greet(wire: socket.socket) -> None:
 
 def _option(wire: socket.socket, option: int, payload: bytes) -> list[tuple[int, bytearray]]:
     wire.sendall(struct.pack(">QII", _OPTION_MAGIC, option, len(payload)) + payload)
-    replies = []
+    replies: list[tuple[int, bytearray]] = []
     while True:
         magic, answered, kind, length = struct.unpack(">QIII", _take(wire, 20))
         assert (magic, answered) == (_REP_MAGIC, option)

@@ -53,9 +53,8 @@ def test_golden_content_is_what_the_truth_says(golden: Callable[..., Path], tmp_
 @pytest.mark.parametrize("series", ["6.12", "6.1"])
 def test_killed_kernel_is_judged(golden: Callable[..., Path], tmp_path: Path, series: str) -> None:
     story = golden("fresh", writable=True)
-    disks = {"cache": story / "cache.img", "backings": [story / "back0.img"]}
     plan = plan_for(31, SIZE_BYTES)
-    visit = Visit(tmp_path / "write", series=series, **disks)
+    visit = Visit(tmp_path / "write", series=series, cache=story / "cache.img", backings=[story / "back0.img"])
     visit.register()
     visit.set_mode("writeback")
     visit.write(plan)
@@ -70,7 +69,7 @@ def test_killed_kernel_is_judged(golden: Callable[..., Path], tmp_path: Path, se
     old = tmp_path / "old"
     old.mkdir()
     copy_sparse(story / "back0.img", old / "back0.img")
-    visit = Visit(tmp_path / "read", series=series, **disks)
+    visit = Visit(tmp_path / "read", series=series, cache=story / "cache.img", backings=[story / "back0.img"])
     visit.register()
     visit.copy_out()
     visit.stop()

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Engine and kernel take turns on one set, and each is killed in the middle of writing (traps.md, T7 and T8).
+
+In each cache mode, with the same files all the way:
+
+1. the engine writes and is killed with SIGKILL;
+2. the kernel registers the set, reads all of it, writes, and its machine is killed;
+3. the engine reads all of it, writes, and is killed again;
+4. the kernel reads all of it and stops in good order;
+5. the engine reads the same once more, and stops in good order.
+
+After each kill every sector must hold what the last completed flush settled, or what a later write put there, and the
+kernel's log must have no complaint.  The caches are smaller than the volumes, so buckets are reused all the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance import Acceptance, acceptance_of_run
+from tests.engine_process import EngineProcess, bcachectl, write_plan
+from tests.stamps import draw
+from tests.vm.kernel_side import Visit, plan_for
+
+DATA_OFFSET_BYTES = 8192
+BACKING_BYTES = 40 << 20
+SIZE_BYTES = BACKING_BYTES - DATA_OFFSET_BYTES
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set's shape, its mode, and how far the writers come before they are killed."""
+
+    mode: str
+    bucket: str
+    block: str
+    cache_bytes: int
+    first_kill: int
+    second_kill: int
+    series: str = "6.12"
+
+    def __str__(self) -> str:
+        return f"{self.mode}-{self.series}"
+
+
+CASES = [
+    Case("writeback", "64k", "4k", 44 << 20, first_kill=900, second_kill=350),
+    Case("writethrough", "16k", "4k", 12 << 20, first_kill=1500, second_kill=300),
+    Case("writearound", "16k", "512", 12 << 20, first_kill=700, second_kill=250),
+    Case("none", "32k", "4k", 20 << 20, first_kill=500, second_kill=200),
+    Case("writeback", "16k", "4k", 14 << 20, first_kill=1200, second_kill=300, series="6.1"),
+]
+
+
+@dataclass
+class Handed:
+    """The set that goes from hand to hand."""
+
+    cache: Path
+    backing: Path
+    case: Case
+    directory: Path
+
+    def engine(self) -> EngineProcess:
+        """The engine on the set, reading and writing."""
+        return EngineProcess(self.cache, [self.backing], tunables={"cache_mode": self.case.mode})
+
+    def visit(self, name: str) -> Visit:
+        """A boot of the kernel on the set."""
+        return Visit(self.directory / name, cache=self.cache, backings=[self.backing], series=self.case.series)
+
+    def engine_writes_until_killed(self, engine: EngineProcess, acceptance: Acceptance, seed: int) -> None:
+        """The engine is killed after ``first_kill`` acknowledged writes, with eight requests in flight."""
+        plan = draw(**plan_for(seed, SIZE_BYTES, reads=0.3, hot=0.3))
+        ended = write_plan(engine.client(), plan, acceptance, seed=seed, fua=0.04, stop_after=self.case.first_kill,
+                           on_write=engine.process.kill)
+        assert not ended, "the plan came to its end before the kill"
+        assert acceptance.acknowledged_writes() >= self.case.first_kill
+        assert acceptance.completed_flushes() > 3
+
+
+def format_set(case: Case, directory: Path) -> Handed:
+    """A new set made by ``bcachectl format``."""
+    cache, backing = directory / "cache.img", directory / "backing.img"
+    for path, size_bytes in ((cache, case.cache_bytes), (backing, BACKING_BYTES)):
+        with path.open("wb") as file:
+            file.truncate(size_bytes)
+    bcachectl("format", "--cache", cache, "--backing", backing, "--bucket-size", case.bucket,
+              "--block-size", case.block)
+    return Handed(cache, backing, case, directory)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_t7_t8_three_handovers_in_a_row(case: Case, tmp_path: Path) -> None:
+    handed = format_set(case, tmp_path)
+
+    acceptance = Acceptance(SIZE_BYTES)
+    with handed.engine() as engine:
+        handed.engine_writes_until_killed(engine, acceptance, seed=1)
+
+    plan = plan_for(2, SIZE_BYTES, reads=0.3, hot=0.3)
+    visit = handed.visit("kernel-writes")
+    visit.register()
+    visit.copy_out()
+    visit.set_mode(case.mode)
+    visit.write(plan)
+    seen = visit.run_and_kill(after_writes=case.second_kill)
+    assert acceptance.judge(seen.contents[0]) == [], "engine killed, kernel reads"
+    assert seen.result.complaints() == []
+
+    acceptance = acceptance_of_run(draw(**plan), seed=2, last_acknowledged=seen.last_acknowledged,
+                                   size_bytes=SIZE_BYTES, initial=seen.contents[0])
+    with handed.engine() as engine:
+        content = engine.client().read_all()
+        assert acceptance.judge(content) == [], "kernel killed, engine reads"
+        acceptance = Acceptance(SIZE_BYTES, content)
+        handed.engine_writes_until_killed(engine, acceptance, seed=3)
+
+    visit = handed.visit("kernel-reads")
+    visit.register()
+    visit.copy_out()
+    visit.stop()
+    seen = visit.run()
+    assert acceptance.judge(seen.contents[0]) == [], "engine killed again, kernel reads"
+    assert seen.result.complaints() == []
+
+    with handed.engine() as engine:
+        assert engine.client().read_all() == seen.contents[0], "kernel stopped, engine reads"
+        engine.stop()
