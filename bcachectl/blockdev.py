@@ -31,7 +31,7 @@ Buffer = bytes | bytearray | memoryview
 
 _BLKROGET, _BLKSSZGET, _BLKIOOPT, _BLKGETSIZE64 = 0x125E, 0x1268, 0x1279, 0x80081272
 _BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
-_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 
 _ZERO_CHUNK_BYTES = 1 << 20
@@ -187,14 +187,17 @@ class BlockDevice:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
 
     def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
-        """Zeros by BLKZEROOUT or fallocate, by plain writes where neither is known."""
+        """Zeros by BLKZEROOUT, by a hole in a file, by plain writes where neither is known.
+
+        A hole and not allocated zeros: an image stays sparse, and a client's fstrim gives space back.
+        """
         if self.read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         try:
             if self.is_block:
                 fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", offset_bytes, length_bytes))
             else:
-                _fallocate(self.fd, _ZERO_RANGE, offset_bytes, length_bytes)
+                _fallocate(self.fd, _PUNCH_HOLE, offset_bytes, length_bytes)
             return
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bcachectl.blockdev import open_device
 from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.export.loopdev import LoopExport
 from bcachectl.engine.export.nbd import NbdServer
 from bcachectl.engine.front import (
     EXTENT_CLEAN,
@@ -88,11 +89,13 @@ class FileVolume:
 class Served:
     """What `serve` gives: the volumes and the socket."""
 
-    def __init__(self, loop: Loop, volumes: list[FileVolume], server: NbdServer, path: Path) -> None:
+    def __init__(self, loop: Loop, volumes: list[FileVolume], server: NbdServer, path: Path,
+                 devices: list[str]) -> None:
         self.loop = loop
         self.volumes = volumes
         self.server = server
         self.path = path
+        self.devices = devices
 
 
 class _Stopper:
@@ -112,7 +115,7 @@ class _Stopper:
 
 @contextmanager
 def serve(images: list[Path], socket_path: Path, *, backend: str = "auto", is_quick: bool = True,
-          read_only: bool = False, direct: bool = False) -> Iterator[Served]:
+          read_only: bool = False, direct: bool = False, loop_directory: Path | None = None) -> Iterator[Served]:
     """Serve the images over NBD until the block ends."""
     sched, front = make_sched(), Front()
     media: list[Medium] = [open_device(str(image), write=not read_only, exclusive=True, direct=direct)
@@ -127,9 +130,22 @@ def serve(images: list[Path], socket_path: Path, *, backend: str = "auto", is_qu
     stopper = _Stopper(loop)
     failures: list[BaseException] = []
 
+    exports = [] if loop_directory is None else [
+        LoopExport(loop, volume, media[0], server.pool, str(loop_directory), stream=volume.bdev.index)
+        for volume in volumes]
+    ready = threading.Event()
+    devices: list[str] = []
+
     async def main() -> None:
+        for export in exports:
+            devices.append(await export.start())
+        ready.set()
         while not stopper.stopped:
             await stopper.wait.wait()
+        for export in exports:
+            while await export.is_in_use():
+                await sched.sleep_until(sched.now_ns + 50_000_000)
+            await export.stop()
         await server.stop()
 
     def run() -> None:
@@ -137,14 +153,19 @@ def serve(images: list[Path], socket_path: Path, *, backend: str = "auto", is_qu
             loop.run(main())
         except BaseException as error:
             failures.append(error)
+            for export in exports:
+                export.abort()
             server.close()
+            ready.set()
 
     thread = threading.Thread(target=run)
     thread.start()
+    ready.wait(30)
     try:
-        yield Served(loop, volumes, server, socket_path)
+        yield Served(loop, volumes, server, socket_path, devices)
     finally:
-        os.write(stopper.write_fd, b"x")
+        if thread.is_alive():
+            os.write(stopper.write_fd, b"x")
         thread.join(30)
         assert not thread.is_alive(), "the loop did not stop"
         loop.close()

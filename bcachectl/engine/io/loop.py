@@ -20,8 +20,9 @@ import os
 import random
 import select
 import signal
+import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
@@ -128,6 +129,17 @@ class Loop:
             self._old_signals.append((number, signal.signal(number, _ignore)))
         self.register(self._signal_fds[0], self)
 
+    async def call_in_thread(self, function: Callable[[], T]) -> T:
+        """Run a function that may block, a system call that waits for this very loop included; its result."""
+        errand = _Errand(self)
+        thread = threading.Thread(target=errand.run, args=(function,), daemon=True)
+        thread.start()
+        while not errand.is_done:
+            await errand.wait.wait()
+        if errand.error is not None:
+            raise errand.error
+        return errand.result  # type: ignore[no-any-return]
+
     def on_ready(self, fd: int, events: int) -> None:
         """A signal came in."""
         if any(number in (signal.SIGINT, signal.SIGTERM) for number in os.read(fd, 4096)):
@@ -188,6 +200,31 @@ class Loop:
             return -1
         left_ns = timer_ns - (time.monotonic_ns() - self._start_ns)
         return max(0.0, left_ns / NS_PER_S)
+
+
+class _Errand:
+    # What a thread does for a coroutine.  The thread touches nothing of the loop but the eventfd.
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self.wait = WaitQueue(loop.sched, "errand")
+        self.is_done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+        loop.register(self.fd, self)
+
+    def run(self, function: Callable[[], Any]) -> None:
+        try:
+            self.result = function()
+        except BaseException as error:
+            self.error = error
+        os.eventfd_write(self.fd, 1)
+
+    def on_ready(self, fd: int, events: int) -> None:
+        self.loop.unregister(fd)
+        os.close(fd)
+        self.is_done = True
+        self.wait.wake_all()
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:

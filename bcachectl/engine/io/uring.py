@@ -47,7 +47,7 @@ _FEAT_SINGLE_MMAP = 1
 _ENTER_GETEVENTS = 1
 _OP_FSYNC, _OP_FALLOCATE, _OP_READ, _OP_WRITE = 3, 17, 22, 23
 _FSYNC_DATASYNC = 1
-_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE, _FALLOC_ZERO_RANGE = 1, 2, 16
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 # opcode flags ioprio fd | off addr | len rw_flags user_data | buf_index personality splice_fd addr3 pad
 _SQE = struct.Struct("<BBHiQQIIQHHiQQ")
@@ -271,9 +271,8 @@ class RingBackend:
             return push(_OP_READ if io.op == READ else _OP_WRITE, fd=fd, offset=offset_bytes,
                         address=flight.address + flight.done_bytes, length=left_bytes,
                         op_flags=os.RWF_DSYNC if io.flags & FUA else 0, user_data=index)
-        mode = _FALLOC_KEEP_SIZE | (_FALLOC_PUNCH_HOLE if io.op == DISCARD else _FALLOC_ZERO_RANGE)
-        return push(_OP_FALLOCATE, fd=fd, offset=offset_bytes, address=left_bytes, length=mode, op_flags=0,
-                    user_data=index)
+        return push(_OP_FALLOCATE, fd=fd, offset=offset_bytes, address=left_bytes,
+                    length=_FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, op_flags=0, user_data=index)
 
     def _landed(self, index: int, result: int) -> bool:
         # True if the flight goes on with another entry.
