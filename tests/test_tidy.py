@@ -22,6 +22,7 @@ PACKAGE = "bcachectl"
 FILE_LINES_LIMIT = 800
 FUNCTION_LINES_LIMIT = 100
 ESSAY_CHARACTERS_MIN = 80
+COMMAND_ESSAY_CHARACTERS_MIN = 30
 BANNED_FILE_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 
 BASE = ("errors", "units", "snapshot")
@@ -50,7 +51,14 @@ LAYERS: dict[str, Layer] = {
     "control": Layer(internal=BASE),
     "census": Layer(internal=BASE, third_party=("numpy",)),
     "signatures": Layer(internal=(*BASE, "blockdev")),
+    "writeplan": Layer(internal=(*BASE, "blockdev")),
+    "census": Layer(internal=BASE, third_party=("numpy",)),
     "discovery": Layer(internal=(*BASE, "ondisk", "sysfs", "blockdev"), third_party=("pyudev",)),
+    # What the offline commands share; the engine never sees it.
+    "claim": Layer(internal=(*BASE, "blockdev", "discovery")),
+    "describe": Layer(internal=(*BASE, "ondisk", "fsck"), third_party=("numpy",)),
+    "formatter": Layer(internal=(*BASE, "ondisk", "blockdev", "signatures", "writeplan")),
+    "offline": Layer(internal=(*BASE, "ondisk", "fsck", "blockdev", "describe")),
     "ondisk": Layer(internal=(*BASE, "ondisk"), third_party=("construct", "numpy", "fastcrc"),
                     banned_stdlib=("os", "time", "random", "socket", "threading", "asyncio", "logging")),
     "views": Layer(internal=(*BASE, "views"), third_party=("rich",),
@@ -116,7 +124,10 @@ def layer_complaints(path: Path, source: str, modules: set[str]) -> Iterator[str
         elif top == PACKAGE:
             while rest and rest not in modules:
                 rest = rest.rpartition(".")[0]
-            target = layer_of(rest) if rest else ""
+            try:
+                target = layer_of(rest) if rest else ""
+            except KeyError:
+                continue   # complained about where that module is judged
             if rest and target not in layer.internal and "" not in layer.internal:
                 yield f"{path}:{line}: layer {layer_name} must not import {PACKAGE}.{rest}"
             if target in ("cli", "__main__") and layer_name != "__main__":
@@ -152,14 +163,15 @@ def header_complaints(path: Path, source: str) -> Iterator[str]:
     essay = ast.get_docstring(ast.parse(source)) or ""
     if not essay:
         yield f"{path}: no docstring"
-    elif len(essay) < ESSAY_CHARACTERS_MIN and path.parts[0] == PACKAGE and not path.name.startswith("__"):
+    elif path.parts[0] == PACKAGE and not path.name.startswith("__") and len(essay) < (
+            COMMAND_ESSAY_CHARACTERS_MIN if "commands" in path.parts else ESSAY_CHARACTERS_MIN):
         yield f"{path}: its essay is too short to say what it owns and what holds"
     if path.name in BANNED_FILE_NAMES:
         yield f"{path}: a file is named after what it owns"
 
 
 def defined_names(tree: ast.Module) -> Iterator[str]:
-    """Every name that a module defines: functions, classes, constants, attributes, slots, arguments."""
+    """Every name that a module defines or imports: functions, classes, constants, attributes, arguments, table keys."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
@@ -169,6 +181,10 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
             yield node.attr
         elif isinstance(node, ast.arg):
             yield node.arg
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield node.value
 
 
 def essay_name_complaints(path: Path, source: str, names: set[str], modules: set[str]) -> Iterator[str]:
@@ -177,6 +193,8 @@ def essay_name_complaints(path: Path, source: str, names: set[str], modules: set
     essay = ast.get_docstring(ast.parse(source)) or ""
     for quoted in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", essay):
         word = quoted.removesuffix("()").removeprefix(f"{PACKAGE}.")
+        if quoted.startswith(f"{PACKAGE} "):
+            word = "commands." + "_".join(quoted.split()[1:])   # a verb: `bcachectl engine run`
         if word in KNOWN_WORDS or re.fullmatch(r"\w+\.[ch]", word) or word in modules or word == PACKAGE:
             continue
         if not all(part in names or part in parts_of_modules for part in word.split(".")):
