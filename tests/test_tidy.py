@@ -52,7 +52,6 @@ LAYERS: dict[str, Layer] = {
     "census": Layer(internal=BASE, third_party=("numpy",)),
     "signatures": Layer(internal=(*BASE, "blockdev")),
     "writeplan": Layer(internal=(*BASE, "blockdev")),
-    "census": Layer(internal=BASE, third_party=("numpy",)),
     "discovery": Layer(internal=(*BASE, "ondisk", "sysfs", "blockdev"), third_party=("pyudev",)),
     # What the offline commands share; the engine never sees it.
     "claim": Layer(internal=(*BASE, "blockdev", "discovery")),
