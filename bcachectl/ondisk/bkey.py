@@ -159,11 +159,12 @@ def ptr_dev(ptr: int) -> int:
 
 def position(inode: int, sector: int) -> int:
     """The integer that keys are ordered by; MAX_KEY's inode and offset give `MAX_POS`."""
-    if sector <= SECTOR_MASK:
-        return inode << INODE_SHIFT | sector
     if inode == MAX_INODE and sector == MAX_OFFSET:
         return MAX_POS
-    raise Corrupt(f"key {inode}:{sector}", "beyond 8 PiB")
+    pos = inode << INODE_SHIFT | sector
+    if sector > SECTOR_MASK or pos == MAX_POS:
+        raise Corrupt(f"key {inode}:{sector}", "beyond 8 PiB")
+    return pos
 
 
 def text(key: Bkey) -> str:
@@ -242,13 +243,12 @@ def decode_key_columns(buf: Buffer, nr_u64s: int) -> KeyColumns:
     nptrs = KEY_PTRS.get(high).astype(np.uint8)
     # Shifting inode to the top drops every other field of the word.
     pos = np.bitwise_or(high << INODE_SHIFT, low)
-    if len(low) and int(low.max()) > SECTOR_MASK:
-        is_beyond = low > SECTOR_MASK
-        is_max = is_beyond & (low == MAX_OFFSET) & (KEY_INODE.get(high) == MAX_INODE)
-        wrong = np.flatnonzero(is_beyond & ~is_max)
+    if len(low) and (int(low.max()) > SECTOR_MASK or int(pos.max()) == MAX_POS):
+        # The bits of MAX_KEY are those of MAX_POS already; nothing else may have them.
+        is_max = (low == MAX_OFFSET) & (KEY_INODE.get(high) == MAX_INODE)
+        wrong = np.flatnonzero(((low > SECTOR_MASK) | (pos == MAX_POS)) & ~is_max)
         if len(wrong):
             raise Corrupt(f"key {high[wrong[0]] & MAX_INODE}:{low[wrong[0]]}", "beyond 8 PiB")
-        pos[is_max] = MAX_POS
     return KeyColumns(pos, KEY_SIZE.get(high).astype(np.uint32), KEY_DIRTY.get(high).astype(np.bool_), nptrs, ptr,
                       KEY_CSUM.get(high).astype(np.uint8), high)
 

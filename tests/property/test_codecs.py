@@ -80,7 +80,7 @@ def keys(draw: st.DrawFn, max_ptrs: int = 7, csum: bool = True) -> Bkey:
     if draw(st.integers(0, 9)) == 0:
         inode, end = MAX_INODE, MAX_OFFSET
     else:
-        inode, end = draw(st.integers(0, MAX_INODE)), draw(st.integers(0, (1 << 44) - 1))
+        inode, end = draw(st.integers(0, MAX_INODE)), draw(st.integers(0, (1 << 44) - 2))
     return Bkey(inode, end - size, end, draw(st.booleans()), draw(st.integers(0, 3)) if csum else 0, ptrs)
 
 

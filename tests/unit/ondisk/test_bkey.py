@@ -97,9 +97,10 @@ def test_positions() -> None:
     assert position(0, 0) == 0
     assert position(1, 0) > position(0, (1 << 44) - 1)
     assert position(MAX_INODE, MAX_OFFSET) == MAX_POS
-    with pytest.raises(Corrupt) as caught:
-        position(5, 1 << 44)
-    assert caught.value.why == "beyond 8 PiB"
+    for inode, sector in ((5, 1 << 44), (MAX_INODE, (1 << 44) - 1), (0, MAX_OFFSET)):
+        with pytest.raises(Corrupt) as caught:
+            position(inode, sector)
+        assert caught.value.why == "beyond 8 PiB"
 
 
 def test_pack_key_refuses_what_the_size_field_cannot_hold() -> None:
@@ -176,7 +177,7 @@ def test_a_key_that_runs_past_the_end(cut: int, repeat: int) -> None:
 
 
 @pytest.mark.parametrize(("inode", "offset"), [(0, 1 << 44), (MAX_INODE, MAX_OFFSET - 1), (0, MAX_OFFSET),
-                                               (MAX_INODE, (1 << 64) - 1)])
+                                               (MAX_INODE, (1 << 64) - 1), (MAX_INODE, (1 << 44) - 1)])
 def test_keys_beyond_8_pib(inode: int, offset: int) -> None:
     with pytest.raises(Corrupt) as caught:
         decode_key_columns(EXTENT + struct.pack("<3Q", 9 << 60 | inode, offset, 0), 6)
