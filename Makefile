@@ -10,7 +10,7 @@ KERNEL ?= 6.12
 SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint unit golden vm clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash vm clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,12 @@ check: setup-dev ## ruff, mypy --strict, unit, property and tidy tests: under a 
 
 golden: setup-dev ## every test on the images that the kernel's driver wrote
 	$(PYTEST) -n $(WORKERS) -m golden
+
+sim: setup-dev ## the engine on simulated disks; SEED=n replays a seed
+	$(if $(SEED),BCACHECTL_SIM_SEED=$(SEED)) $(PYTEST) -n $(WORKERS) -m sim
+
+crash: setup-dev ## power loss at every point of every story, three times (about an hour); SEED=n for other choices
+	$(if $(SEED),BCACHECTL_SIM_SEED=$(SEED)) BCACHECTL_CRASH=all $(PYTEST) -n $(WORKERS) --timeout 7200 -m crash
 
 vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or 6.12 (default)
 	BCACHECTL_VM_KERNEL=$(KERNEL) $(PYTEST) -m vm
