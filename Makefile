@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest
 WORKERS ?= 2
-KERNEL ?= 6.12
+KERNEL ?=
 SEED ?=
 
 .DEFAULT_GOAL := help
@@ -37,8 +37,8 @@ sim: setup-dev ## the engine on simulated disks; SEED=n replays a seed
 crash: setup-dev ## power loss at every point of every story, three times (about an hour); SEED=n for other choices
 	$(if $(SEED),BCACHECTL_SIM_SEED=$(SEED)) BCACHECTL_CRASH=all $(PYTEST) -n $(WORKERS) --timeout 7200 -m crash
 
-vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or 6.12 (default)
-	BCACHECTL_VM_KERNEL=$(KERNEL) $(PYTEST) -m vm
+vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12 for one kernel only
+	$(if $(KERNEL),BCACHECTL_VM_KERNEL=$(KERNEL)) $(PYTEST) -n $(WORKERS) -m vm
 
 clean: ## remove the virtual environment and all caches of this tree
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,7 +31,7 @@ from tests.require import need_tool
 from tests.vm.kernel import Kernel, fetch_kernel
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_SERIES = os.environ.get("BCACHECTL_VM_KERNEL", "6.12")
+DEFAULT_SERIES = os.environ.get("BCACHECTL_VM_KERNEL") or "6.12"
 BOOT_TIMEOUT_S = 120
 
 
