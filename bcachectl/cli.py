@@ -76,6 +76,12 @@ GROUPS = {
 }
 """The first words of verbs of two words."""
 
+SEVERAL = {
+    "format": ("--cache", "-C", "--backing", "--bdev", "-B"),
+    "engine run": ("--cache", "--backing"),
+}
+"""Options that take every word up to the next option, as in ``--backing A B``; their verbs have no arguments."""
+
 OVERVIEW = """Administer Linux bcache, and run cache sets in user space.
 
 A DEVICE is a block device or a plain file that holds an image. A SET is a cache set's uuid, a unique prefix of it
@@ -90,7 +96,7 @@ def run(words: Sequence[str]) -> int:
     """Run the command line ``words`` and return the exit status.  Nothing but a bug in here raises."""
     asked = [*words, *_completion_words()]
     debug = "--debug" in _before_dashes(words)
-    arguments = [word for index, word in enumerate(words) if word != "--debug" or "--" in words[:index]]
+    arguments = spread([word for index, word in enumerate(words) if word != "--debug" or "--" in words[:index]])
     try:
         command = typer.main.get_command(build_app(asked))
         if f"_{PROGRAM.upper()}_COMPLETE" in os.environ:
@@ -155,6 +161,25 @@ def build_app(asked: Sequence[str]) -> typer.Typer:
         parent.command(name, help=None if loaded else command.summary, short_help=command.summary,
                        context_settings=CONTEXT)(function)
     return app
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """Give each word its option: ``--backing A B`` becomes ``--backing A --backing B`` for the verbs in `SEVERAL`."""
+    options = next((options for verb, options in SEVERAL.items()
+                    if list(words[:len(verb.split())]) == verb.split()), ())
+    done: list[str] = []
+    option = value_of = ""
+    for word in words:
+        if word.startswith("-"):
+            name, _, value = word.partition("=")
+            option = name if name in options else ""
+            value_of = "" if value else word
+        elif value_of:
+            value_of = ""
+        elif option:
+            done.append(option)
+        done.append(word)
+    return done
 
 
 def load(command: Command) -> Callable[..., Any]:

@@ -188,10 +188,10 @@ def undo_plan(verb: str, entries: Sequence[UndoEntry], saved: Sequence[bytes], d
 
 def undo_directory() -> Path:
     """Where undo files go if nobody names a place."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/bcachectl/undo")
     state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local/state") / "bcachectl/undo"
+    if state:
+        return Path(state) / "bcachectl/undo"
+    return Path("/var/lib/bcachectl/undo") if os.geteuid() == 0 else Path.home() / ".local/state/bcachectl/undo"
 
 
 def undo_path(verb: str, devices: Iterable[str], *, now_s: int) -> Path:

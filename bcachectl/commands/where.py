@@ -86,15 +86,15 @@ def _pieces(walk: Walk, volume: Volume, *, start: int, end: int) -> Iterator[dic
     found = walk.lookup(start=base + start, end=base + end)
     at = start
     for row in range(len(found.start)):
-        key_start, key_end = int(found.start[row]), int(found.end[row])
-        if key_start - base > at:
-            yield _elsewhere(volume, at, key_start - base)
-        ptr = int(found.ptr[row])
+        key_start, key_end, ptr = int(found.start[row]), int(found.end[row]), int(found.ptr[row])
+        piece_start, piece_end = max(key_start - base, start), min(key_end - base, end)
+        if piece_start > at:
+            yield _elsewhere(volume, at, piece_start)
+        at = piece_end
         bucket = walk.geometry.bucket_of(ptr_sector(ptr))
-        at = key_end - base
-        yield {"start": key_start - base, "end": at, "state": "dirty" if found.dirty[row] else "clean",
-               "device": "cache", "device_sector": ptr_sector(ptr), "bucket": bucket, "gen": ptr_gen(ptr),
-               "prio": int(walk.prios[bucket]),
+        yield {"start": piece_start, "end": piece_end, "state": "dirty" if found.dirty[row] else "clean",
+               "device": "cache", "device_sector": ptr_sector(ptr) + base + piece_start - key_start, "bucket": bucket,
+               "gen": ptr_gen(ptr), "prio": int(walk.prios[bucket]),
                "key": f"{volume.slot.inode}:{key_start & SECTOR_MASK} len {key_end - key_start}"}
     if at < end:
         yield _elsewhere(volume, at, end)

@@ -436,11 +436,11 @@ class Walk:
             yield slot, self._live(slot, with_journal=with_journal)
 
     def lookup(self, *, start: int, end: int) -> Extents:
-        """The live extents within positions [start, end), cut to them, joined where the kernel joins keys."""
+        """The live extents that touch positions [start, end), whole, joined where the kernel joins keys."""
         parts = [self._live(slot, with_journal=True) for slot in self._slots_and_gaps()
                  if slot.start < end and start < slot.end]
         joined = extent.merge(extent.concatenate(parts), bucket_size_sectors=self.geometry.bucket_size_sectors)
-        return extent.clip(joined, start=start, end=end)
+        return joined.take((joined.end > np.uint64(start)) & (joined.start < np.uint64(end)))
 
     def _live(self, slot: Slot, *, with_journal: bool) -> Extents:
         merged = extent.empty()

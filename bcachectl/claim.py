@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Devices as the writing offline verbs hold them: each claimed exclusively, refused with the reason if in use.
+
+The claim lasts for the whole verb, from the first look to the last write, so what was checked stays true.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from bcachectl import discovery
+from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.errors import DeviceError, Refused, UsageError
+
+
+@contextmanager
+def claim(paths: Sequence[str], *, write: bool) -> Iterator[dict[str, BlockDevice]]:
+    """Open every device exclusively; a dry run asks for no writing, so that even udev notices nothing."""
+    known: dict[tuple[bool, int, int], str] = {}
+    for path in paths:
+        if os.path.exists(path):
+            status = os.stat(path)
+            is_block = stat.S_ISBLK(status.st_mode)
+            identity = (is_block, 0, status.st_rdev) if is_block else (is_block, status.st_dev, status.st_ino)
+            if identity in known:
+                raise UsageError(f"{path}: is the same device as {known[identity]}; name it once")
+            known[identity] = path
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(_open(path, write=write)) for path in paths}
+
+
+def _open(path: str, *, write: bool) -> BlockDevice:
+    users = discovery.users_of(path)
+    if users:
+        raise Refused(f"{path}: is in use ({', '.join(users)}); stop that first")
+    try:
+        return open_device(path, write=write, exclusive=True, direct=False)
+    except DeviceError as error:
+        if error.errno == errno.EBUSY:
+            raise Refused(f"{error}; stop that first" if "stop" not in str(error) else str(error)) from error
+        raise
