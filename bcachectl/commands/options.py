@@ -46,6 +46,11 @@ def print_json(kind: str, body: dict[str, Any]) -> None:
     print()
 
 
+def json_line(kind: str, body: dict[str, Any]) -> None:
+    """Print ``body`` as one line of JSON, for outputs that go on."""
+    print(json.dumps({"schema": JSON_SCHEMA, "kind": kind, **body}, ensure_ascii=False))
+
+
 def print_json_list(kind: str, head: dict[str, Any], name: str, items: Iterable[dict[str, Any]],
                     tail: Callable[[], dict[str, Any]]) -> None:
     """Print a document with one long list, an item a line, while it is made.

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl list``: everything of bcache that is here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from bcachectl import control, describe, discovery
+from bcachectl.commands.options import Json, complete_device, json_line, print_json
+from bcachectl.discovery import BlockNode, Probe
+from bcachectl.errors import BcachectlError
+from bcachectl.units import format_uuid
+from bcachectl.views import listing, table
+
+DevicesOption = Annotated[list[str] | None, typer.Argument(
+    metavar="[DEVICE...]", autocompletion=complete_device, show_default=False,
+    help="Image files, or devices, to look at besides those that are found.")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Go on, and print what comes, changes and goes.")]
+
+
+def list_devices(devices: DevicesOption = None, watch: WatchOption = False, as_json: Json = False) -> int:
+    """List the bcache devices, sets, volumes, engines and kernel devices that are here.
+
+    Block devices are found through sysfs and read; DEVICEs are read as well. One that cannot be read is listed with the
+    reason; if it was named, the exit status is 1.
+    """
+    named = [discovery.named(path) for path in devices or ()]
+    found = [node for node in discovery.enumerate_devices() if all(node.path != other.path for other in named)]
+    probes = [discovery.probe(node) for node in (*found, *named)]
+    body: dict[str, Any] = {
+        "devices": [_describe(probe) for probe in probes if probe.superblock is not None],
+        "kernel_devices": [_node(node) for node in found if node.kind == "bcache"],
+        "engines": _engines(),
+        "unreadable": [{**_node(probe.node), "problem": probe.problem} for probe in probes
+                       if probe.superblock is None and probe.problem is not None],
+        "others": [_node(probe.node) for probe in probes[len(found):]
+                   if probe.superblock is None and probe.problem is None],
+    }
+    if as_json:
+        print_json("list", body)
+    else:
+        lines = list(listing.lines(body, color=table.wants_color(sys.stdout, os.environ)))
+        print("\n".join(lines))
+    if watch:
+        _watch(as_json)
+    is_named_bad = any(probe.superblock is None and probe.problem is not None for probe in probes[len(found):])
+    return 1 if is_named_bad else 0
+
+
+def _watch(as_json: bool) -> None:
+    sys.stdout.flush()
+    for action, node in discovery.watch():
+        probe = Probe(node) if action == "remove" else discovery.probe(node)
+        shown = _node(node) if probe.superblock is None else _describe(probe)
+        if as_json:
+            json_line("event", {"action": action, **shown, "problem": probe.problem})
+        else:
+            print(listing.event(action, shown, probe.problem))
+        sys.stdout.flush()
+
+
+def _node(node: BlockNode) -> dict[str, Any]:
+    return {"device": node.path, "kind": node.kind, "size_bytes": node.size_bytes, "file": node.file,
+            "name": node.name, "read_only": node.read_only, "holders": list(node.holders)}
+
+
+def _describe(probe: Probe) -> dict[str, Any]:
+    sb = probe.superblock
+    assert sb is not None
+    record = _node(probe.node) | {
+        "role": describe.role(sb), "uuid": format_uuid(sb.uuid), "set_uuid": format_uuid(sb.set_uuid),
+        "label": sb.label_text, "version": sb.version, "problem": probe.problem}
+    if sb.is_backing:
+        return record | {"state": describe.STATE_TEXTS[sb.state], "cache_mode": describe.mode_text(sb),
+                         "data_offset_sectors": sb.data_offset}
+    return record | {"state": "ordered" if sb.cache_sync else "new", "bucket_size_bytes": sb.bucket_size << 9,
+                     "nbuckets": sb.nbuckets, "replacement": describe.replacement_text(sb)}
+
+
+def _engines() -> list[dict[str, Any]]:
+    found = []
+    for engine in control.engines():
+        record: dict[str, Any] = {"set_uuid": engine.uuid, "pid": engine.pid, "cache": None, "volumes": []}
+        try:
+            snapshot = engine.snapshot(0)
+            record["cache"] = snapshot.cache_path
+            record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label,
+                                  "size_bytes": volume.size_bytes, "state": volume.state, "cache_mode": volume.mode,
+                                  "backing": volume.backing_path} for volume in snapshot.volumes]
+        except BcachectlError:
+            # It is there, and ends or is busy: a line of its own all the same.
+            record["volumes"] = []
+        finally:
+            engine.close()
+        found.append(record)
+    return found
