@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""With BCACHECTL_VM_KERNEL=6.1 (``make vm KERNEL=6.1``) only what runs on that kernel is run; without it, everything."""
+"""With BCACHECTL_VM_KERNEL=6.1 (``make vm KERNEL=6.1``) only what runs on that kernel is run; else everything."""
 
 from __future__ import annotations
 
