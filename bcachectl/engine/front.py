@@ -64,13 +64,35 @@ class Request:
 class Volume(Protocol):
     """An exported device: a cached device or a flash-only volume."""
 
-    name: str
-    """``bcache0``, ``bcache1`` ... in the order of the uuid entries."""
-    uuid: bytes
-    label: str
-    size_sectors: int
-    block_size_sectors: int
-    read_only: bool
+    @property
+    def name(self) -> str:
+        """``bcache0``, ``bcache1`` ... in the order of the uuid entries."""
+        ...
+
+    @property
+    def uuid(self) -> bytes:
+        """The backing device's or flash-only volume's uuid."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """The label, up to its first NUL."""
+        ...
+
+    @property
+    def size_sectors(self) -> int:
+        """What a client can use."""
+        ...
+
+    @property
+    def block_size_sectors(self) -> int:
+        """The unit that requests should keep to."""
+        ...
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+        ...
 
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """Byte offset on the cache device where the whole range lies in one piece, or NOT_NOW."""
