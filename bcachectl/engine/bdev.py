@@ -61,7 +61,8 @@ class Bdev:
         """Write ``buf`` so that power loss leaves either all of it or nothing that its first sectors vouch for.
 
         The header (checksum, magic, seq) is in the first atomic unit.  The rest is made durable first, then that unit
-        with FUA.  Without this a torn set of a btree node, which kernels refuse to read, could be left behind.
+        with FUA.  Without this a torn set of a btree node, which kernels refuse to read, could be left behind.  The
+        PREFLUSH is needed for a single unit too: keys that were not journaled may name data the device has not made durable.
         """
         head_bytes = self.atomic_sectors << 9
         if len(buf) > head_bytes:
@@ -70,7 +71,7 @@ class Bdev:
                 return error
             error = await self.write(sector, buf[:head_bytes], PREFLUSH | FUA, what)
         else:
-            error = await self.write(sector, buf, FUA, what)
+            error = await self.write(sector, buf, PREFLUSH | FUA, what)
         return error
 
     def _submit(self, op: int, sector: int, nsectors: int, buf: object, flags: int, what: str) -> Io:

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The bucket allocator: free lists by `Reserve`, ``free_inc``, invalidation, and the task that refills them.
+
+Invariant: a bucket on a free list is never pointed to by a fresh pointer, in memory or on disk, whatever crash comes.
+
+Life of a bucket (alloc.c, the essay at its head):
+
+1. It holds nothing, or clean data.  `Allocator.invalidate` picks it by the replacement policy, bumps its gen, pins it and pushes it on
+   ``free_inc``.  From now on its old keys are stale in memory, but not yet on disk.
+2. When ``free_inc`` is full, `PrioWriter.write` writes all gens to new prio buckets and a journal entry that names them.
+3. Only then are the buckets released: discarded if that is on, and pushed on the free lists, PRIO first.
+4. `Allocator.alloc_nowait` pops it, for data or metadata; its pin passes to whoever took it.
+5. gc finds out when nothing, or only clean data, points to it, and all begins again.
+
+Two deviations from the kernel, both towards safety.  If the prio write cannot run for lack of buckets the kernel drains ``free_inc`` all
+the same (its gens are not durable then); here the buckets stay until a prio write succeeded.  And the kernel waits until
+``free_inc`` is completely full, which never happens when few buckets are clean: here a gc that could not help lets a partly filled
+one through.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from bcachectl.engine.buckets import BTREE_PRIO, INITIAL_PRIO, MARK_METADATA, MARK_NONE, MARK_RECLAIMABLE, Buckets
+from bcachectl.engine.sched import NS_PER_S, WaitQueue
+from bcachectl.ondisk.superblock import Replacement
+
+if TYPE_CHECKING:
+    from bcachectl.engine.cache_set import CacheSet
+
+NO_BUCKET = -1
+"""What the allocator gives when it has nothing, or when the set has failed."""
+
+
+class Entropy(Protocol):
+    """Where randomness comes from; handed in, so that a run can be repeated."""
+
+    def getrandbits(self, k: int, /) -> int:
+        """``k`` random bits."""
+        ...
+
+
+class Reserve(IntEnum):
+    """Who a free bucket is kept for (bcache.h)."""
+
+    BTREE = 0
+    PRIO = 1
+    MOVINGGC = 2
+    NONE = 3
+
+
+def fifo_size(requested: int) -> int:
+    """Capacity of a list made for ``requested`` buckets (util.h, init_fifo): rounded up to 2^n - 1 above four."""
+    return requested if requested <= 4 else (1 << (requested - 1).bit_length()) - 1
+
+
+class FreeList:
+    """A fifo of bucket numbers with a fixed capacity."""
+
+    __slots__ = ("buckets", "size")
+
+    def __init__(self, size: int) -> None:
+        self.buckets: deque[int] = deque()
+        self.size = size
+
+    def push(self, bucket: int) -> bool:
+        """Append if there is room."""
+        if len(self.buckets) >= self.size:
+            return False
+        self.buckets.append(bucket)
+        return True
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    @property
+    def full(self) -> bool:
+        """No room left."""
+        return len(self.buckets) >= self.size
+
+
+class Allocator:
+    """Free buckets of one cache device, and the coroutine that makes more of them."""
+
+    __slots__ = ("cset", "buckets", "free", "free_inc", "heap_size", "fifo_last_bucket", "invalidate_needs_gc", "prio_blocked",
+                 "alloc_wait", "bucket_wait", "released", "replacement", "discard", "collected", "discards", "allocations")
+
+    def __init__(self, cset: CacheSet, buckets: Buckets) -> None:
+        count = buckets.nbuckets
+        unit = (1 << (count - 1).bit_length()) >> 10
+        self.cset = cset
+        self.buckets = buckets
+        self.free = [FreeList(fifo_size(min(max(count >> 7, 32), 256))), FreeList(buckets.geometry.prio_buckets),
+                     FreeList(fifo_size(unit)), FreeList(fifo_size(unit))]
+        self.free_inc = FreeList(fifo_size(4 * unit))
+        self.heap_size = 8 * unit
+        self.fifo_last_bucket = 0
+        self.invalidate_needs_gc = False
+        self.prio_blocked = 0
+        self.alloc_wait = WaitQueue(cset.sched, "allocator")
+        self.bucket_wait = WaitQueue(cset.sched, "bucket_wait")
+        self.released = 0
+        self.replacement = Replacement.LRU
+        self.discard = False
+        self.collected = False
+        self.discards = 0
+        self.allocations = 0
+
+    # Taking buckets.
+
+    def alloc_nowait(self, reserve: Reserve) -> int:
+        """A free bucket with one pin, or NO_BUCKET (alloc.c, bch_bucket_alloc): general ones first, then the reserve's."""
+        if self.cset.io_disabled:
+            return NO_BUCKET
+        if self.free[Reserve.NONE].buckets:
+            bucket = self.free[Reserve.NONE].buckets.popleft()
+        elif self.free[reserve].buckets:
+            bucket = self.free[reserve].buckets.popleft()
+        else:
+            self.cset.events.emit("bcache_alloc_fail", reserve=reserve.name)
+            self.alloc_wait.wake_all()
+            return NO_BUCKET
+        self.alloc_wait.wake_all()
+        buckets = self.buckets
+        assert buckets.pin_at[bucket] == 1, bucket
+        size = 1 << buckets.bucket_shift
+        if reserve <= Reserve.PRIO:
+            buckets.set_mark(bucket, MARK_METADATA, size)
+            buckets.prio_at[bucket] = BTREE_PRIO
+        else:
+            buckets.set_mark(bucket, MARK_RECLAIMABLE, size)
+            buckets.prio_at[bucket] = INITIAL_PRIO
+        buckets.move_at[bucket] = 0
+        buckets.taken()
+        self.allocations += 1
+        self.cset.events.emit("bcache_alloc", bucket=bucket, reserve=reserve.name)
+        return bucket
+
+    async def alloc(self, reserve: Reserve) -> int:
+        """Like `alloc_nowait`, but waits for a bucket; NO_BUCKET only if the set has failed."""
+        while True:
+            bucket = self.alloc_nowait(reserve)
+            if bucket != NO_BUCKET or self.cset.io_disabled:
+                return bucket
+            await self.bucket_wait.wait()
+
+    def available_nowait(self, reserve: Reserve) -> int:
+        """How many `alloc_nowait` calls for the reserve would succeed now."""
+        return len(self.free[Reserve.NONE]) + len(self.free[reserve])
+
+    # Making buckets free.
+
+    def initial_fill(self) -> None:
+        """Fill PRIO and BTREE from buckets that hold nothing (btree.c, bch_initial_gc_finish).
+
+        Their new gens are not on disk, which is safe only because no pointer to them exists anywhere.
+        """
+        buckets = self.buckets
+        unused = buckets.candidates() & (buckets.mark == MARK_NONE)
+        wanted = self.free[Reserve.PRIO].size + self.free[Reserve.BTREE].size
+        for bucket in np.nonzero(unused)[0][:wanted].tolist():
+            self._bump(bucket)
+            assert self.free[Reserve.PRIO].push(bucket) or self.free[Reserve.BTREE].push(bucket)
+
+    async def run(self) -> None:
+        """The allocator thread (alloc.c, bch_allocator_thread); ends when the set stops or fails."""
+        cset = self.cset
+        while True:
+            if not await self._release():
+                return
+            while True:
+                while self.invalidate_needs_gc:
+                    if cset.stopping or cset.io_disabled:
+                        return
+                    await self.alloc_wait.wait()
+                if cset.stopping or cset.io_disabled:
+                    return
+                self.invalidate()
+                if self.free_inc.full or not cset.sync or (self.collected and self.free_inc.buckets):
+                    break
+                self.request_gc()
+            self.collected = False
+            while not await self._write_prios():
+                if cset.stopping or cset.io_disabled:
+                    return
+            self.released = len(self.free_inc)
+
+    async def _write_prios(self) -> bool:
+        # Makes the gens of free_inc durable.  False: try again; the caller looks at stopping first.
+        cset = self.cset
+        while self.prio_blocked:
+            if cset.stopping or cset.io_disabled:
+                return False
+            await self.alloc_wait.wait()
+        if not cset.sync:
+            return True
+        if await cset.prios.write(wait=False):
+            return True
+        if not cset.io_disabled and not cset.stopping:
+            # No buckets for the prio sets.  The kernel gives free_inc away here; see the essay.
+            self.request_gc()
+            await self.alloc_wait.wait(deadline_ns=cset.sched.now_ns + NS_PER_S)
+        return False
+
+    async def _release(self) -> bool:
+        # Moves the buckets whose gens are durable from free_inc to the free lists; False if the set stops meanwhile.
+        cset = self.cset
+        while self.released:
+            bucket = self.free_inc.buckets[0]
+            if self.discard and cset.cache.can_discard:
+                size = 1 << self.buckets.bucket_shift
+                await cset.cache.discard(bucket << self.buckets.bucket_shift, size)
+                self.discards += 1
+            while not self._push(bucket):
+                if cset.stopping or cset.io_disabled:
+                    return False
+                await self.alloc_wait.wait()
+            self.free_inc.buckets.popleft()
+            self.released -= 1
+            self.bucket_wait.wake_all()
+        return not (cset.stopping or cset.io_disabled)
+
+    def _push(self, bucket: int) -> bool:
+        # PRIO is refilled first, so that a prio write can always go on (alloc.c, bch_allocator_push).
+        return self.free[Reserve.PRIO].push(bucket) or any(free.push(bucket) for free in self.free)
+
+    def request_gc(self) -> None:
+        """Too little can be invalidated: ask for a gc, and invalidate nothing before it is done."""
+        self.invalidate_needs_gc = True
+        self.collected = False
+        self.cset.gc.wake()
+
+    def gc_finished(self) -> None:
+        """A gc ended: look for victims again."""
+        self.collected = self.invalidate_needs_gc
+        self.invalidate_needs_gc = False
+        self.alloc_wait.wake_all()
+
+    # Invalidation.
+
+    def invalidate(self) -> None:
+        """Pick victims by the replacement policy until free_inc is full or none is left."""
+        if self.replacement == Replacement.LRU:
+            self._invalidate_lru()
+        elif self.replacement == Replacement.FIFO:
+            self._invalidate_fifo()
+        elif self.replacement == Replacement.RANDOM:
+            self._invalidate_random()
+
+    def _invalidate_lru(self) -> None:
+        # The lowest (prio - min_prio + (INITIAL_PRIO - min_prio) / 8) * sectors_used first, in u32 arithmetic (alloc.c, bucket_prio).
+        # Among equals the lowest bucket number goes first; the kernel's order among equals is that of its heap.
+        buckets = self.buckets
+        index = np.nonzero(buckets.candidates())[0]
+        room = min(self.free_inc.size - len(self.free_inc), self.heap_size)
+        if len(index) > 0 and room > 0:
+            offset = np.uint32((INITIAL_PRIO - buckets.min_prio) // 8 - buckets.min_prio & 0xFFFFFFFF)
+            value = buckets.prio[index].astype(np.uint32) + offset
+            value *= buckets.sectors_used[index]
+            if len(index) > room:
+                threshold = np.partition(value, room - 1)[room - 1]
+                below = value <= threshold
+                index, value = index[below], value[below]
+            for position in np.argsort(value, kind="stable")[:room].tolist():
+                self._invalidate_one(int(index[position]))
+
+    def _invalidate_fifo(self) -> None:
+        buckets = self.buckets
+        for _ in range(buckets.nbuckets):
+            if self.free_inc.full:
+                return
+            if not buckets.first_bucket <= self.fifo_last_bucket < buckets.nbuckets:
+                self.fifo_last_bucket = buckets.first_bucket
+            bucket = self.fifo_last_bucket
+            self.fifo_last_bucket += 1
+            if buckets.can_invalidate(bucket):
+                self._invalidate_one(bucket)
+
+    def _invalidate_random(self) -> None:
+        buckets = self.buckets
+        span = buckets.nbuckets - buckets.first_bucket
+        for _ in range(buckets.nbuckets // 2):
+            if self.free_inc.full:
+                return
+            bucket = self.cset.entropy.getrandbits(64) % span + buckets.first_bucket
+            if buckets.can_invalidate(bucket):
+                self._invalidate_one(bucket)
+
+    def _invalidate_one(self, bucket: int) -> None:
+        self.cset.events.emit("bcache_invalidate", bucket=bucket, sectors=self.buckets.sectors_used_at[bucket])
+        self._bump(bucket)
+        assert self.free_inc.push(bucket)
+
+    def _bump(self, bucket: int) -> None:
+        # A key with the old gen must never match again (alloc.c, __bch_invalidate_one_bucket).
+        buckets = self.buckets
+        assert buckets.can_invalidate(bucket), bucket
+        buckets.bump_gen(bucket)
+        buckets.prio_at[bucket] = INITIAL_PRIO
+        buckets.pin_at[bucket] += 1
+
+    # Priorities.
+
+    def rescale(self, sectors: int) -> None:
+        """Count traffic; age all priorities once for each 1/1024 of the cache (alloc.c, bch_rescale_priorities)."""
+        buckets = self.buckets
+        buckets.rescale_sectors -= sectors
+        if buckets.rescale_sectors < 0:
+            buckets.rescale_sectors += buckets.rescale_step_sectors()
+            buckets.rescale()
+
+    def on_lists(self) -> list[int]:
+        """Every bucket on a free list or on free_inc."""
+        return [bucket for free in self.free for bucket in free.buckets] + list(self.free_inc.buckets)

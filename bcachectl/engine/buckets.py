@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`Buckets`: the state of every bucket, as columns; `Marks`: what a garbage collection finds out about them.
+
+A bucket is the unit of space.  Its ``gen`` says which pointers to it are valid: a pointer with an older gen is *stale*.  A bucket
+is reused only through a new gen, so nothing has to look for its old keys (bcache.h, the essay at its head).
+
+| column | kept as | meaning |
+|---|---|---|
+| gen | u8 | current generation |
+| last_gc | u8 | oldest gen of any pointer to the bucket that the last gc found |
+| prio | u16 | replacement priority; `INITIAL_PRIO` when filled or hit, `BTREE_PRIO` for metadata, 0 never used |
+| mark | u8 | what gc found in it: `MARK_NONE`, `MARK_RECLAIMABLE`, `MARK_DIRTY`, `MARK_METADATA` |
+| sectors_used | u16 | live sectors, saturating at `MAX_SECTORS_USED` |
+| move | u8 | chosen by moving gc as a source |
+| pin | i32 | more than 0: must not be invalidated |
+
+Each column is a numpy array for bulk questions and a memoryview of the same memory (``*_at``) for single elements.
+
+Marks stay valid while a gc runs: the gc collects into `Marks` of its own and replaces the columns when it is done.  What changes
+meanwhile (an allocation, a free, a bucket becoming dirty) is noted in both.  So the allocator never waits for a gc that could
+have been answered by the marks of the last one, which the kernel's allocator did until 6.10.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from bcachectl.ondisk.geometry import Geometry
+
+INITIAL_PRIO = 32768
+BTREE_PRIO = 65535
+BUCKET_GC_GEN_MAX = 96
+"""A bucket this many gens ahead of its oldest pointer is not invalidated before a gc (bcache.h)."""
+MAX_SECTORS_USED = 8191
+
+MARK_NONE, MARK_RECLAIMABLE, MARK_DIRTY, MARK_METADATA = range(4)
+
+PTR_SECTOR_MASK = (1 << 43) - 1
+PTR_DEV_SHIFT = 51
+
+U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
+U64 = npt.NDArray[np.uint64]
+
+
+class Marks:
+    """One gc's findings: mark and sectors by bucket, and how far back the oldest pointer to each lies (``gap``)."""
+
+    __slots__ = ("mark", "sectors", "gap", "gen")
+
+    def __init__(self, buckets: Buckets, *, keep_pinned: bool) -> None:
+        count = len(buckets.gen)
+        self.mark = np.zeros(count, np.uint8)
+        self.sectors = np.zeros(count, np.uint32)
+        self.gap = np.zeros(count, np.uint8)
+        self.gen = buckets.gen.copy()
+        if keep_pinned:
+            pinned = buckets.pin > 0
+            self.mark[pinned] = buckets.mark[pinned]
+            self.sectors[pinned] = buckets.sectors_used[pinned]
+
+    def note_pointers(self, bucket: npt.NDArray[np.int64], gen: U8) -> None:
+        """Remember the oldest pointer to each bucket, fresh or stale (btree.c, __bch_btree_mark_key, step 1)."""
+        behind = self.gen[bucket] - gen
+        np.maximum.at(self.gap, bucket, np.where(behind > 128, 0, behind).astype(np.uint8))
+
+    def add(self, bucket: npt.NDArray[np.int64], mark: U8, sectors: npt.NDArray[np.uint32]) -> None:
+        """Count fresh pointers: the highest mark wins, the sectors add up."""
+        np.maximum.at(self.mark, bucket, mark)
+        np.add.at(self.sectors, bucket, sectors)
+
+
+class Buckets:
+    """All buckets of the cache device; see the module's essay for the columns."""
+
+    __slots__ = ("geometry", "nbuckets", "first_bucket", "bucket_shift", "gen", "last_gc", "prio", "mark", "sectors_used",
+                 "move", "pin", "gen_at", "last_gc_at", "prio_at", "mark_at", "sectors_used_at", "move_at", "pin_at",
+                 "avail_nbuckets", "in_use_percent", "need_gc", "min_prio", "rescale_sectors", "marks")
+
+    def __init__(self, geometry: Geometry) -> None:
+        count = geometry.nbuckets
+        self.geometry = geometry
+        self.nbuckets = count
+        self.first_bucket = geometry.first_bucket
+        self.bucket_shift = geometry.bucket_shift
+        self.gen: U8 = np.zeros(count, np.uint8)
+        self.last_gc: U8 = np.zeros(count, np.uint8)
+        self.prio: U16 = np.zeros(count, np.uint16)
+        self.mark: U8 = np.zeros(count, np.uint8)
+        self.sectors_used: U16 = np.zeros(count, np.uint16)
+        self.move: U8 = np.zeros(count, np.uint8)
+        self.pin: npt.NDArray[np.int32] = np.zeros(count, np.int32)
+        self.gen_at = memoryview(self.gen.data)
+        self.last_gc_at = memoryview(self.last_gc.data)
+        self.prio_at = memoryview(self.prio.data)
+        self.mark_at = memoryview(self.mark.data)
+        self.sectors_used_at = memoryview(self.sectors_used.data)
+        self.move_at = memoryview(self.move.data)
+        self.pin_at = memoryview(self.pin.data)
+        self.avail_nbuckets = 0
+        self.in_use_percent = 0
+        self.need_gc = 0
+        self.min_prio = 0
+        self.rescale_sectors = 0
+        self.marks: Marks | None = None
+
+    # Pointers.
+
+    def bucket_of(self, ptr: int) -> int:
+        """The bucket that a pointer word points into."""
+        return ((ptr >> 8) & PTR_SECTOR_MASK) >> self.bucket_shift
+
+    def is_stale(self, ptr: int) -> bool:
+        """Whether the bucket was given a new gen since the pointer was made (bcache.h, ptr_stale)."""
+        behind = (self.gen_at[((ptr >> 8) & PTR_SECTOR_MASK) >> self.bucket_shift] - ptr) & 255
+        return 0 < behind <= 128
+
+    def in_range(self, ptr: int, nsectors: int) -> bool:
+        """Whether ``nsectors`` at the pointer lie inside one allocatable bucket of device 0."""
+        sector = (ptr >> 8) & PTR_SECTOR_MASK
+        bucket = sector >> self.bucket_shift
+        return (ptr >> PTR_DEV_SHIFT == 0 and self.first_bucket <= bucket < self.nbuckets
+                and (sector & ((1 << self.bucket_shift) - 1)) + nsectors <= 1 << self.bucket_shift)
+
+    def buckets_of(self, ptrs: U64) -> npt.NDArray[np.int64]:
+        """`bucket_of` for a whole column."""
+        sectors = (ptrs >> np.uint64(8)) & np.uint64(PTR_SECTOR_MASK)
+        return (sectors >> np.uint64(self.bucket_shift)).astype(np.int64)
+
+    def stale_mask(self, bucket: npt.NDArray[np.int64], ptrs: U64) -> npt.NDArray[np.bool_]:
+        """`is_stale` for a whole column; ``bucket`` is `buckets_of` of it."""
+        behind = self.gen[bucket] - (ptrs & np.uint64(255)).astype(np.uint8)
+        return (behind > 0) & (behind <= 128)
+
+    def raise_gens(self, ptrs: U64) -> None:
+        """Bring the gens up to those of pointers that are ahead of them (btree.c, bch_initial_mark_key).
+
+        Gens on disk are a lower bound: a pointer may carry a gen that no prio_write has recorded yet.
+        """
+        bucket = self.buckets_of(ptrs)
+        gens = (ptrs & np.uint64(255)).astype(np.uint8)
+        ahead = gens - self.gen[bucket]
+        for index in np.nonzero((ahead > 0) & (ahead < 128))[0].tolist():
+            # One at a time, because two pointers to one bucket may both be ahead: the later gen wins.
+            here, gen = int(bucket[index]), int(gens[index])
+            if 0 < (gen - self.gen_at[here]) & 255 < 128:
+                self.gen_at[here] = gen
+
+    # State.
+
+    def bump_gen(self, bucket: int) -> int:
+        """Give the bucket its next gen and return it (alloc.c, bch_inc_gen)."""
+        gen = (self.gen_at[bucket] + 1) & 255
+        self.gen_at[bucket] = gen
+        self.need_gc = max(self.need_gc, (gen - self.last_gc_at[bucket]) & 255)
+        return gen
+
+    def unpin(self, bucket: int) -> None:
+        """Drop one pin."""
+        self.pin_at[bucket] -= 1
+        assert self.pin_at[bucket] >= 0, bucket
+
+    def set_mark(self, bucket: int, mark: int, sectors: int) -> None:
+        """Set mark and used sectors, for a running gc as well."""
+        self.mark_at[bucket] = mark
+        self.sectors_used_at[bucket] = min(sectors, MAX_SECTORS_USED)
+        if self.marks is not None:
+            self.marks.mark[bucket] = mark
+            self.marks.sectors[bucket] = sectors
+
+    def mark_dirty(self, bucket: int) -> None:
+        """The bucket is about to get dirty data: it must not be reclaimed, whatever gc has seen of it."""
+        self.mark_at[bucket] = MARK_DIRTY
+        if self.marks is not None:
+            self.marks.mark[bucket] = MARK_DIRTY
+
+    def taken(self) -> None:
+        """One available bucket less."""
+        if self.avail_nbuckets > 0:
+            self.avail_nbuckets -= 1
+            self._update_in_use()
+
+    def free(self, bucket: int) -> None:
+        """Give up a metadata bucket: nothing points to it any more (alloc.c, __bch_bucket_free)."""
+        self.set_mark(bucket, MARK_NONE, 0)
+        if self.avail_nbuckets < self.nbuckets:
+            self.avail_nbuckets += 1
+            self._update_in_use()
+
+    def _update_in_use(self) -> None:
+        self.in_use_percent = (self.nbuckets - self.avail_nbuckets) * 100 // self.nbuckets
+
+    # gc.
+
+    def start_gc(self) -> Marks:
+        """Begin to collect new marks; those of pinned buckets are kept (btree.c, btree_gc_start)."""
+        self.marks = Marks(self, keep_pinned=True)
+        return self.marks
+
+    def finish_gc(self, metadata: list[int]) -> None:
+        """Put the collected marks in force; ``metadata`` lists journal, prio and uuid buckets (bch_btree_gc_finish)."""
+        marks = self.marks
+        assert marks is not None
+        marks.mark[metadata] = MARK_METADATA
+        self.mark[:] = marks.mark
+        np.minimum(marks.sectors, MAX_SECTORS_USED, out=marks.sectors)
+        self.sectors_used[:] = marks.sectors
+        self.last_gc[:] = marks.gen - marks.gap
+        self.marks = None
+        self.need_gc = int((self.gen - self.last_gc)[self.first_bucket:].max(initial=0))
+        free = (self.pin[self.first_bucket:] == 0) & (self.mark[self.first_bucket:] <= MARK_RECLAIMABLE)
+        self.avail_nbuckets = int(np.count_nonzero(free))
+        self._update_in_use()
+
+    def candidates(self) -> npt.NDArray[np.bool_]:
+        """Which buckets may be invalidated (alloc.c, bch_can_invalidate_bucket); those below first_bucket never."""
+        mask: npt.NDArray[np.bool_] = (self.mark <= MARK_RECLAIMABLE) & (self.pin == 0) & (self.gen - self.last_gc < BUCKET_GC_GEN_MAX)
+        mask[:self.first_bucket] = False
+        return mask
+
+    def can_invalidate(self, bucket: int) -> bool:
+        """`candidates` for one bucket."""
+        return (self.mark_at[bucket] <= MARK_RECLAIMABLE and self.pin_at[bucket] == 0
+                and (self.gen_at[bucket] - self.last_gc_at[bucket]) & 255 < BUCKET_GC_GEN_MAX)
+
+    # Priorities.
+
+    def rescale_step_sectors(self) -> int:
+        """Traffic between two rescales: 1/1024 of the cache (alloc.c, bch_rescale_priorities)."""
+        return max(1, (self.nbuckets << self.bucket_shift) // 1024)
+
+    def rescale(self) -> None:
+        """Age every unpinned data bucket by one; a priority of 0 stays and `BTREE_PRIO` is left alone."""
+        view = slice(self.first_bucket, self.nbuckets)
+        prio = self.prio[view]
+        eligible = (prio != 0) & (prio != BTREE_PRIO) & (self.pin[view] == 0)
+        prio -= eligible
+        self.min_prio = int(prio.min(initial=BTREE_PRIO, where=eligible))

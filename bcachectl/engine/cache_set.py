@@ -1,0 +1,660 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`CacheSet`: wires the parts of a running cache set; its start, its stop, its failure, and the uuid array.
+
+Start of a set that has run before (super.c, run_cache_set), each step relying on those before it:
+
+1. superblock; 2. journal: which entries count; 3. prio sets: gens and priorities, a lower bound; 4. uuid array; 5. the whole tree is visited, and
+every pointer raises its bucket's gen; 6. the journal's keys do the same and pin their buckets; 7. marks, first free buckets; 8. journal and
+allocator run; 9. the journal's keys are inserted again; 10. the superblock's last_mount is written.
+
+A read-only set stops after 6, replays in memory, and writes nothing.
+
+Start of a new set: journal buckets are chosen and cleared, prio sets, uuid array and an empty root are written, then the first journal entry,
+and only then the superblock with CACHE_SYNC: a crash before leaves the device new.
+
+An orderly stop writes every dirty leaf, the gens and priorities, and the journal; the next start replays the journal all the same.
+
+A set that fails (`CacheSet.fail`) does no I/O on the cache device from then on; each device goes on without its cache if it has nothing
+dirty, and is disabled otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bcachectl.engine import checks, stats
+from bcachectl.engine.alloc import NO_BUCKET, Allocator, Entropy, Reserve
+from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.btree import Btree
+from bcachectl.engine.buckets import MARK_RECLAIMABLE, Buckets
+from bcachectl.engine.cached_dev import NO_SLOT, CachedDev
+from bcachectl.engine.events import Trace
+from bcachectl.engine.flash_dev import FlashVolume
+from bcachectl.engine.front import Front
+from bcachectl.engine.gc import Gc
+from bcachectl.engine.journal import Journal, JournalPin
+from bcachectl.engine.movinggc import MovingGc
+from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
+from bcachectl.engine.open_buckets import SectorAllocator
+from bcachectl.engine.prios import PrioWriter
+from bcachectl.engine.request import invalidate
+from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, Sched, Task, WaitQueue
+from bcachectl.engine.split import Splitter
+from bcachectl.engine.streams import Congestion
+from bcachectl.errors import Corrupt, DeviceError, Refused, WrongState
+from bcachectl.ondisk.bkey import INODE_SHIFT, Bkey, Ptr, decode_key_columns, pack_key, ptr_make
+from bcachectl.ondisk.jset import Jset
+from bcachectl.ondisk.magic import INVALID_UUID
+from bcachectl.ondisk.superblock import (
+    SB_BYTES, SB_SECTOR, BdevState, Replacement, Superblock, check_superblock, decode_superblock, encode_superblock,
+)
+from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, encode_uuids
+from bcachectl.units import format_uuid
+
+if TYPE_CHECKING:
+    from bcachectl.snapshot import SetSnapshot
+
+UUID_FLASH_ONLY = 1
+
+
+@dataclass(slots=True)
+class Options:
+    """How to run a set."""
+
+    read_only: bool = False
+    debug_checks: bool = False
+    node_cache_bytes: int = 256 << 20
+
+
+class CacheSet:
+    """A cache set of one cache device, with its backing devices and flash-only volumes."""
+
+    def __init__(self, sched: Sched, cache: Bdev, *, entropy: Entropy, options: Options | None = None) -> None:
+        self.sched = sched
+        self.cache = cache
+        self.entropy = entropy
+        self.options = options or Options()
+        self.events = Trace(sched)
+        self.front = Front()
+        self.congestion = Congestion(sched, entropy)
+        self.uuid_lock = Mutex(sched, "uuid array")
+        self.sb_lock = Mutex(sched, "cache superblock")
+        self.idle = WaitQueue(sched, "requests in flight")
+        self.devices: list[CachedDev] = []
+        self.flash: list[FlashVolume] = []
+        self.uuids: list[UuidEntry] = []
+        self.uuid_key = Bkey(0, 0, 0, False, 0, ())
+        self.uuid_bucket = 0
+        self.dirty_by_inode: dict[int, int] = {}
+        self.sync = False
+        self.stopping = False
+        self.stopped = False
+        self.io_disabled = False
+        self.running = False
+        self.gens_final = False
+        self.failed: str | None = None
+        self.requests_in_flight = 0
+        self.cache_read_races = 0
+        self.meta_sectors_written = 0
+        self.io_error_count = 0
+        self.io_errors_seen = 0
+        self.io_error_limit = 8
+        self.io_error_halflife = 0
+        self.errors = "unregister"
+        self.cutoff_writeback = 40
+        self.cutoff_writeback_sync = 70
+        self.idle_max_writeback_rate = True
+        self.replayed_keys = 0
+        self.replayed_entries = 0
+        self._threads: list[Task[None]] = []
+
+    # Start.
+
+    async def start(self) -> None:
+        """Read the cache device and run the set.  Raises Corrupt, WrongState or DeviceError with one clear sentence."""
+        raw = bytearray(SB_BYTES)
+        self.check_io(await self.cache.read(SB_SECTOR, raw, "superblock"), "superblock")
+        self.raw = bytes(raw)
+        sb = decode_superblock(self.raw)
+        if sb.is_backing:
+            raise WrongState(f"{self.cache.name} is a backing device; name the set's cache device instead")
+        check_superblock(sb, device_sectors=self.cache.size_sectors, logical_block_sectors=self.cache.atomic_sectors)
+        if sb.nr_in_set != 1:
+            raise WrongState(f"{self.cache.name} is one of {sb.nr_in_set} caches of its set; only sets of one cache are supported")
+        if not sb.cache_sync:
+            if self.read_only:
+                raise WrongState(f"{self.cache.name} has never been run; it holds nothing to read")
+            sb = sb.with_journal_buckets(sb.geometry.njournal_default)
+        self.sb = sb
+        self.geometry = sb.geometry
+        self.buckets = Buckets(self.geometry)
+        self.alloc = Allocator(self, self.buckets)
+        self.alloc.replacement = sb.replacement or Replacement.LRU
+        self.alloc.discard = sb.discard
+        self.prios = PrioWriter(self)
+        self.journal = Journal(self)
+        self.gc = Gc(self)
+        self.movinggc = MovingGc(self)
+        self.splitter = Splitter(self)
+        self.sectors = SectorAllocator(self)
+        if sb.cache_sync:
+            await self._start_existing()
+        else:
+            await self._start_new()
+        self.journal.do_reserve = 1
+        self.running = True
+        for slot, entry in enumerate(self.uuids):
+            if entry.is_flash_only and not entry.is_free and not entry.is_retired and entry.sectors:
+                self.flash.append(FlashVolume(self, slot, entry))
+        self.check_invariants()
+
+    async def _start_existing(self) -> None:
+        entries = await self.journal.read()
+        newest = entries[-1]
+        await self.prios.read(newest.prio_bucket[self.sb.nr_this_dev])
+        root = newest.btree_root
+        if len(root.ptrs) != 1 or newest.btree_level > 16:
+            raise Corrupt("journal", "bad btree root")
+        pointer = root.ptrs[0]
+        word = ptr_make(pointer.sector, pointer.gen, pointer.dev)
+        await self._read_uuids(newest)
+        self.buckets.raise_gens(np.array([word], np.uint64))
+        self.btree = await Btree.open(self, word, newest.btree_level)
+        await self.gc.check()
+        pins = self._mark_journal(entries)
+        self.gens_final = True
+        self.dirty_by_inode = await self.gc.first_marks()
+        if self.read_only:
+            await self._replay(entries, pins)
+            return
+        self.alloc.initial_fill()
+        self.sync = True
+        self.journal.open_entry(newest.seq + 1)
+        self._run_threads()
+        await self._replay(entries, pins)
+        if self.failed:
+            raise Corrupt(self.cache.name, self.failed)
+        self._run_late_threads()
+        await self.write_superblock(self.sb)
+
+    def _mark_journal(self, entries: list[Jset]) -> dict[int, JournalPin]:
+        # The journal's keys raise gens, and pin and mark their buckets until they are replayed (journal.c, bch_journal_mark).
+        buckets = self.buckets
+        present = {jset.seq: jset for jset in entries}
+        pins: dict[int, JournalPin] = {}
+        for seq in range(entries[0].seq, entries[-1].seq + 1):
+            pin = JournalPin(seq, 1 if seq in present else 0)
+            pins[seq] = pin
+            self.journal.pins.append(pin)
+        for jset in entries:
+            for new, is_real in self._journal_keys(jset):
+                if is_real:
+                    buckets.raise_gens(np.array([new.ptr], np.uint64))
+                    bucket = buckets.bucket_of(new.ptr)
+                    buckets.pin_at[bucket] += 1
+                    if new.flags & DIRTY:
+                        buckets.mark_dirty(bucket)
+                    elif buckets.mark_at[bucket] == 0:
+                        buckets.mark_at[bucket] = MARK_RECLAIMABLE
+                    size = buckets.sectors_used_at[bucket] + new.end - new.start
+                    buckets.sectors_used_at[bucket] = min(size, 8191)
+        return pins
+
+    def _journal_keys(self, jset: Jset) -> list[tuple[Extent, bool]]:
+        # The extents of an entry, in order, and whether each points to data; Corrupt if one is impossible.
+        found = []
+        keys = decode_key_columns(jset.keys, len(jset.keys) // 8)
+        for position, size, dirty, nptrs, ptr in zip(keys.pos.tolist(), keys.size.tolist(), keys.dirty.tolist(), keys.nptrs.tolist(),
+                                                     keys.ptr.tolist(), strict=True):
+            if size == 0:
+                continue
+            if size > position & ((1 << INODE_SHIFT) - 1) or nptrs > 1:
+                raise Corrupt(f"journal entry {jset.seq}", "bad, short offset")
+            is_real = nptrs == 1 and ptr >> 51 == 0
+            if is_real and not self.buckets.in_range(ptr, size):
+                raise Corrupt(f"journal entry {jset.seq}", f"key with a pointer out of range ({ptr:#x})")
+            flags = (HAS_PTR | (DIRTY if dirty else 0)) if is_real else 0
+            found.append((Extent(position - size, position, flags, ptr if is_real else 0), is_real))
+        return found
+
+    async def _replay(self, entries: list[Jset], pins: dict[int, JournalPin]) -> None:
+        # Inserts the journal's keys again, in order (journal.c, bch_journal_replay).
+        for jset in entries:
+            pin = pins[jset.seq]
+            for new, is_real in self._journal_keys(jset):
+                await self.btree.insert(new, None if self.read_only else pin)
+                if is_real:
+                    self.buckets.unpin(self.buckets.bucket_of(new.ptr))
+                self.replayed_keys += 1
+            self.replayed_entries += 1
+            if not self.read_only:
+                self.journal.unpin(pin)
+        self.events.emit("bcache_journal_replay", keys=self.replayed_keys, entries=self.replayed_entries, seq=entries[-1].seq)
+
+    async def _start_new(self) -> None:
+        geometry = self.geometry
+        await self.journal.clear()
+        self.uuids = [UuidEntry() for _ in range(geometry.nr_uuids)]
+        self.buckets.start_gc()
+        self.buckets.finish_gc(self.metadata_buckets())
+        self.alloc.initial_fill()
+        self.gens_final = True
+        self.journal.open_entry(1)
+        self._threads.append(self.sched.spawn(self.alloc.run(), "allocator"))
+        if not await self.prios.write(wait=True):
+            raise Corrupt(self.cache.name, self.failed or "the first priorities could not be written")
+        await self._write_uuid_bucket()
+        root = await self.splitter.first_root()
+        if root is None:
+            raise Corrupt(self.cache.name, self.failed or "the first btree node could not be written")
+        self.btree = Btree(self, root)
+        self.btree.cache(root)
+        self.sync = True
+        self._threads.append(self.sched.spawn(self.journal.run(), "journal"))
+        if not await self.journal.write_meta():
+            raise Corrupt(self.cache.name, self.failed or "the first journal entry could not be written")
+        self._run_late_threads()
+        # Only now: with CACHE_SYNC before the first entry a crash would leave a set that cannot start.
+        await self.write_superblock(self.sb.with_sync(True))
+
+    def _run_threads(self) -> None:
+        self._threads += [self.sched.spawn(self.alloc.run(), "allocator"), self.sched.spawn(self.journal.run(), "journal")]
+
+    def _run_late_threads(self) -> None:
+        self._threads += [self.sched.spawn(self.gc.run(), "gc"), self.sched.spawn(self.btree.run_flusher(), "leaf flusher")]
+
+    # Uuids.
+
+    async def _read_uuids(self, newest: Jset) -> None:
+        if newest.version < 1:
+            raise WrongState("the set's journal is of version 0 (before 2013); let a kernel run the set once to convert it")
+        key = newest.uuid_bucket
+        if len(key.ptrs) != 1 or not self.buckets.in_range(ptr_make(key.ptrs[0].sector, key.ptrs[0].gen), key.size) or not key.size:
+            raise Corrupt("uuid array", "bad uuid pointer")
+        raw = bytearray(key.size << 9)
+        self.check_io(await self.cache.read(key.ptrs[0].sector, raw, "uuids"), "uuid array")
+        word = ptr_make(key.ptrs[0].sector, key.ptrs[0].gen)
+        self.buckets.raise_gens(np.array([word], np.uint64))
+        self.uuid_key = key
+        self.uuid_bucket = self.buckets.bucket_of(word)
+        self.uuids = decode_uuids(raw)
+
+    def uuid_bucket_key(self) -> bytes:
+        """The pointer to the uuid array as the journal's header holds it."""
+        pointer = self.uuid_key.ptrs[0]
+        return pack_key(0, self.uuid_key.size, False, ptr_make(pointer.sector, pointer.gen))
+
+    async def _write_uuid_bucket(self) -> bool:
+        # The whole array into a new bucket; nothing names it yet.
+        bucket = await self.alloc.alloc(Reserve.BTREE)
+        if bucket == NO_BUCKET:
+            return False
+        geometry = self.geometry
+        raw = encode_uuids(self.uuids, geometry.meta_bytes)
+        error = await self.cache.write(geometry.sector_of(bucket), raw, FUA, "uuids")
+        self.buckets.unpin(bucket)
+        if error:
+            self.fail(f"error {error} writing the uuid array")
+            return False
+        self.meta_sectors_written += geometry.bucket_size_sectors
+        word = ptr_make(geometry.sector_of(bucket), self.buckets.gen_at[bucket])
+        self.uuid_key = Bkey(0, -geometry.meta_sectors, 0, False, 0, (Ptr(0, geometry.sector_of(bucket), word & 0xFF),))
+        self.uuid_bucket = bucket
+        return True
+
+    async def write_uuids(self) -> bool:
+        """Write the uuid array to a new bucket and journal its place, durably (super.c, bch_uuid_write); False if the set failed."""
+        async with self.uuid_lock:
+            return await self._write_uuid_bucket() and await self.journal.write_meta()
+
+    async def retire_slot(self, slot: int) -> None:
+        """A slot is given up and never used again; its number stays in the keys that it left behind."""
+        self.uuids[slot] = replace(self.uuids[slot], uuid=INVALID_UUID, invalidated=self.sched.wall_s & 0xFFFFFFFF, flags=0)
+        await self.write_uuids()
+
+    def _free_slot(self) -> int:
+        for slot, entry in enumerate(self.uuids):
+            if entry.is_free:
+                return slot
+        raise WrongState(f"no room for UUID: all {len(self.uuids)} slots of set {format_uuid(self.sb.set_uuid)} have been used")
+
+    # Backing devices.
+
+    async def read_backing(self, backing: Bdev) -> CachedDev:
+        """Read and judge a backing device's superblock; it is not part of the set yet."""
+        raw = bytearray(SB_BYTES)
+        error = await backing.read(SB_SECTOR, raw, "superblock")
+        if error:
+            raise DeviceError(f"{backing.name}: error {error} reading the superblock", errno=error)
+        try:
+            sb = decode_superblock(raw)
+            if sb.is_cache:
+                raise WrongState(f"{backing.name} is a cache device; it cannot be a backing device")
+            check_superblock(sb, device_sectors=backing.size_sectors, logical_block_sectors=backing.atomic_sectors)
+        except Corrupt as bad:
+            raise Corrupt(backing.name, str(bad)) from None
+        if sb.data_offset >= backing.size_sectors:
+            raise Corrupt(backing.name, "the data offset lies beyond the end of the device (truncated?)")
+        if backing.size_sectors >= 1 << INODE_SHIFT:
+            raise WrongState(f"{backing.name} is larger than 8 PiB, which this version does not support")
+        return CachedDev(self, backing, sb, bytes(raw))
+
+    async def register_backing(self, backing: Bdev) -> CachedDev:
+        """Take a backing device in: attached if its superblock names this set (super.c, register_bdev).
+
+        Raises WrongState if it belongs to another set, Corrupt or DeviceError if it cannot be read.
+        """
+        dev = await self.read_backing(backing)
+        if dev.sb.set_uuid == self.sb.set_uuid:
+            await self.attach_device(dev)
+        elif dev.sb.state in (BdevState.CLEAN, BdevState.DIRTY):
+            raise WrongState(f"{backing.name} belongs to set {format_uuid(dev.sb.set_uuid)} (state {dev.state}), not to set "
+                             f"{format_uuid(self.sb.set_uuid)}; detach it there first")
+        self.devices.append(dev)
+        return dev
+
+    async def attach_device(self, dev: CachedDev) -> None:
+        """Attach a device to this set (super.c, bch_cached_dev_attach); raises WrongState with the reason."""
+        name = dev.backing.name
+        if dev.attached:
+            raise WrongState(f"{name} is already attached")
+        if self.stopping or self.io_disabled:
+            raise WrongState(f"set {format_uuid(self.sb.set_uuid)} is shutting down")
+        if dev.block_size_sectors < self.geometry.block_size_sectors:
+            raise WrongState(f"{name} has blocks of {dev.block_size_sectors << 9} bytes, smaller than the set's "
+                             f"{self.geometry.block_bytes}: block size less than set's block size")
+        if any(other.attached and other.uuid == dev.uuid for other in self.devices):
+            raise WrongState(f"a device with the uuid {format_uuid(dev.uuid)} of {name} is already attached (a copy?)")
+        slot = next((slot for slot, entry in enumerate(self.uuids)
+                     if bytes(entry.uuid) == dev.uuid and not entry.is_flash_only), NO_SLOT)
+        if slot != NO_SLOT and dev.sb.state in (BdevState.STALE, BdevState.NONE):
+            if self.read_only:
+                raise WrongState(f"{name} is {dev.state}: its cached data does not belong to it any more")
+            await self.retire_slot(slot)
+            slot = NO_SLOT
+        if slot == NO_SLOT and dev.sb.state == BdevState.DIRTY:
+            raise WrongState(f"couldn't find uuid for {name} in set {format_uuid(self.sb.set_uuid)}: its dirty data is elsewhere")
+        if slot == NO_SLOT and self.read_only:
+            # It was never attached: the cache holds nothing of it.
+            return
+        if slot == NO_SLOT:
+            slot = await self._attach_new(dev)
+        elif not self.read_only:
+            self.uuids[slot] = replace(self.uuids[slot], last_reg=self.sched.wall_s & 0xFFFFFFFF)
+            await self.write_uuids()
+        dev.start_caching(slot)
+        if not self.read_only and dev.has_dirty and dev.sb.state != BdevState.DIRTY:
+            await dev.become_dirty()
+        self.events.emit("bcache_attach", volume=name, slot=slot)
+
+    async def _attach_new(self, dev: CachedDev) -> int:
+        # A new slot, durable in the uuid array and the journal before the backing superblock points here.
+        slot = self._free_slot()
+        now = self.sched.wall_s & 0xFFFFFFFF
+        self.uuids[slot] = replace(self.uuids[slot], uuid=dev.uuid, label=dev.sb.label, first_reg=now, last_reg=now, invalidated=0,
+                                   flags=0, sectors=0)
+        if not await self.write_uuids():
+            raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
+        error = await dev.set_superblock(replace(dev.sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid))
+        if error:
+            raise DeviceError(f"{dev.backing.name}: error {error} writing the superblock", errno=error)
+        return slot
+
+    def volume(self, name: str) -> CachedDev | FlashVolume:
+        """A volume by name, uuid, label or backing device; WrongState if there is none, or two."""
+        found = [volume for volume in self.volumes
+                 if name in (volume.name, format_uuid(volume.uuid)) or (volume.label and name == volume.label)
+                 or (isinstance(volume, CachedDev) and name == volume.backing.name)]
+        if len(found) != 1:
+            raise WrongState(f"{name}: {'no such volume' if not found else 'several volumes of this label'} in set "
+                             f"{format_uuid(self.sb.set_uuid)}; there are {', '.join(v.name for v in self.volumes) or 'none'}")
+        return found[0]
+
+    def cached_volume(self, name: str) -> CachedDev:
+        """`volume`, which must be a cached device."""
+        found = self.volume(name)
+        if not isinstance(found, CachedDev):
+            raise WrongState(f"{name} is a flash-only volume; it has no backing device")
+        return found
+
+    @property
+    def volumes(self) -> list[CachedDev | FlashVolume]:
+        """All volumes, in the order of their slots when they were first listed; unnamed ones get their names now."""
+        def order(volume: CachedDev | FlashVolume) -> int:
+            return volume.slot if volume.slot != NO_SLOT else len(self.uuids)
+
+        every: list[CachedDev | FlashVolume] = [*self.devices, *self.flash]
+        named = sorted((volume for volume in every if volume.name), key=lambda volume: int(volume.name.removeprefix("bcache")))
+        number = int(named[-1].name.removeprefix("bcache")) + 1 if named else 0
+        for volume in sorted((volume for volume in every if not volume.name), key=order):
+            volume.name = f"bcache{number}"
+            number += 1
+            named.append(volume)
+        return named
+
+    def cached_devices(self) -> list[CachedDev]:
+        """The attached backing devices."""
+        return [dev for dev in self.devices if dev.attached]
+
+    async def attach(self, name: str) -> None:
+        """Attach a volume that runs without a cache."""
+        dev = self.cached_volume(name)
+        if dev.sb.state == BdevState.DIRTY and dev.sb.set_uuid != self.sb.set_uuid:
+            raise WrongState(f"{dev.backing.name} holds dirty data in another set")
+        await self.attach_device(dev)
+
+    async def detach(self, name: str) -> None:
+        """Write a volume's dirty data back and cut its tie to the set; returns when that is done."""
+        dev = self.cached_volume(name)
+        self.refuse_read_only()
+        dev.begin_detach()
+        while dev.attached and dev.detaching and not self.io_disabled:
+            await dev.state_changed.wait()
+        if dev.attached:
+            raise WrongState(f"{dev.backing.name} could not be detached: {self.failed or 'its superblock could not be written'}")
+
+    async def flush_volume(self, name: str) -> None:
+        """Write all dirty data of a volume back, without detaching it; returns when nothing is dirty."""
+        dev = self.cached_volume(name)
+        self.refuse_read_only()
+        dev.flushing += 1
+        dev.writeback.wake()
+        while dev.attached and dev.has_dirty and not self.io_disabled and not dev.io_disable:
+            await dev.state_changed.wait()
+        dev.flushing -= 1
+        if dev.has_dirty:
+            raise WrongState(f"{dev.backing.name} could not be written back: {self.failed or 'it was disabled after errors'}")
+
+    # Flash-only volumes.
+
+    async def volume_create(self, size_bytes: int) -> FlashVolume:
+        """Make a flash-only volume (super.c, bch_flash_dev_create); less than a block is refused."""
+        self.refuse_read_only()
+        sectors = (size_bytes >> 9) & ~(self.geometry.block_size_sectors - 1)
+        if sectors == 0:
+            raise Refused(f"a volume of {size_bytes} bytes is smaller than a block of {self.geometry.block_bytes} bytes")
+        if sectors > self.buckets.nbuckets << self.buckets.bucket_shift:
+            raise Refused(f"a volume of {size_bytes} bytes is larger than the cache device")
+        slot = self._free_slot()
+        now = self.sched.wall_s & 0xFFFFFFFF
+        uuid = self.entropy.getrandbits(128).to_bytes(16, "little")
+        self.uuids[slot] = replace(self.uuids[slot], uuid=uuid, label=bytes(32), first_reg=now, last_reg=now, invalidated=0,
+                                   flags=UUID_FLASH_ONLY, sectors=sectors)
+        if not await self.write_uuids():
+            raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
+        volume = FlashVolume(self, slot, self.uuids[slot])
+        self.flash.append(volume)
+        return volume
+
+    async def volume_remove(self, name: str) -> None:
+        """Delete a flash-only volume and its data; its space is reclaimed (the kernel's stays dirty for ever)."""
+        volume = self.volume(name)
+        self.refuse_read_only()
+        if not isinstance(volume, FlashVolume):
+            raise WrongState(f"{name} is not a flash-only volume")
+        volume.removed = True
+        self.flash.remove(volume)
+        await self.retire_slot(volume.slot)
+        await invalidate(self, volume.base, volume.base + volume.size_sectors, durable=True)
+
+    def is_flash(self, slot: int) -> bool:
+        """Whether a slot is a flash-only volume's."""
+        return slot < len(self.uuids) and self.uuids[slot].is_flash_only
+
+    def flash_dirty_sectors(self) -> int:
+        """Sectors that flash-only volumes take."""
+        return sum(volume.dirty_sectors for volume in self.flash)
+
+    def refuse_read_only(self) -> None:
+        """WrongState if the set runs read-only."""
+        if self.read_only:
+            raise WrongState("the engine runs read-only")
+
+    # What the parts ask of the whole.
+
+    @property
+    def uuid(self) -> bytes:
+        """The set's uuid."""
+        return self.sb.set_uuid
+
+    @property
+    def read_only(self) -> bool:
+        """Nothing is written to any device."""
+        return self.options.read_only
+
+    def account_dirty(self, position: int, sectors: int) -> None:
+        """Dirty extents came (or went, if negative) at ``position``."""
+        slot = position >> INODE_SHIFT
+        self.dirty_by_inode[slot] = self.dirty_by_inode.get(slot, 0) + sectors
+
+    def metadata_buckets(self) -> list[int]:
+        """Journal, prio and uuid buckets that are in use."""
+        found = list(self.sb.d) + [bucket for bucket in self.prios.current + self.prios.journaled if bucket]
+        return found + [self.uuid_bucket] if self.uuid_bucket else found
+
+    def writeback_pointers(self) -> list[int]:
+        """Pointers of everything that is being written back."""
+        return [extent.ptr for dev in self.cached_devices() for extent in dev.writeback.waiting + dev.writeback.in_flight]
+
+    def request_done(self) -> None:
+        """A request went back to its client."""
+        self.requests_in_flight -= 1
+        if not self.requests_in_flight:
+            self.idle.wake_all()
+
+    def check_bucket(self, bucket: int, what: str) -> None:
+        """Corrupt if a bucket number from disk is none."""
+        if not self.geometry.first_bucket <= bucket < self.geometry.nbuckets:
+            raise Corrupt(what, f"bucket {bucket} is out of range")
+
+    def check_io(self, error: int, what: str) -> None:
+        """DeviceError if an I/O of the start failed."""
+        if error:
+            raise DeviceError(f"{self.cache.name}: error {error} at {what}", errno=error)
+
+    def count_io_error(self, error: int, what: str) -> None:
+        """Count an error of the cache device; at the limit the set fails (io.c, bch_count_io_errors)."""
+        self.io_errors_seen += 1
+        self.events.emit("bcache_io_error", errno=error, what=what)
+        self.io_error_count += 1
+        if self.io_error_count >= self.io_error_limit:
+            self.fail(f"too many IO errors {what}")
+
+    def fail(self, text: str) -> None:
+        """Stop using the cache device: what it says or does cannot be relied on (super.c, bch_cache_set_error)."""
+        if self.failed is not None:
+            return
+        self.failed = text
+        self.io_disabled = True
+        self.events.emit("bcache_set_failed", text=text)
+        self.journal.wake_everyone()
+        for queue in (self.alloc.alloc_wait, self.alloc.bucket_wait, self.gc.queue, self.gc.done):
+            queue.wake_all()
+        if hasattr(self, "btree"):
+            self.btree.changed.wake_all()
+            self.btree.flush_wake.wake_all()
+        self.sched.spawn(self._leave(), "set failed")
+
+    async def _leave(self) -> None:
+        for dev in self.devices:
+            await dev.leave_failed_set()
+            dev.writeback.wake()
+
+    # The superblock.
+
+    async def write_superblock(self, sb: Superblock) -> None:
+        """Put ``sb`` in force and write it (super.c, bcache_write_super); sectors that its first one vouches for go first."""
+        async with self.sb_lock:
+            version = 3 if sb.version == 0 else sb.version
+            self.sb = replace(sb, version=version, seq=sb.seq + 1, last_mount=self.sched.wall_s & 0xFFFFFFFF)
+            raw = encode_superblock(self.sb, self.raw)
+            head = self.cache.atomic_sectors << 9
+            if raw[head:] != self.raw[head:]:
+                error = await self.cache.write(SB_SECTOR + self.cache.atomic_sectors, raw[head:], 0, "superblock")
+                if error:
+                    self.fail(f"error {error} writing the superblock")
+                    return
+            error = await self.cache.write(SB_SECTOR, raw[:head], PREFLUSH | FUA, "superblock")
+            if error:
+                self.fail(f"error {error} writing the superblock")
+                return
+            self.raw = raw
+
+    async def set_replacement(self, policy: Replacement) -> None:
+        """Change the replacement policy, now and in the superblock."""
+        self.alloc.replacement = policy
+        await self.write_superblock(self.sb.with_replacement(policy))
+
+    async def set_discard(self, enabled: bool) -> None:
+        """Turn discard on or off, now and in the superblock."""
+        self.alloc.discard = enabled
+        await self.write_superblock(self.sb.with_discard(enabled))
+
+    # Running.
+
+    async def run_gc(self) -> None:
+        """Run a gc now and wait for it."""
+        self.refuse_read_only()
+        await self.gc.run_now()
+
+    async def stop(self) -> None:
+        """Stop in order: requests end, leaves, priorities and journal are written, both kinds of device flushed."""
+        if self.stopped or not self.running:
+            self.stopped = True
+            return
+        while self.requests_in_flight:
+            await self.idle.wait()
+        self.stopping = True
+        for dev in self.devices:
+            dev.writeback.stopping = True
+            dev.writeback.wake()
+        self.gc.wake()
+        self.btree.flush_wake.wake_all()
+        while self.gc.running and not self.io_disabled:
+            await self.gc.done.wait()
+        if not self.read_only and not self.io_disabled:
+            await self.btree.flush_all()
+            self.alloc.alloc_wait.wake_all()
+            await self._threads[0]
+            if not self.io_disabled and not self.alloc.prio_blocked:
+                await self.prios.write(wait=False)
+            await self.journal.write_meta()
+            self.journal.close()
+            for dev in self.devices:
+                await dev.backing.flush()
+        self.stopped = True
+        self.events.emit("bcache_set_stopped")
+        self.check_invariants()
+
+    def check_invariants(self) -> None:
+        """With ``debug_checks``: assert everything that must hold at rest."""
+        if self.options.debug_checks and not self.io_disabled:
+            checks.check_set(self)
+
+    def snapshot(self, cells: int = 0) -> SetSnapshot:
+        """What the live view shows, with a map of ``cells`` cells."""
+        return stats.snapshot(self, cells)
+

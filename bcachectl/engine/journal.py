@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`Journal`: a ring of buckets that makes leaf keys durable before their btree nodes are.
+
+Invariant: every key that was acknowledged as durable is in a written set of a leaf, or in an entry from the newest entry's ``last_seq`` on.
+
+Life of an entry:
+
+1. It is open: `Journal.add` appends keys to it.  Each operation holds a reference to the entry's `JournalPin` until its keys are in the
+   btree in memory; the dirty leaf then holds one until the leaf is written.
+2. It is written: because someone waits for it, because `journal_delay_ms` have passed, or because it is full.  One write at a time, in
+   the order of seq, each with PREFLUSH and FUA, so that data and nodes written before are durable before it.  The header is
+   made at this moment: it names the root, the uuid array and the prio chain as they are now.
+3. When its pin and all older ones are free, ``last_seq`` of later entries passes it.
+4. Its bucket is used again when all entries in it are older than ``last_seq``.
+
+About step 4 the kernel looks at ``last_seq`` in memory; if the write that overwrites the bucket is torn, the newest entry that is left still
+asks for the entries that were overwritten, and the set cannot start.  Here such a bucket is entered with an entry without keys, which
+fits one sector: either it is there, and asks for nothing old, or the old entry is.
+
+Kernel: journal.c, the essay in journal.h.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from bcachectl.engine.sched import FUA, NS_PER_MS, PREFLUSH, WaitQueue
+from bcachectl.errors import Corrupt
+from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, Jset, encode_jset, walk_journal_bucket
+from bcachectl.ondisk.magic import jset_magic
+
+if TYPE_CHECKING:
+    from bcachectl.engine.cache_set import CacheSet
+
+MAX_PINS = 32767
+FLUSH_BATCH = 8
+"""Leaves written at once when the journal needs space (journal.h, BTREE_FLUSH_NR)."""
+
+
+class JournalPin:
+    """Keeps an entry alive: ``count`` references, one of them the entry's own until its write is submitted."""
+
+    __slots__ = ("seq", "count")
+
+    def __init__(self, seq: int, count: int) -> None:
+        self.seq = seq
+        self.count = count
+
+    def __repr__(self) -> str:
+        return f"<JournalPin {self.seq} count {self.count}>"
+
+
+class Journal:
+    """The journal of a running set."""
+
+    __slots__ = ("cset", "magic", "buckets", "bucket_seq", "seq", "pins", "keys", "blocks_free", "sector", "cur_idx", "last_idx",
+                 "durable_last_seq", "written_seq", "wanted", "deadline_ns", "do_reserve", "guarded", "delay_ms", "wake", "space",
+                 "written", "relieving", "closing", "writes", "reclaims", "flush_writes")
+
+    def __init__(self, cset: CacheSet) -> None:
+        sched = cset.sched
+        self.cset = cset
+        self.magic = jset_magic(cset.sb.set_uuid)
+        self.buckets = list(cset.sb.d)
+        self.bucket_seq = [0] * len(self.buckets)
+        self.seq = 0
+        self.pins: deque[JournalPin] = deque()
+        self.keys = bytearray()
+        self.blocks_free = 0
+        self.sector = 0
+        self.cur_idx = 0
+        self.last_idx = 0
+        self.durable_last_seq = 0
+        self.written_seq = 0
+        self.wanted = False
+        self.deadline_ns: int | None = None
+        self.do_reserve = 0
+        self.guarded = False
+        self.delay_ms = 100
+        self.wake = WaitQueue(sched, "journal writer")
+        self.space = WaitQueue(sched, "journal space")
+        self.written = WaitQueue(sched, "journal written")
+        self.relieving = False
+        self.closing = False
+        self.writes = 0
+        self.reclaims = 0
+        self.flush_writes = 0
+
+    # Adding.
+
+    @property
+    def request_max_bytes(self) -> int:
+        """The most keys that one `add` may bring: they fit one block together with the header (request.c, bch_keylist_realloc)."""
+        return self.cset.geometry.block_bytes - JSET_HEADER_BYTES
+
+    @property
+    def last_seq(self) -> int:
+        """The oldest entry whose keys may be in no written leaf."""
+        return self.pins[0].seq
+
+    def add_nowait(self, keys: bytes) -> JournalPin | None:
+        """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now."""
+        capacity = min(self.blocks_free * self.cset.geometry.block_bytes, JSET_MAX_BYTES) - JSET_HEADER_BYTES
+        if self.guarded or len(self.keys) + len(keys) > capacity or len(self.pins) > MAX_PINS - 2:
+            return None
+        self.keys += keys
+        pin = self.pins[-1]
+        pin.count += 1
+        if self.deadline_ns is None:
+            self.deadline_ns = self.cset.sched.now_ns + self.delay_ms * NS_PER_MS
+            self.wake.wake_all()
+        return pin
+
+    async def add(self, keys: bytes) -> JournalPin | None:
+        """Like `add_nowait`, but waits for space; None if the set has failed, or is new and not journaled yet."""
+        assert len(keys) <= self.request_max_bytes
+        while self.cset.sync and not self.cset.io_disabled:
+            pin = self.add_nowait(keys)
+            if pin is not None:
+                return pin
+            if self.keys or self.guarded:
+                self.request_write()
+            else:
+                self._relieve_if_full()
+                if not self.full:
+                    continue
+            await self.space.wait()
+        return None
+
+    def request_write(self) -> None:
+        """Have the open entry written without delay."""
+        self.wanted = True
+        self.wake.wake_all()
+
+    async def wait_durable(self, seq: int) -> bool:
+        """Have entry ``seq`` written and wait for it; False if the set failed."""
+        if seq == self.seq:
+            self.request_write()
+        while self.written_seq < seq:
+            if self.cset.io_disabled:
+                return False
+            await self.written.wait()
+        return True
+
+    async def write_meta(self) -> bool:
+        """Write an entry with the roots as they are now, and wait for it (journal.c, bch_journal_meta); False if the set failed."""
+        if not self.cset.sync:
+            return not self.cset.io_disabled
+        return await self.wait_durable(self.seq)
+
+    def unpin(self, pin: JournalPin | None) -> None:
+        """Drop a reference; the last one of the oldest entry may make room."""
+        if pin is None:
+            return
+        pin.count -= 1
+        assert pin.count >= 0, pin
+        if pin.count == 0 and pin is self.pins[0] and len(self.space):
+            self.reclaim()
+
+    # Space.
+
+    def free_buckets(self, reserve: int) -> int:
+        """Journal buckets that may be entered, keeping back ``reserve``."""
+        count = self.last_idx - self.cur_idx if self.cur_idx < self.last_idx else len(self.buckets) + self.last_idx - self.cur_idx
+        return max(0, count - 1 - reserve)
+
+    @property
+    def full(self) -> bool:
+        """Nothing can be added before old entries are given up."""
+        return self.blocks_free == 0 or len(self.pins) > MAX_PINS - 2
+
+    def reclaim(self, *, use_reserve: bool = False) -> None:
+        """Give up old entries, and enter the next bucket if the current one has no room (journal.c, journal_reclaim)."""
+        pins = self.pins
+        while len(pins) > 1 and pins[0].count == 0:
+            pins.popleft()
+        while self.last_idx != self.cur_idx and self.bucket_seq[self.last_idx] < pins[0].seq:
+            self.last_idx = (self.last_idx + 1) % len(self.buckets)
+            self.reclaims += 1
+        if self.blocks_free == 0 and self.free_buckets(0 if use_reserve else self.do_reserve) > 0:
+            geometry = self.cset.geometry
+            self.cur_idx = (self.cur_idx + 1) % len(self.buckets)
+            self.sector = geometry.sector_of(self.buckets[self.cur_idx])
+            self.blocks_free = geometry.bucket_size_sectors // geometry.block_size_sectors
+            self.guarded = self.bucket_seq[self.cur_idx] >= self.durable_last_seq > 0
+            self.bucket_seq[self.cur_idx] = 0
+        if not self.full:
+            self.space.wake_all()
+
+    def _relieve_if_full(self) -> None:
+        self.reclaim()
+        if self.full and not self.relieving:
+            self.relieving = True
+            self.cset.sched.spawn(self._relieve(), "journal relief")
+
+    async def _relieve(self) -> None:
+        # Writes the leaves that hold the oldest entries until there is room (journal.c, btree_flush_write).
+        cset = self.cset
+        while self.full and not cset.io_disabled:
+            pin = self.pins[0]
+            leaves = [leaf for leaf in cset.btree.dirty_leaves if leaf.pin is pin][:FLUSH_BATCH]
+            if leaves:
+                self.flush_writes += len(leaves)
+                for task in [cset.sched.spawn(cset.btree.write_leaf(leaf), "flush leaf") for leaf in leaves]:
+                    await task
+            elif pin.count:
+                # An operation between journal and btree holds it, or a leaf's write is on its way.
+                await self.space.wait(deadline_ns=cset.sched.now_ns + NS_PER_MS)
+            elif len(self.pins) == 1:
+                await self.space.wait(deadline_ns=cset.sched.now_ns + NS_PER_MS)
+            self.reclaim()
+        self.relieving = False
+        self.space.wake_all()
+
+    # Writing.
+
+    async def run(self) -> None:
+        """Write entries as they are wanted; ends when the set failed, or is closing and nothing is left to write."""
+        cset = self.cset
+        while await self._wanted():
+            if self.blocks_free == 0:
+                # Only an entry without keys can be here: nothing can be added without a block.
+                self.reclaim(use_reserve=True)
+                if self.blocks_free == 0:
+                    self._relieve_if_full()
+                    await self.space.wait()
+                    continue
+            if not await self._write_entry():
+                return
+        cset.events.emit("bcache_journal_idle", seq=self.seq)
+
+    async def _wanted(self) -> bool:
+        # Waits until the open entry is to be written.
+        cset = self.cset
+        while not cset.io_disabled:
+            if self.wanted or (self.deadline_ns is not None and self.deadline_ns <= cset.sched.now_ns):
+                return True
+            if self.closing:
+                return bool(self.keys)
+            await self.wake.wait(deadline_ns=self.deadline_ns)
+        return False
+
+    async def _write_entry(self) -> bool:
+        cset = self.cset
+        geometry = cset.geometry
+        seq, last_seq, root = self.seq, self.last_seq, cset.btree.root
+        assert not (self.guarded and self.keys)
+        raw = encode_jset(seq=seq, last_seq=last_seq, uuid_bucket=cset.uuid_bucket_key(), btree_root=cset.btree.root_key(),
+                          btree_level=root.level, prio_bucket0=cset.prios.current[0], keys=bytes(self.keys), magic=self.magic,
+                          block_bytes=geometry.block_bytes)
+        blocks = len(raw) // geometry.block_bytes
+        assert blocks <= self.blocks_free, (blocks, self.blocks_free)
+        sector = self.sector
+        self.sector += blocks * geometry.block_size_sectors
+        self.blocks_free -= blocks
+        self.bucket_seq[self.cur_idx] = seq
+        data = memoryview(raw)
+        if self.guarded:
+            data = data[:cset.cache.atomic_sectors << 9]
+        self.guarded = False
+        self.pins[-1].count -= 1
+        self.open_entry(seq + 1)
+        self.reclaim()
+        cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=len(data) >> 9)
+        error = await cset.cache.write(sector, data, PREFLUSH | FUA, "journal")
+        if error:
+            cset.fail(f"journal io error {error}")
+            return False
+        self.writes += 1
+        cset.meta_sectors_written += len(data) >> 9
+        self.written_seq = seq
+        self.durable_last_seq = last_seq
+        self.written.wake_all()
+        self.reclaim()
+        return True
+
+    def open_entry(self, seq: int) -> None:
+        """Start to fill entry ``seq`` (journal.c, bch_journal_next)."""
+        self.seq = seq
+        self.pins.append(JournalPin(seq, 1))
+        self.keys = bytearray()
+        self.wanted = False
+        self.deadline_ns = None
+
+    def close(self) -> None:
+        """Write what is pending without delay, then end `run`."""
+        self.closing = True
+        self.wake.wake_all()
+
+    def wake_everyone(self) -> None:
+        """The set has failed: whoever waits has to look."""
+        for queue in (self.wake, self.space, self.written):
+            queue.wake_all()
+
+    # Reading.
+
+    async def read(self) -> list[Jset]:
+        """The entries to replay, oldest first, none missing (journal.c, bch_journal_read); raises Corrupt.
+
+        Sets up where writing goes on: in the bucket after the newest entry's.
+        """
+        cset = self.cset
+        geometry = cset.geometry
+        found: dict[int, Jset] = {}
+        raw = bytearray(geometry.bucket_bytes)
+        for index, bucket in enumerate(self.buckets):
+            cset.check_io(await cset.cache.read(geometry.sector_of(bucket), raw, "journal"), f"journal bucket {bucket}")
+            for _offset, jset in walk_journal_bucket(raw, magic=self.magic, block_bytes=geometry.block_bytes):
+                found.setdefault(jset.seq, jset)
+                self.bucket_seq[index] = max(self.bucket_seq[index], jset.seq)
+        if not found:
+            raise Corrupt("journal", "no journal entries found")
+        newest = found[max(found)]
+        missing = [seq for seq in range(newest.last_seq, newest.seq + 1) if seq not in found]
+        if missing and not (cset.sb.discard and missing[-1] - missing[0] + 1 == len(missing) and missing[0] == newest.last_seq):
+            raise Corrupt("journal", f"journal entries {missing[0]}-{missing[-1]} missing! "
+                                     f"(replaying {newest.last_seq}-{newest.seq})")
+        self.cur_idx = max(range(len(self.buckets)), key=self.bucket_seq.__getitem__)
+        self.last_idx = (self.cur_idx + 1) % len(self.buckets)
+        self.blocks_free = 0
+        self.written_seq = newest.seq
+        self.durable_last_seq = newest.last_seq
+        return [found[seq] for seq in range(newest.last_seq, newest.seq + 1) if seq in found]
+
+    async def clear(self) -> None:
+        """Wipe every journal bucket that has an entry of this set's magic anywhere: a set uuid may have been used before."""
+        cset = self.cset
+        geometry = cset.geometry
+        raw = bytearray(geometry.bucket_bytes)
+        pattern = self.magic.to_bytes(8, "little")
+        for bucket in self.buckets:
+            cset.check_io(await cset.cache.read(geometry.sector_of(bucket), raw, "journal"), f"journal bucket {bucket}")
+            if pattern in raw:
+                error = await cset.cache.write(geometry.sector_of(bucket), bytes(len(raw)), 0, "journal")
+                cset.check_io(error, f"journal bucket {bucket}")
+        cset.check_io(await cset.cache.flush(), "cache device")

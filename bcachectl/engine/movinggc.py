@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`MovingGc`: after a gc, empties buckets that hold little, by copying what they hold into new ones (movinggc.c).
+
+Only with ``copy_gc_enabled``.  A copy is put in the map by `Btree.replace`, which does nothing where a write came first.  The old bucket
+cannot be reused before the next gc, which writes every dirty leaf before its marks count; so a move that is lost in a crash loses
+nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bcachectl.engine.alloc import Reserve
+from bcachectl.engine.buckets import MARK_METADATA
+from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
+from bcachectl.engine.sched import Task
+from bcachectl.ondisk.bkey import INODE_SHIFT
+
+if TYPE_CHECKING:
+    from bcachectl.engine.cache_set import CacheSet
+
+MOVING_IN_FLIGHT = 64
+
+
+class MovingGc:
+    """Moving gc of a running set."""
+
+    __slots__ = ("cset", "enabled", "moved_keys", "moved_sectors", "collisions", "in_flight")
+
+    def __init__(self, cset: CacheSet) -> None:
+        self.cset = cset
+        self.enabled = False
+        self.moved_keys = 0
+        self.moved_sectors = 0
+        self.collisions = 0
+        self.in_flight = 0
+
+    def choose_sources(self) -> int:
+        """Set `Buckets.move` on the emptiest buckets whose data fits the MOVINGGC reserve; returns how many (bch_moving_gc)."""
+        alloc, buckets = self.cset.alloc, self.cset.buckets
+        size = 1 << buckets.bucket_shift
+        candidate = ((buckets.mark != MARK_METADATA) & (buckets.sectors_used > 0) & (buckets.sectors_used < size)
+                     & (buckets.pin == 0))
+        candidate[:buckets.first_bucket] = False
+        index = np.nonzero(candidate)[0]
+        order = index[np.argsort(buckets.sectors_used[index], kind="stable")[:alloc.heap_size]]
+        room = size * len(alloc.free[Reserve.MOVINGGC])
+        chosen = order[np.cumsum(buckets.sectors_used[order].astype(np.int64)) <= room]
+        buckets.move[:] = 0
+        buckets.move[chosen] = 1
+        return len(chosen)
+
+    async def run(self) -> None:
+        """Move the live data of the chosen buckets, if enabled."""
+        cset = self.cset
+        if not self.enabled or cset.io_disabled or cset.stopping or not self.choose_sources():
+            return
+        position = 0
+        tasks: list[Task[None]] = []
+        while not (cset.io_disabled or cset.stopping):
+            leaf = await cset.btree.leaf(position)
+            for extent in self._keys_to_move(leaf.overlapping(position, leaf.end)):
+                if len(tasks) >= MOVING_IN_FLIGHT:
+                    await tasks.pop(0)
+                tasks.append(cset.sched.spawn(self._move(extent), "moving gc"))
+            if leaf.end == cset.btree.root.end:
+                break
+            position = leaf.end
+        for task in tasks:
+            await task
+        cset.events.emit("bcache_moving_gc_end", keys=self.moved_keys)
+
+    def _keys_to_move(self, extents: list[Extent]) -> list[Extent]:
+        buckets = self.cset.buckets
+        return [extent for extent in extents if extent.flags & HAS_PTR and not buckets.is_stale(extent.ptr)
+                and buckets.move_at[buckets.bucket_of(extent.ptr)]]
+
+    async def _move(self, extent: Extent) -> None:
+        cset = self.cset
+        buckets = cset.buckets
+        if buckets.is_stale(extent.ptr):
+            return
+        self.in_flight += 1
+        source = buckets.bucket_of(extent.ptr)
+        buckets.pin_at[source] += 1
+        size = extent.end - extent.start
+        buf = bytearray(size << 9)
+        error = await cset.cache.read((extent.ptr >> 8) & ((1 << 43) - 1), buf, "moving gc")
+        position, done = extent.start, 0
+        while not error and position < extent.end:
+            flash = cset.is_flash(extent.start >> INODE_SHIFT)
+            allocate = cset.sectors.alloc if extent.flags & DIRTY else None
+            if allocate is not None:
+                piece = await allocate(position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC)
+            else:
+                piece = cset.sectors.alloc_nowait(position, extent.end - position, write_point=0, flash=flash,
+                                                  reserve=Reserve.MOVINGGC)
+            if piece is None:
+                break
+            bucket = buckets.bucket_of(piece.ptr)
+            if extent.flags & DIRTY:
+                buckets.mark_dirty(bucket)
+            part = extent.cut(position, position + piece.nsectors)
+            data = memoryview(buf)[done << 9:(done + piece.nsectors) << 9]
+            error = await cset.cache.write((piece.ptr >> 8) & ((1 << 43) - 1), data, 0, "moving gc")
+            if not error:
+                moved = await cset.btree.replace(part, part._replace(ptr=piece.ptr))
+                self.moved_sectors += moved
+                self.collisions += moved == 0
+            buckets.unpin(bucket)
+            position += piece.nsectors
+            done += piece.nsectors
+        if error:
+            cset.count_io_error(error, "moving gc")
+        buckets.unpin(source)
+        self.moved_keys += 1
+        self.in_flight -= 1

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The request path: what happens to a read, a write, a flush and a discard of a cached device.
+
+Which way a request goes is decided in one place, `mode_for`, by the table `MODES`, the bypass rules and the writeback rules.
+
+=============  ===========================================================================================================
+read           hits from the cache, gaps from the backing device; one gap is kept for the cache unless the read bypasses
+bypass write   to the backing device; the range is invalidated in the cache (a journaled hole)
+through write  to the backing device and to the cache, side by side; the key is clean
+back write     to the cache only; the key is dirty, and the backing superblock says so before it is acknowledged
+=============  ===========================================================================================================
+
+Orders that matter:
+
+* Data is written before its key is journaled, and the key is journaled before it is inserted.
+* A hit's gen is looked at again after the data was read: if its bucket was reused meanwhile the lookup is repeated.
+* Writes of one device that overlap take turns, and a write cancels every fill under way that it overlaps; a fill does not begin while a write
+  to its range is in flight.  So data older than the last write never gets into the cache.  (The kernel uses check keys for this, which do not
+  see a bypassed write that is in flight: a stale fill can survive there.)
+* A write over a key that is being written back goes to the cache as dirty data, so that the older data cannot overtake it.
+
+Kernel: request.c, cached_dev_submit_bio and bch_data_insert; writeback.h, should_writeback.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
+from bcachectl.engine.front import (
+    EXTENT_CLEAN, EXTENT_DIRTY, EXTENT_HOLE, REQ_DISCARD, REQ_FUA, REQ_META, REQ_PREFLUSH, REQ_RAHEAD, REQ_READ, REQ_SYNC,
+    REQ_WRITE_ZEROES, Request,
+)
+from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
+from bcachectl.engine.sched import FUA, PREFLUSH, Io, WaitQueue
+from bcachectl.ondisk.bkey import pack_key
+from bcachectl.ondisk.superblock import CacheMode
+
+if TYPE_CHECKING:
+    from bcachectl.engine.cache_set import CacheSet
+    from bcachectl.engine.cached_dev import CachedDev
+
+CUTOFF_CACHE_ADD = 95
+"""With more of the cache in use than this percentage nothing is added (request.c)."""
+HOLE_SECTORS_MAX = 1 << 15
+FILL_SECTORS_MAX = 2048
+"""The largest part of a read miss that is kept for the cache (request.c, cached_dev_cache_miss)."""
+
+EIO = 5
+EOPNOTSUPP = 95
+
+BYPASS, THROUGH, BACK = range(3)
+"""Ways of a write; a read knows BYPASS (no fill) and THROUGH (fill)."""
+
+MODES: dict[CacheMode, tuple[int, int]] = {
+    CacheMode.WRITETHROUGH: (THROUGH, THROUGH),
+    CacheMode.WRITEBACK: (THROUGH, BACK),
+    CacheMode.WRITEAROUND: (THROUGH, BYPASS),
+    CacheMode.NONE: (BYPASS, BYPASS),
+}
+"""Cache mode -> (way of reads, way of writes), before the bypass rules."""
+
+
+class Fill:
+    """A read miss on its way into the cache; a write that overlaps it cancels it."""
+
+    __slots__ = ("start", "end", "cancelled")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self.cancelled = False
+
+
+class Ranges:
+    """What is in flight on one device: writes, which exclude each other where they overlap, and fills."""
+
+    __slots__ = ("writes", "fills", "queue")
+
+    def __init__(self, queue: WaitQueue) -> None:
+        self.writes: list[tuple[int, int]] = []
+        self.fills: list[Fill] = []
+        self.queue = queue
+
+    async def enter(self, start: int, end: int) -> tuple[int, int]:
+        """Begin a write: wait for overlapping ones, cancel overlapping fills."""
+        while any(here[0] < end and start < here[1] for here in self.writes):
+            await self.queue.wait()
+        for fill in self.fills:
+            if fill.start < end and start < fill.end:
+                fill.cancelled = True
+        claim = (start, end)
+        self.writes.append(claim)
+        return claim
+
+    def leave(self, claim: tuple[int, int]) -> None:
+        """End a write."""
+        self.writes.remove(claim)
+        self.queue.wake_all()
+
+    def begin_fill(self, start: int, end: int) -> Fill | None:
+        """Begin a fill, unless something in flight overlaps it."""
+        if any(here[0] < end and start < here[1] for here in self.writes):
+            return None
+        if any(fill.start < end and start < fill.end for fill in self.fills):
+            return None
+        fill = Fill(start, end)
+        self.fills.append(fill)
+        return fill
+
+
+class NewData(NamedTuple):
+    """What `insert_data` needs to know besides the data."""
+
+    dirty: bool
+    stream: int
+    flash: bool
+    durable: bool
+
+
+# Deciding.
+
+def should_bypass(dev: CachedDev, request: Request, sector: int) -> bool:
+    """Whether a request leaves the cache alone (request.c, check_should_bypass); ``sector`` is the backing device's."""
+    cset = dev.cset
+    way = MODES[dev.cache_mode][request.op != REQ_READ]
+    mask = dev.block_mask
+    if (dev.detaching or request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or cset.buckets.in_use_percent > CUTOFF_CACHE_ADD
+            or way == BYPASS
+            or (request.flags & (REQ_RAHEAD | REQ_META) == REQ_RAHEAD and dev.readahead_cache_policy != "all")
+            or (sector | request.nsectors) & mask):
+        dev.stats.bypassed_sectors += request.nsectors
+        return True
+    congested = cset.congestion.limit_sectors()
+    if not congested and not dev.sequential_cutoff:
+        cset.alloc.rescale(request.nsectors)
+        return False
+    run = dev.streams.note(sector, request.nsectors, stream=request.stream, now_ns=cset.sched.now_ns)
+    if (dev.sequential_cutoff and run >= dev.sequential_cutoff >> 9) or (congested and run >= congested):
+        dev.stats.bypassed_sectors += request.nsectors
+        return True
+    cset.alloc.rescale(request.nsectors)
+    return False
+
+
+def should_writeback(dev: CachedDev, request: Request, *, bypass: bool) -> bool:
+    """Whether a write stays in the cache as dirty data (writeback.h, should_writeback)."""
+    in_use = dev.cset.buckets.in_use_percent
+    if dev.cache_mode != CacheMode.WRITEBACK or dev.detaching or in_use > dev.cset.cutoff_writeback_sync:
+        return False
+    if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or bypass:
+        return False
+    # Who sets FUA or flushes waits for the write, as REQ_SYNC says it.
+    return (bool(request.flags & (REQ_SYNC | REQ_META | REQ_FUA | REQ_PREFLUSH)) or in_use <= dev.cset.cutoff_writeback)
+
+
+def mode_for(dev: CachedDev, request: Request, sector: int, *, overlaps_writeback: bool = False) -> int:
+    """The way of a request: the only place that decides."""
+    bypass = should_bypass(dev, request, sector)
+    if request.op == REQ_READ:
+        return BYPASS if bypass else THROUGH
+    if overlaps_writeback or should_writeback(dev, request, bypass=bypass):
+        return BACK
+    return BYPASS if bypass else THROUGH
+
+
+# Inserting.
+
+async def insert_keys(cset: CacheSet, extents: list[Extent], *, durable: bool) -> bool:
+    """Journal the extents and put them in the btree; False if the set failed (request.c, bch_data_insert_keys).
+
+    Drops the pins that the sector allocator put on their buckets.  With ``durable`` the journal entry is awaited.
+    """
+    per_entry = max(1, cset.journal.request_max_bytes // 24)
+    ok = True
+    last_seq = 0
+    for first in range(0, len(extents), per_entry):
+        part = extents[first:first + per_entry]
+        raw = b"".join([pack_key(new.end, new.end - new.start, bool(new.flags & DIRTY), new.ptr if new.flags & HAS_PTR else None)
+                        for new in part])
+        pin = cset.journal.add_nowait(raw) if cset.sync else None
+        if pin is None:
+            pin = await cset.journal.add(raw)
+        if pin is None:
+            ok = False
+        for new in part:
+            if ok and not cset.btree.insert_nowait(new, pin):
+                ok = await cset.btree.insert(new, pin)
+            if new.flags & HAS_PTR:
+                cset.buckets.unpin(cset.buckets.bucket_of(new.ptr))
+        if pin is not None:
+            last_seq = pin.seq
+            cset.journal.unpin(pin)
+    if ok and durable and last_seq:
+        ok = await cset.journal.wait_durable(last_seq)
+    return ok
+
+
+async def invalidate(cset: CacheSet, start: int, end: int, *, durable: bool) -> bool:
+    """Drop the cached data of [start, end), dirty or not; the caller puts newer data on the backing device."""
+    holes = [Extent(position, min(position + HOLE_SECTORS_MAX, end), 0, 0) for position in range(start, end, HOLE_SECTORS_MAX)]
+    cset.gc.note_sectors(end - start)
+    return await insert_keys(cset, holes, durable=durable)
+
+
+async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int:
+    """Write data to the cache and its keys to journal and btree; returns 0 or an errno (request.c, bch_data_insert).
+
+    Clean data needs no room: what finds none, or meets an error, is invalidated instead.  Dirty data waits for room, and an error is the
+    caller's: then no key is inserted at all.
+    """
+    view = memoryview(buf)
+    end = start + (len(view) >> 9)
+    cset.gc.note_sectors(end - start)
+    buckets = cset.buckets
+    extents: list[Extent] = []
+    ios: list[Io] = []
+    position = start
+    while position < end:
+        piece = cset.sectors.alloc_nowait(position, end - position, write_point=how.stream, flash=how.flash)
+        if piece is None and how.dirty:
+            piece = await cset.sectors.alloc(position, end - position, write_point=how.stream, flash=how.flash)
+        if piece is None:
+            break
+        stop = position + piece.nsectors
+        if how.dirty:
+            # Before the key is in the map: a gc that runs now must not take the bucket for clean.
+            buckets.mark_dirty(buckets.bucket_of(piece.ptr))
+        extents.append(Extent(position, stop, HAS_PTR | DIRTY if how.dirty else HAS_PTR, piece.ptr))
+        ios.append(cset.cache.write((piece.ptr >> 8) & PTR_SECTOR_MASK, view[(position - start) << 9:(stop - start) << 9]))
+        position = stop
+    for index, io in enumerate(ios):
+        error = await io
+        cset.congestion.account(cset.sched.now_ns - io.start_ns, is_write=True)
+        if error:
+            cset.count_io_error(error, "writing data to the cache")
+            failed = extents[index]
+            buckets.unpin(buckets.bucket_of(failed.ptr))
+            extents[index] = Extent(failed.start, failed.end, 0, 0)
+    if how.dirty and (position < end or not all(extent.flags for extent in extents)):
+        for extent in extents:
+            if extent.flags:
+                buckets.unpin(buckets.bucket_of(extent.ptr))
+        return EIO
+    ok = await insert_keys(cset, extents, durable=how.durable)
+    if ok and position < end:
+        ok = await invalidate(cset, position, end, durable=how.durable)
+    return 0 if ok else EIO
+
+
+# Reading.
+
+class _Read:
+    # One pass over the extents of a read: the Ios under way and what they mean.
+    __slots__ = ("hits", "gaps")
+
+    def __init__(self) -> None:
+        self.hits: list[tuple[Extent, Io, memoryview]] = []
+        self.gaps: list[tuple[int, int, Io]] = []
+
+
+async def read(dev: CachedDev, request: Request) -> None:
+    """Serve a read of a cached device (request.c, cached_dev_read, cache_lookup_fn, cached_dev_cache_miss)."""
+    cset = dev.cset
+    sector = request.sector + dev.data_offset
+    start = dev.base + sector
+    end = start + request.nsectors
+    way = mode_for(dev, request, sector)
+    view = memoryview(request.buf)
+    while True:
+        extents = await cset.btree.lookup(start, end)
+        pass_ = _start_reads(dev, start, end, extents, view)
+        fill = None
+        if way == THROUGH and pass_.gaps and not cset.stopping and not cset.read_only:
+            low, high, _io = pass_.gaps[0]
+            fill = dev.ranges.begin_fill(low, min(high, low + FILL_SECTORS_MAX))
+        error, raced = await _finish_reads(dev, pass_)
+        if raced and not error:
+            if fill is not None:
+                dev.ranges.fills.remove(fill)
+            continue
+        break
+    dev.stats.count_read(hit=not pass_.gaps, bypass=way == BYPASS)
+    copy = b""
+    if fill is not None and not error and not fill.cancelled:
+        # The client gets its buffer back before the cache is written.
+        copy = bytes(view[(fill.start - start) << 9:(fill.end - start) << 9])
+    dev.finish(request, error)
+    if fill is None:
+        return
+    if copy:
+        await _fill(dev, fill, copy, request.stream)
+    dev.ranges.fills.remove(fill)
+
+
+def _start_reads(dev: CachedDev, start: int, end: int, extents: list[Extent], view: memoryview) -> _Read:
+    cset = dev.cset
+    pass_ = _Read()
+    position = start
+    for extent in extents:
+        if extent.start > position:
+            _start_gap(dev, pass_, position, extent.start, start, view)
+        data = view[(extent.start - start) << 9:(extent.end - start) << 9]
+        cset.buckets.prio_at[cset.buckets.bucket_of(extent.ptr)] = INITIAL_PRIO
+        pass_.hits.append((extent, cset.cache.read((extent.ptr >> 8) & PTR_SECTOR_MASK, data), data))
+        position = extent.end
+    if position < end:
+        _start_gap(dev, pass_, position, end, start, view)
+    return pass_
+
+
+def _start_gap(dev: CachedDev, pass_: _Read, low: int, high: int, start: int, view: memoryview) -> None:
+    data = view[(low - start) << 9:(high - start) << 9]
+    pass_.gaps.append((low, high, dev.backing.read(low - dev.base, data)))
+
+
+async def _finish_reads(dev: CachedDev, pass_: _Read) -> tuple[int, bool]:
+    # Waits for all; a clean part that the cache cannot read comes from the backing device.  Returns (errno, raced with a reuse).
+    cset = dev.cset
+    raced = False
+    worst = 0
+    for extent, io, data in pass_.hits:
+        error = await io
+        cset.congestion.account(cset.sched.now_ns - io.start_ns, is_write=False)
+        if error:
+            cset.count_io_error(error, "reading data from the cache")
+            if extent.flags & DIRTY:
+                worst = error
+            else:
+                error = await dev.backing.read(extent.start - dev.base, data)
+                worst = dev.count_backing_error(error) or worst
+        elif cset.buckets.is_stale(extent.ptr):
+            cset.cache_read_races += 1
+            raced = True
+    for _low, _high, gap in pass_.gaps:
+        worst = dev.count_backing_error(await gap) or worst
+    return worst, raced
+
+
+async def _fill(dev: CachedDev, fill: Fill, data: bytes, stream: int) -> None:
+    # Puts a read miss into the cache; never waits for room.  Not journaled: if it is lost, the next read is a miss again.
+    cset = dev.cset
+    view = memoryview(data)
+    position = fill.start
+    while position < fill.end and not cset.io_disabled:
+        piece = cset.sectors.alloc_nowait(position, fill.end - position, write_point=stream, flash=False)
+        if piece is None:
+            return
+        stop = position + piece.nsectors
+        part = view[(position - fill.start) << 9:(stop - fill.start) << 9]
+        error = await cset.cache.write((piece.ptr >> 8) & PTR_SECTOR_MASK, part)
+        if error:
+            cset.count_io_error(error, "filling the cache")
+        elif fill.cancelled:
+            dev.stats.cache_miss_collisions += 1
+        else:
+            cset.gc.note_sectors(piece.nsectors)
+            new = Extent(position, stop, HAS_PTR, piece.ptr)
+            leaf = await cset.btree.leaf_with_room(position)
+            while leaf is not None and position < stop and not fill.cancelled:
+                # The last look at ``cancelled`` and the insert are one step.
+                here = new.cut(position, min(stop, leaf.end))
+                cset.btree.insert_into(leaf, here, None)
+                position = here.end
+                if position < stop:
+                    leaf = await cset.btree.leaf_with_room(position)
+        cset.buckets.unpin(cset.buckets.bucket_of(piece.ptr))
+        if error or fill.cancelled:
+            return
+        position = stop
+
+
+# Writing.
+
+async def write(dev: CachedDev, request: Request) -> None:
+    """Serve a write, discard or write-zeroes of a cached device (request.c, cached_dev_write)."""
+    sector = request.sector + dev.data_offset
+    start = dev.base + sector
+    end = start + request.nsectors
+    claim = await dev.ranges.enter(start, end)
+    try:
+        dev.writeback.forget(start, end)
+        if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):
+            await dev.writeback.settle(start, end)
+        overlaps = dev.writeback.overlaps(start, end)
+        way = mode_for(dev, request, sector, overlaps_writeback=overlaps)
+        if way == BACK:
+            error = await _write_back(dev, request, start)
+        elif way == THROUGH:
+            error = await _write_through(dev, request, start)
+        else:
+            error = await _write_bypass(dev, request, start, end)
+    finally:
+        dev.ranges.leave(claim)
+    dev.finish(request, error)
+
+
+async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
+    durable = bool(request.flags & (REQ_FUA | REQ_PREFLUSH))
+    dev.dirty_writers += 1
+    try:
+        error = await dev.become_dirty()
+        if error:
+            return error
+        flush = dev.backing.flush() if request.flags & REQ_PREFLUSH else None
+        error = await insert_data(dev.cset, start, request.buf, NewData(True, request.stream, False, durable))
+        if flush is not None:
+            dev.count_backing_error(await flush)
+        return error
+    finally:
+        dev.dirty_writers -= 1
+        if dev.detaching:
+            dev.writeback.wake()
+
+
+async def _write_through(dev: CachedDev, request: Request, start: int) -> int:
+    flags = io_flags(request)
+    new = NewData(False, request.stream, False, bool(flags))
+    there = dev.backing.write(start - dev.base, request.buf, flags)
+    if await _covers_dirty(dev, start, start + request.nsectors):
+        error = dev.count_backing_error(await there) or dev.count_backing_error(await dev.backing.flush())
+        return error or await insert_data(dev.cset, start, request.buf, new)
+    here = await insert_data(dev.cset, start, request.buf, new)
+    error = dev.count_backing_error(await there)
+    if error:
+        # The cache may hold what the backing device does not: take it out again.
+        await invalidate(dev.cset, start, start + request.nsectors, durable=bool(flags))
+    return error or here
+
+
+async def _write_bypass(dev: CachedDev, request: Request, start: int, end: int) -> int:
+    flags = io_flags(request)
+    sector = start - dev.base
+    if request.op == REQ_DISCARD:
+        there = dev.backing.discard(sector, request.nsectors) if dev.backing.can_discard else None
+    elif request.op == REQ_WRITE_ZEROES:
+        there = dev.backing.write_zeroes(sector, request.nsectors, flags)
+    else:
+        there = dev.backing.write(sector, request.buf, flags)
+    error = 0
+    if there is not None:
+        error = await there
+        if error == EOPNOTSUPP and request.op == REQ_DISCARD:
+            error = 0
+        error = dev.count_backing_error(error)
+    if not error and request.op != REQ_DISCARD and await _covers_dirty(dev, start, end):
+        error = dev.count_backing_error(await dev.backing.flush())
+    if error and request.op != REQ_DISCARD:
+        # What the cache holds is still the last good data.
+        return error
+    ok = await invalidate(dev.cset, start, end, durable=bool(flags))
+    return 0 if ok else EIO
+
+
+async def _covers_dirty(dev: CachedDev, start: int, end: int) -> bool:
+    # Whether the range holds dirty data.  Then newer data has to be durable on the backing device before the journal says that the dirty
+    # data is obsolete; otherwise a power loss could leave neither, but what was on the backing device before both.
+    if not dev.dirty_sectors:
+        return False
+    return any(extent.flags & DIRTY for extent in await dev.cset.btree.lookup(start, end))
+
+
+def io_flags(request: Request) -> int:
+    return (FUA if request.flags & REQ_FUA else 0) | (PREFLUSH if request.flags & REQ_PREFLUSH else 0)
+
+
+# Flushing, and questions.
+
+async def flush(dev: CachedDev, request: Request) -> None:
+    """Make all that was acknowledged durable on both devices (request.c, cached_dev_nodata)."""
+    there = dev.backing.flush()
+    ok = await dev.cset.journal.write_meta()
+    error = dev.count_backing_error(await there)
+    dev.finish(request, error or (0 if ok else EIO))
+
+
+async def status(cset: CacheSet, request: Request, start: int) -> None:
+    """Fill in what the cache holds of a request's range."""
+    position = start
+    end = start + request.nsectors
+    for extent in await cset.btree.lookup(start, end):
+        if extent.start > position:
+            request.extents.append((extent.start - position, EXTENT_HOLE))
+        request.extents.append((extent.end - extent.start, EXTENT_DIRTY if extent.flags & DIRTY else EXTENT_CLEAN))
+        position = extent.end
+    if position < end:
+        request.extents.append((end - position, EXTENT_HOLE))

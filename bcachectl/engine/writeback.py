@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`Writeback`: copies dirty data to the backing device, at a rate that `Rate` controls.
+
+One round:
+
+1. Up to `KEYBUF_KEYS` dirty extents are collected, in the order of the backing device, from where the last round ended.
+2. They are read from the cache and written to the backing device, neighbours together, at most `IN_FLIGHT` at once.
+3. The backing device is flushed.
+4. Each extent that still is what was copied becomes clean (`Btree.replace`), in memory; it is not journaled.
+
+The kernel leaves out step 3: then a power loss of the backing device can lose data that was acknowledged as durable and is no longer dirty.
+
+When nothing is dirty any more the backing superblock becomes CLEAN, and a detach that waits for it goes on.
+
+Kernel: writeback.c, bch_writeback_thread, read_dirty, refill_dirty, __update_writeback_rate; util.c, bch_next_delay.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bcachectl.engine.buckets import PTR_SECTOR_MASK
+from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
+from bcachectl.engine.sched import NS_PER_S, Task, WaitQueue
+
+if TYPE_CHECKING:
+    from bcachectl.engine.cached_dev import CachedDev
+
+KEYBUF_KEYS = 500
+IN_FLIGHT = 64
+GROUP_KEYS = 5
+GROUP_SECTORS = 5000
+RATE_MAX = 1_000_000_000
+RATE_IDLE = (1 << 31) - 1
+SHARE_SHIFT = 14
+RETRY_NS = NS_PER_S
+
+
+def quotient(value: int, divisor: int) -> int:
+    """Division that truncates towards zero, as the kernel's div_s64 does."""
+    return value // divisor if value >= 0 else -(-value // divisor)
+
+
+class Rate:
+    """The rate limiter and its proportional-integral controller; all amounts in sectors, the rate in sectors per second."""
+
+    __slots__ = ("rate", "next_ns", "target", "proportional", "integral", "integral_scaled", "change", "writeback_rate_minimum",
+                 "writeback_rate_p_term_inverse", "writeback_rate_i_term_inverse", "writeback_rate_fp_term_low",
+                 "writeback_rate_fp_term_mid", "writeback_rate_fp_term_high", "writeback_rate_update_seconds",
+                 "writeback_consider_fragment")
+
+    def __init__(self) -> None:
+        self.rate = 1024
+        self.next_ns = 0
+        self.target = 0
+        self.proportional = 0
+        self.integral = 0
+        self.integral_scaled = 0
+        self.change = 0
+        self.writeback_rate_minimum = 8
+        self.writeback_rate_p_term_inverse = 40
+        self.writeback_rate_i_term_inverse = 10000
+        self.writeback_rate_fp_term_low = 1
+        self.writeback_rate_fp_term_mid = 10
+        self.writeback_rate_fp_term_high = 1000
+        self.writeback_rate_update_seconds = 5
+        self.writeback_consider_fragment = True
+
+    def delay_ns(self, done_sectors: int, now_ns: int) -> int:
+        """How long to wait after ``done_sectors`` (util.c, bch_next_delay)."""
+        self.next_ns += done_sectors * NS_PER_S // self.rate
+        self.next_ns = min(self.next_ns, now_ns + 5 * NS_PER_S // 2)
+        self.next_ns = max(self.next_ns, now_ns - 2 * NS_PER_S)
+        return max(0, self.next_ns - now_ns)
+
+    def update(self, *, dirty: int, target: int, now_ns: int, nbuckets: int, avail_nbuckets: int, in_use: int,
+               bucket_size: int) -> None:
+        """One step of the controller (writeback.c, __update_writeback_rate)."""
+        error = dirty - target
+        proportional = quotient(error, self.writeback_rate_p_term_inverse)
+        used = nbuckets - avail_nbuckets
+        if self.writeback_consider_fragment and in_use > 50 and dirty > 0 and used > 0:
+            fragment = used * bucket_size // dirty
+            if in_use <= 57:
+                term = self.writeback_rate_fp_term_low * (in_use - 50)
+            elif in_use <= 64:
+                term = self.writeback_rate_fp_term_mid * (in_use - 57)
+            else:
+                term = self.writeback_rate_fp_term_high * (in_use - 64)
+            fps = dirty // used * term
+            if fragment > 3 and fps > proportional:
+                proportional = fps
+        if (error < 0 and self.integral > 0) or (error > 0 and now_ns < self.next_ns + NS_PER_S // 1000):
+            self.integral += error * self.writeback_rate_update_seconds
+        self.integral_scaled = quotient(self.integral, self.writeback_rate_i_term_inverse)
+        rate = min(max(proportional + self.integral_scaled, self.writeback_rate_minimum), RATE_MAX)
+        self.proportional, self.target, self.change = proportional, target, rate - self.rate
+        self.rate = rate
+
+
+class Writeback:
+    """The writeback of one cached device."""
+
+    __slots__ = ("dev", "rate", "queue", "settled", "position", "waiting", "in_flight", "writeback_running", "writeback_percent",
+                 "writeback_delay", "writeback_metadata", "keys_done", "keys_failed", "sectors_done", "idle_rounds", "stopping",
+                 "detach_done", "rounds")
+
+    def __init__(self, dev: CachedDev) -> None:
+        self.dev = dev
+        self.rate = Rate()
+        self.queue = WaitQueue(dev.cset.sched, "writeback")
+        self.settled = WaitQueue(dev.cset.sched, "writeback settled")
+        self.position = dev.base
+        self.waiting: list[Extent] = []
+        self.in_flight: list[Extent] = []
+        self.writeback_running = True
+        self.writeback_percent = 10
+        self.writeback_delay = 30
+        self.writeback_metadata = True
+        self.keys_done = 0
+        self.keys_failed = 0
+        self.sectors_done = 0
+        self.idle_rounds = 0
+        self.stopping = False
+        self.detach_done = False
+        self.rounds = 0
+
+    # What requests ask.
+
+    def wake(self) -> None:
+        """Dirty data, a tunable or the state changed: look again."""
+        self.queue.wake_all()
+
+    def forget(self, start: int, end: int) -> None:
+        """Drop extents that are collected but not started and overlap a write (request.c, bch_keybuf_check_overlapping)."""
+        if self.waiting:
+            self.waiting = [here for here in self.waiting if here.end <= start or end <= here.start]
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether something in [start, end) is being written back now."""
+        return any(here.start < end and start < here.end for here in self.in_flight)
+
+    async def settle(self, start: int, end: int) -> None:
+        """Wait until nothing in [start, end) is being written back."""
+        while self.overlaps(start, end):
+            await self.settled.wait()
+
+    def note_request(self) -> None:
+        """A request came in: the device is not idle any more (request.c, cached_dev_submit_bio)."""
+        self.idle_rounds = 0
+        if self.rate.rate == RATE_IDLE:
+            self.rate.rate = 1
+            self.queue.wake_all()
+
+    # The thread.
+
+    @property
+    def _ended(self) -> bool:
+        cset = self.dev.cset
+        return self.stopping or cset.stopping or cset.io_disabled or not self.dev.attached
+
+    async def run(self) -> None:
+        """Write back until the device is detached or the set stops (writeback.c, bch_writeback_thread)."""
+        dev = self.dev
+        sched = dev.cset.sched
+        while not self._ended:
+            if dev.detaching and not dev.has_dirty and not dev.dirty_writers:
+                await dev.finish_detach()
+                return
+            if not dev.has_dirty or not (self.writeback_running or dev.detaching):
+                await self.queue.wait()
+                continue
+            full = await self._refill()
+            if self._ended:
+                return
+            if full and not self.waiting:
+                if not dev.dirty_sectors and not dev.dirty_writers:
+                    await dev.become_clean()
+                else:
+                    # A write has its data in the cache but not its key in the map yet.
+                    await self.queue.wait(deadline_ns=sched.now_ns + NS_PER_S // 10)
+                continue
+            failed = await self._write_out()
+            if failed and not dev.cset.io_disabled:
+                await self.queue.wait(deadline_ns=sched.now_ns + RETRY_NS)
+            elif full and not dev.detaching and not self._ended and dev.dirty_sectors:
+                self.rounds += 1
+                await self._pause()
+
+    async def _pause(self) -> None:
+        # Between two passes: writeback_delay seconds, unless a detach or a tunable cuts it short.
+        deadline = self.dev.cset.sched.now_ns + self.writeback_delay * NS_PER_S
+        while (not self._ended and not self.dev.detaching and self.dev.cset.sched.now_ns < deadline and self.writeback_delay
+               and self.dev.flushing == 0):
+            await self.queue.wait(deadline_ns=deadline)
+
+    async def _refill(self) -> bool:
+        # Collects dirty extents from `position` on, wrapping once; True if the whole device was covered.
+        dev = self.dev
+        start = position = self.position
+        wrapped = False
+        while len(self.waiting) < KEYBUF_KEYS and not self._ended:
+            stop = start if wrapped else dev.limit
+            if position >= stop:
+                if wrapped or start == dev.base:
+                    self.position = dev.base
+                    return True
+                wrapped, position = True, dev.base
+                continue
+            leaf = await dev.cset.btree.leaf(position)
+            buckets = dev.cset.buckets
+            for extent in leaf.overlapping(position, stop):
+                if extent.flags & DIRTY and not buckets.is_stale(extent.ptr) and extent.end > position:
+                    self.waiting.append(extent)
+                    position = extent.end
+                    if len(self.waiting) >= KEYBUF_KEYS:
+                        break
+            else:
+                position = max(position, min(leaf.end, stop))
+        self.position = position
+        return False
+
+    async def _write_out(self) -> bool:
+        # Copies all that is waiting; True if something could not be copied.
+        failed = False
+        while self.waiting and not self._ended and (self.writeback_running or self.dev.detaching):
+            group = self._next_group()
+            batch = list(group)
+            tasks = [self.dev.cset.sched.spawn(self._copy(group), "write back")]
+            await self._limit(group)
+            while self.waiting and len(batch) < IN_FLIGHT and not self._ended:
+                group = self._next_group()
+                batch += group
+                tasks.append(self.dev.cset.sched.spawn(self._copy(group), "write back"))
+                if await self._limit(group):
+                    break
+            done: list[Extent] = []
+            for task in tasks:
+                done += await task
+            failed = len(done) < len(batch) or failed
+            if done and self.dev.count_backing_error(await self.dev.backing.flush()):
+                failed, done = True, []
+            await self._clean(done, len(batch) - len(done))
+            for extent in batch:
+                self.in_flight.remove(extent)
+                if not self.dev.cset.io_disabled:
+                    self.dev.cset.buckets.unpin(self.dev.cset.buckets.bucket_of(extent.ptr))
+            self.settled.wake_all()
+        return failed
+
+    def _next_group(self) -> list[Extent]:
+        # Neighbours on the backing device, to be written in one go (writeback.c, read_dirty).
+        group = [self.waiting.pop(0)]
+        sectors = group[0].end - group[0].start
+        while (self.waiting and len(group) < GROUP_KEYS and sectors < GROUP_SECTORS
+               and self.waiting[0].start == group[-1].end):
+            group.append(self.waiting.pop(0))
+            sectors += group[-1].end - group[-1].start
+        for extent in group:
+            self.in_flight.append(extent)
+            self.dev.cset.buckets.pin_at[self.dev.cset.buckets.bucket_of(extent.ptr)] += 1
+        return group
+
+    async def _copy(self, group: list[Extent]) -> list[Extent]:
+        # Reads a group from the cache and writes it to the backing device; returns what arrived there.
+        dev = self.dev
+        cset = dev.cset
+        buffers = [bytearray((extent.end - extent.start) << 9) for extent in group]
+        reads = [cset.cache.read((extent.ptr >> 8) & PTR_SECTOR_MASK, buf, "writeback")
+                 for extent, buf in zip(group, buffers, strict=True)]
+        good = []
+        for extent, buf, io in zip(group, buffers, reads, strict=True):
+            error = await io
+            if error:
+                cset.count_io_error(error, "reading dirty data from the cache")
+            elif not cset.buckets.is_stale(extent.ptr):
+                good.append((extent, buf))
+        writes = [(extent, dev.backing.write(extent.start - dev.base, buf, 0, "writeback")) for extent, buf in good]
+        return [extent for extent, io in writes if not dev.count_backing_error(await io)]
+
+    async def _clean(self, done: list[Extent], failed: int) -> None:
+        self.keys_failed += failed
+        for extent in done:
+            replaced = await self.dev.cset.btree.replace(extent, Extent(extent.start, extent.end, HAS_PTR, extent.ptr))
+            self.sectors_done += replaced
+            if replaced:
+                self.keys_done += 1
+            else:
+                self.keys_failed += 1
+
+    async def _limit(self, group: list[Extent]) -> bool:
+        # Waits as the rate limiter says; True if it did.
+        dev = self.dev
+        if dev.detaching or not self.writeback_percent or dev.flushing:
+            return False
+        sched = dev.cset.sched
+        delay = self.rate.delay_ns(sum(extent.end - extent.start for extent in group), sched.now_ns)
+        if delay:
+            deadline = sched.now_ns + delay
+            while (sched.now_ns < deadline and not (self._ended or dev.detaching or dev.flushing)
+                   and self.rate.rate != RATE_IDLE):
+                await self.queue.wait(deadline_ns=deadline)
+        return delay > 0
+
+    # The controller.
+
+    async def run_controller(self) -> None:
+        """Adjust the rate every writeback_rate_update_seconds while there is something to adjust."""
+        dev = self.dev
+        sched = dev.cset.sched
+        while not self._ended:
+            if not dev.has_dirty or not self.writeback_percent:
+                await self.queue.wait()
+                continue
+            deadline = sched.now_ns + self.rate.writeback_rate_update_seconds * NS_PER_S
+            while sched.now_ns < deadline and not self._ended:
+                await self.queue.wait(deadline_ns=deadline)
+            if not self._ended and dev.has_dirty and self.writeback_percent and not self._go_idle():
+                self.update_rate()
+
+    def _go_idle(self) -> bool:
+        # Nobody uses the set: write back at full speed (writeback.c, idle_counter_exceeded, set_at_max_writeback_rate).
+        cset = self.dev.cset
+        self.idle_rounds += 1
+        count = max(1, len(cset.cached_devices()))
+        if (not cset.idle_max_writeback_rate or cset.gc.running
+                or any(dev.writeback.idle_rounds < count * 6 for dev in cset.cached_devices())):
+            return False
+        for dev in cset.cached_devices():
+            dev.writeback.rate.rate = RATE_IDLE
+            dev.writeback.rate.change = 0
+            dev.writeback.queue.wake_all()
+        return True
+
+    def update_rate(self) -> None:
+        """Feed the controller with this device's share of the target."""
+        dev = self.dev
+        cset = dev.cset
+        buckets = cset.buckets
+        self.rate.update(dirty=dev.dirty_sectors, target=self.target_sectors(), now_ns=cset.sched.now_ns, nbuckets=buckets.nbuckets,
+                         avail_nbuckets=buckets.avail_nbuckets, in_use=buckets.in_use_percent,
+                         bucket_size=cset.geometry.bucket_size_sectors)
+
+    def target_sectors(self) -> int:
+        """How much may stay dirty: writeback_percent of the cache, shared by size (writeback.c, __calc_target_rate)."""
+        cset = self.dev.cset
+        cache_sectors = cset.buckets.nbuckets * cset.geometry.bucket_size_sectors - cset.flash_dirty_sectors()
+        total = sum(dev.backing.size_sectors for dev in cset.cached_devices()) or 1
+        share = max(1, (self.dev.backing.size_sectors << SHARE_SHIFT) // total)
+        return (cache_sectors * self.writeback_percent // 100 * share) >> SHARE_SHIFT
