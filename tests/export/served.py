@@ -131,7 +131,7 @@ def serve(images: list[Path], socket_path: Path, *, backend: str = "auto", is_qu
     failures: list[BaseException] = []
 
     exports = [] if loop_directory is None else [
-        LoopExport(loop, volume, media[0], server.pool, str(loop_directory), stream=volume.bdev.index)
+        LoopExport(loop, volume, media[0], str(loop_directory), stream=volume.bdev.index)
         for volume in volumes]
     ready = threading.Event()
     devices: list[str] = []

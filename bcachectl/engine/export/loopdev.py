@@ -50,12 +50,11 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 class LoopExport:
     """One volume's loop device."""
 
-    def __init__(self, loop: Loop, volume: Volume, cache: Medium, pool: BufferPool, directory: str, *,
-                 stream: int) -> None:
+    def __init__(self, loop: Loop, volume: Volume, cache: Medium, directory: str, *, stream: int) -> None:
         self.loop = loop
         self.volume = volume
         self.path = os.path.join(directory, volume.name)
-        self.file = FuseFile(loop, volume, cache, pool, self.path, stream=stream)
+        self.file = FuseFile(loop, volume, cache, BufferPool(), self.path, stream=stream)
         self.device: str | None = None
 
     async def start(self) -> str:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl engine run``: a cache set in the foreground, exported as block devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from bcachectl.commands.options import complete_device
+from bcachectl.engine.export.host import EngineHost, HostOptions
+from bcachectl.engine.sched import NS_PER_MS, NS_PER_S
+from bcachectl.errors import UsageError, WrongState
+
+IN_USE_POLL_NS = 500 * NS_PER_MS
+"""How often a stopping engine looks whether a loop device has been let go."""
+
+
+class Export(StrEnum):
+    """How volumes are exported."""
+
+    NBD = "nbd"
+    LOOP = "loop"
+    UBLK = "ublk"
+
+
+class IoBackend(StrEnum):
+    """How the engine performs its own I/O."""
+
+    AUTO = "auto"
+    URING = "uring"
+    SYNC = "sync"
+
+
+def engine_run(
+    cache: Annotated[str, typer.Option("--cache", metavar="DEVICE", autocompletion=complete_device,
+                                       show_default=False, help="The set's cache device or image.")],
+    backing: Annotated[list[str] | None, typer.Option("--backing", metavar="DEVICE", autocompletion=complete_device,
+                                                      help="A backing device or image of the set; may be repeated."
+                                                      )] = None,
+    export: Annotated[Export | None, typer.Option("--export", help="How volumes are exported; by default as loop "
+                                                  "devices where that is possible, otherwise over NBD.")] = None,
+    nbd_socket: Annotated[str | None, typer.Option("--nbd-socket", metavar="PATH", help="Serve NBD on this Unix "
+                                                   "socket, beside another export if there is one.")] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Write nothing to any device; volumes are "
+                                                                "read-only.")] = False,
+    overlay: Annotated[str | None, typer.Option("--overlay", metavar="FILE", help="Write to this file instead of the "
+                                                "devices; it can be used again, as long as they do not change.")]
+    = None,
+    tunables: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a tunable of the set "
+                                                       "or of its volumes at the start; may be repeated.")] = None,
+    live: Annotated[bool | None, typer.Option("--live/--no-live", show_default=False, help="Show the live view; by "
+                                              "default on a terminal.")] = None,
+    ready_fd: Annotated[int | None, typer.Option("--ready-fd", metavar="N", help="Write a newline to this descriptor "
+                                                                                 "when all is ready.")] = None,
+    trace: Annotated[str | None, typer.Option("--trace", metavar="FILE", help="Record the allocator's events here, "
+                                                                              "as JSON lines.")] = None,
+    debug_checks: Annotated[bool, typer.Option("--debug-checks", help="Check invariants all the time; slow.")] = False,
+    io_backend: Annotated[IoBackend, typer.Option("--io", help="How the engine does its own I/O.")] = IoBackend.AUTO,
+) -> int:
+    """Run a cache set in the foreground: open its devices, export its volumes, until SIGINT or SIGTERM.
+
+    For each volume one JSON line on stdout says where it is. A second signal does not wait for devices in use.
+    """
+    if export is Export.UBLK:
+        raise WrongState("ublk is not available in this version; use --export loop or --export nbd")
+    if read_only and overlay is not None:
+        raise UsageError("--read-only and --overlay exclude each other: an overlay is there to be written to")
+    if ready_fd is not None:
+        _check_descriptor(ready_fd)
+    use_loop = export is Export.LOOP or (export is None and _has_loop())
+    host = EngineHost(HostOptions(
+        cache=cache, backings=tuple(backing or ()), use_loop=use_loop,
+        use_nbd=not use_loop or nbd_socket is not None, nbd_socket=nbd_socket, read_only=read_only, overlay=overlay,
+        tunables=tuple(_parse_tunable(text) for text in tunables or ()), trace=trace, debug_checks=debug_checks,
+        io_backend=io_backend.value))
+    try:
+        host.loop.catch_signals()
+        host.loop.run(_life(host, live=sys.stdout.isatty() if live is None else live, ready_fd=ready_fd))
+    finally:
+        host.close()
+    return 1 if host.failed is not None else 0
+
+
+async def _life(host: EngineHost, *, live: bool, ready_fd: int | None) -> None:
+    await host.start()
+    for ready in host.ready():
+        print(json.dumps({"volume": ready.volume, "uuid": ready.uuid, "size": ready.size_bytes,
+                          "device": ready.device, "uri": ready.uri}), flush=True)
+    if ready_fd is not None:
+        os.write(ready_fd, b"\n")
+        os.close(ready_fd)
+    if live:
+        await _show(host)
+    else:
+        await _report(host)
+    await _wait_until_unused(host)
+    await host.stop()
+
+
+async def _show(host: EngineHost) -> None:
+    # The view is drawn in a thread: a terminal that someone has paused must not stop the engine.
+    from rich.console import Console
+
+    from bcachectl.views.terminal import LiveView
+
+    with LiveView(Console()) as view:
+        while not await host.wait_for_stop(deadline_ns=host.sched.now_ns + NS_PER_S):
+            snapshot = host.cset.snapshot(view.cells())
+            await host.loop.call_in_thread(lambda shown=snapshot: view.show(shown))  # type: ignore[misc]
+    if host.failed is not None:
+        _complain(host.failed)
+
+
+async def _report(host: EngineHost) -> None:
+    # Without a view, the failure of the set is said when it happens.
+    is_told = False
+    while not await host.wait_for_stop():
+        if host.failed is not None and not is_told:
+            is_told = True
+            _complain(host.failed)
+    if host.failed is not None and not is_told:
+        _complain(host.failed)
+
+
+async def _wait_until_unused(host: EngineHost) -> None:
+    # A device under a mounted file system is not torn away, unless a second signal says so.
+    host.loop.signalled = False
+    told = None
+    while not host.loop.signalled and (device := await host.device_in_use()) is not None:
+        if device != told:
+            told = device
+            print(f"bcachectl: {device} is in use (mounted?); waiting for it; a second signal stops the engine anyway",
+                  file=sys.stderr, flush=True)
+        await host.loop.signal_wait.wait(deadline_ns=host.sched.now_ns + IN_USE_POLL_NS)
+
+
+def _complain(why: str) -> None:
+    print(f"bcachectl: the set has failed: {why}", file=sys.stderr, flush=True)
+
+
+def _has_loop() -> bool:
+    return os.geteuid() == 0 and os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control")
+
+
+def _check_descriptor(fd: int) -> None:
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        raise UsageError(f"--ready-fd {fd}: not an open descriptor") from error
+
+
+def _parse_tunable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--set {text}: write it like --set cache_mode=writeback")
+    return name, value

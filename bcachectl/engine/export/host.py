@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`EngineHost`: one running engine, from its devices to its exports; what ``engine run`` and the demo drive.
+
+1. The constructor opens and claims the devices (or puts an overlay over them) and makes the loop.  Nothing is written.
+2. `EngineHost.start`, a coroutine of the loop: the set starts, backing devices are registered, tunables are set,
+   exports appear.  Then `EngineHost.ready` says where each volume is.
+3. `EngineHost.wait_for_stop` is true when a signal or a client of the control socket asks for it.
+4. `EngineHost.device_in_use` names what a stop would tear away from under someone.  `EngineHost.stop`: exports end
+   first, so that no request comes after; then the set writes what it has to.
+5. `EngineHost.close`, whatever happened before: nothing stays mounted, attached or open.
+
+A set that fails keeps serving what it still can; `EngineHost.failed` has the reason, and the exit status tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.control import socket_path
+from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.cache_set import CacheSet, Options
+from bcachectl.engine.export.control import ControlServer
+from bcachectl.engine.export.loopdev import LoopExport, prepare_process
+from bcachectl.engine.export.nbd import NbdServer
+from bcachectl.engine.front import Volume
+from bcachectl.engine.io.loop import Loop, make_backend, make_entropy, make_sched
+from bcachectl.engine.io.medium import Medium
+from bcachectl.engine.io.overlay import Overlay
+from bcachectl.engine.sched import WaitQueue
+from bcachectl.errors import BcachectlError, DeviceError, Refused, UsageError, WrongState
+from bcachectl.units import format_uuid
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """What an engine is started with."""
+
+    cache: str
+    backings: tuple[str, ...] = ()
+    use_loop: bool = False
+    use_nbd: bool = True
+    nbd_socket: str | None = None
+    read_only: bool = False
+    overlay: str | None = None
+    tunables: tuple[tuple[str, str], ...] = ()
+    trace: str | None = None
+    debug_checks: bool = False
+    io_backend: str = "auto"
+    extra: dict[str, int] = field(default_factory=dict)
+    """More fields of `bcachectl.engine.cache_set.Options`, for tests and benchmarks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Where a volume is to be found."""
+
+    volume: str
+    uuid: str
+    size_bytes: int
+    device: str | None
+    uri: str | None
+
+
+class EngineHost:
+    """An engine in this process."""
+
+    def __init__(self, options: HostOptions) -> None:
+        self.options = options
+        self.wants_stop = False
+        self.loops: dict[str, LoopExport] = {}
+        self.nbd: NbdServer | None = None
+        self.control: ControlServer | None = None
+        self.trace: TextIO | None = None
+        if options.use_loop and os.geteuid():
+            raise Refused("a loop device needs root; run the engine as root, or use --export nbd")
+        with contextlib.ExitStack() as undo:
+            self.media: list[Medium] = []
+            self._overlay: Overlay | None = None
+            undo.callback(self._close_media)
+            self._open_devices()
+            if options.trace is not None:
+                self.trace = _open_trace(options.trace)
+                undo.callback(self.trace.close)
+            self.sched = make_sched()
+            self.backend = make_backend(self.media, options.io_backend)
+            undo.callback(self.backend.close)
+            self.bdevs = [self._bdev(index) for index in range(len(self.media))]
+            self.cset = CacheSet(self.sched, self.bdevs[0], entropy=make_entropy(), options=Options(
+                read_only=options.read_only, debug_checks=options.debug_checks, **options.extra))
+            self.loop = Loop(self.sched, self.backend, self.cset.front)
+            undo.pop_all()
+        self.stop_wait = WaitQueue(self.sched, "stop")
+        self.loop.exports.append(self)
+        self.cset.events.recording = self.trace is not None
+        self._volumes_seen = 0
+        self._is_failure_seen = False
+
+    # Life
+
+    async def start(self) -> None:
+        """Bring the set up and export its volumes; raises what keeps it from that."""
+        options = self.options
+        if options.use_loop:
+            prepare_process()
+        await self.cset.start()
+        try:
+            await self._start_exports()
+        except BcachectlError:
+            await self.stop()
+            raise
+
+    async def _start_exports(self) -> None:
+        options = self.options
+        uuid = format_uuid(self.cset.uuid)
+        self.control = ControlServer(self.cset, self, self.loop, socket_path(uuid))
+        self.loop.exports.append(self.control)
+        for bdev in self.bdevs[1:]:
+            await self.cset.register_backing(bdev)
+        for name, text in options.tunables:
+            await self._set_tunable(name, text)
+        if options.use_nbd:
+            path = options.nbd_socket or os.path.join(os.path.dirname(socket_path(uuid)), f"{uuid}.nbd")
+            self.nbd = NbdServer(self.loop, self.cset.volumes, self.media[0], os.path.abspath(path))
+        if options.use_loop:
+            for volume in self.cset.volumes:
+                await self._start_loop(volume)
+        self._volumes_seen = len(self.cset.volumes)
+
+    def ready(self) -> list[Ready]:
+        """Where the volumes are."""
+        found = []
+        for volume in self.cset.volumes:
+            export = self.loops.get(volume.name)
+            uri = None if self.nbd is None else f"nbd+unix:///{volume.name}?socket={self.nbd.path}"
+            found.append(Ready(volume.name, format_uuid(volume.uuid), volume.size_sectors << 9,
+                               None if export is None else export.device, uri))
+        return found
+
+    async def wait_for_stop(self, *, deadline_ns: int | None = None) -> bool:
+        """True if the engine is to stop; False at the deadline, and when the set has just failed."""
+        if self.loop.signalled:
+            self.request_stop()
+        if not self.wants_stop:
+            await self.stop_wait.wait(deadline_ns=deadline_ns)
+        return self.wants_stop
+
+    async def device_in_use(self) -> str | None:
+        """A loop device that is mounted or otherwise claimed."""
+        for export in self.loops.values():
+            if await export.is_in_use():
+                return export.device
+        return None
+
+    async def stop(self) -> None:
+        """End the exports, then the set.  A device that is in use is taken away all the same."""
+        for name in list(self.loops):
+            await self._stop_loop(name)
+        if self.nbd is not None:
+            await self.nbd.stop()
+            self.nbd = None
+        await self.cset.stop()
+
+    def close(self) -> None:
+        """Give everything back, in whatever state it is."""
+        for export in self.loops.values():
+            with contextlib.suppress(DeviceError):
+                export.abort()
+        self.loops.clear()
+        if self.nbd is not None:
+            self.nbd.close()
+        if self.control is not None:
+            self.control.close()
+        self.flush()
+        self.loop.close()
+        self.backend.close()
+        if self.trace is not None:
+            self.trace.close()
+        self._close_media()
+
+    @property
+    def failed(self) -> str | None:
+        """Why the set has failed, None while it has not."""
+        why: str | None = self.cset.failed
+        return why
+
+    # What the loop calls
+
+    def flush(self) -> None:
+        """Once a turn: record events, pass signals and failures on, follow volumes that appear and vanish."""
+        events = self.cset.events
+        if self.trace is not None and events.recorded and not self.trace.closed:
+            recorded, events.recorded = events.recorded, []
+            self.trace.writelines(f"{json.dumps(event)}\n" for event in recorded)
+        if self.loop.signalled and not self.wants_stop:
+            self.request_stop()
+        if self.failed is not None and not self._is_failure_seen:
+            self._is_failure_seen = True
+            self.stop_wait.wake_all()
+        if self._volumes_seen and self._volumes_seen != len(self.cset.volumes):
+            self._volumes_seen = len(self.cset.volumes)
+            self.sched.spawn(self._follow_volumes(), "follow volumes")
+
+    # What the control server asks of us
+
+    def open_backing(self, path: str) -> Bdev:
+        """Open a device that is to be attached; WrongState under an overlay, whose devices are fixed."""
+        if self._overlay is not None:
+            raise WrongState(f"{path}: cannot be added to an engine that runs on an overlay")
+        self.media.append(self._open(path))
+        self.bdevs.append(self._bdev(len(self.media) - 1))
+        return self.bdevs[-1]
+
+    def close_backing(self, bdev: Bdev) -> None:
+        """Close a device that was not registered after all.  Its index stays taken."""
+        self.media[bdev.index].close()
+
+    def publish(self, volume: Volume) -> None:
+        """Export a volume that has just appeared; `flush` sees that it has."""
+        self.flush()
+
+    def request_stop(self) -> None:
+        """Stop in good order."""
+        self.wants_stop = True
+        self.stop_wait.wake_all()
+
+    # Inside
+
+    def _open(self, path: str) -> BlockDevice:
+        is_written = not self.options.read_only and self.options.overlay is None
+        device = open_device(path, write=is_written, exclusive=True)
+        for other in self.media:
+            if os.path.samefile(other.path, path):
+                device.close()
+                raise UsageError(f"{path}: is named twice")
+        return device
+
+    def _open_devices(self) -> None:
+        options = self.options
+        bases: list[BlockDevice] = []
+        for path in (options.cache, *options.backings):
+            if any(os.path.exists(path) and os.path.samefile(base.path, path) for base in bases):
+                raise UsageError(f"{path}: is named twice")
+            bases.append(self._open(path))
+            if options.overlay is None:
+                self.media.append(bases[-1])
+        if options.overlay is not None:
+            try:
+                self._overlay = Overlay(options.overlay, bases)
+            except BaseException:
+                for base in bases:
+                    base.close()
+                raise
+            self.media.extend(self._overlay.devices)
+
+    def _close_media(self) -> None:
+        for medium in self.media:
+            medium.close()
+        if self._overlay is not None:
+            self._overlay.close()
+
+    def _bdev(self, index: int) -> Bdev:
+        medium = self.media[index]
+        return Bdev(self.sched, index, medium.path, size_sectors=medium.size_bytes >> 9,
+                    atomic_sectors=medium.logical_block_bytes >> 9, optimal_io_sectors=medium.optimal_io_bytes >> 9,
+                    can_discard=medium.can_discard, read_only=medium.read_only)
+
+    async def _set_tunable(self, name: str, text: str) -> None:
+        # A name belongs to the set, or to every volume that has it.
+        tunables = self.cset.tunables
+        targets = [target for target in ("", *(volume.name for volume in self.cset.volumes))
+                   if name in tunables.names(target)]
+        if not targets:
+            raise UsageError(f"--set {name}: neither the set nor a volume has a tunable of that name")
+        for target in targets:
+            await tunables.set(target, name, text)
+
+    async def _start_loop(self, volume: Volume) -> None:
+        directory = os.path.splitext(socket_path(format_uuid(self.cset.uuid)))[0]
+        export = LoopExport(self.loop, volume, self.media[0], directory, stream=len(self.loops) + 1)
+        self.loops[volume.name] = export
+        await export.start()
+
+    async def _stop_loop(self, name: str) -> None:
+        export = self.loops.pop(name)
+        if await export.is_in_use():
+            export.abort()
+        else:
+            await export.stop()
+
+    async def _follow_volumes(self) -> None:
+        names = {volume.name for volume in self.cset.volumes}
+        for volume in self.cset.volumes:
+            if self.options.use_loop and volume.name not in self.loops:
+                await self._start_loop(volume)
+        for name in sorted(self.loops):
+            if name not in names:
+                await self._stop_loop(name)
+
+
+def _open_trace(path: str) -> TextIO:
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise DeviceError(f"{path}: cannot record events there: {error.strerror}", errno=error.errno or 0) from error

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`Engine`: ``bcachectl engine run`` as a process of its own, as a user has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_TIMEOUT_S = 60
+
+
+class Engine:
+    """A running engine; SIGTERM at the end of the block, and its exit status in ``status``."""
+
+    def __init__(self, directory: Path, *options: str | Path, expect_failure: bool = False) -> None:
+        self.directory = directory
+        self.status: int | None = None
+        self.volumes: list[dict[str, Any]] = []
+        # Unix sockets want short paths, and every test its own.
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(directory), "PYTHONPATH": str(ROOT)}
+        read_fd, write_fd = os.pipe()
+        self.errors_path = directory / "engine.stderr"
+        with self.errors_path.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "bcachectl", "engine", "run", "--no-live", "--ready-fd", str(write_fd),
+                 *map(str, options)],
+                stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[write_fd], env=environment, cwd=ROOT)
+        os.close(write_fd)
+        try:
+            self.is_ready = bool(select.select([read_fd], [], [], READY_TIMEOUT_S)[0]) and os.read(read_fd, 1) == b"\n"
+        finally:
+            os.close(read_fd)
+        if self.is_ready:
+            assert self.process.stdout is not None
+            while select.select([self.process.stdout], [], [], 0)[0]:
+                # All lines were written before the newline.
+                chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+                self.volumes += [json.loads(line) for line in chunk.decode().splitlines()]
+                if not chunk:
+                    break
+        else:
+            self.wait()
+        if self.is_ready == expect_failure:
+            self.kill()
+            raise AssertionError(f"ready: {self.is_ready}; stderr: {self.errors}")
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        if self.status is None:
+            self.stop()
+        if kind is not None:
+            print(self.errors)
+
+    @property
+    def errors(self) -> str:
+        """What it said on stderr so far."""
+        return self.errors_path.read_text(encoding="utf-8")
+
+    def socket(self, index: int = 0) -> str:
+        """The NBD socket."""
+        return str(self.volumes[index]["uri"]).partition("socket=")[2]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal it and wait."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end."""
+        try:
+            self.status = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return self.status
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.status = self.process.wait(10)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
