@@ -3,7 +3,7 @@
 
 `Still` makes one `Walk` and keeps what a start of the set would find out: which buckets hold metadata, clean or dirty
 data and how much, gens and their distance to the oldest pointer, priorities, the journal, and the dirty data of each
-volume.  What only a running set has (lists, rates, requests) stays None.  Nothing is written; damage is counted and shown.
+volume.  What only a running set has (lists, rates, requests) stays None.  Nothing is written; damage is counted.
 """
 
 from __future__ import annotations
