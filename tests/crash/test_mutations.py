@@ -71,7 +71,7 @@ def no_flush_of_backing(io: Io) -> bool:
 
 def no_flags_on_backing(io: Io) -> bool:
     """Writes to a backing device lose FUA and PREFLUSH."""
-    if io.device > 0 and io.what != "superblock":
+    if io.device > 0 and io.what != "backing superblock":
         io.flags = 0
     return False
 
@@ -133,8 +133,8 @@ MUTATIONS = (
     Mutation("FUA acknowledged before the journal", ("overwrite",), patch=flush_without_journal),
     Mutation("un-dirtied before the backing flush", ("writeback",), no_flush_of_backing),
     Mutation("FUA not passed to the backing device", ("modes", "miss_fill"), no_flags_on_backing),
-    Mutation("DIRTY superblock not awaited", ("first_attach", "overwrite"), not_awaited("superblock", backing=True)),
-    Mutation("uuid array not awaited", ("first_attach", "flash"), not_awaited("uuid")),
+    Mutation("DIRTY superblock not awaited", ("first_attach", "overwrite"), not_awaited("backing superblock")),
+    Mutation("uuid array not awaited", ("first_attach", "flash"), not_awaited("uuids")),
     Mutation("data not awaited", ("overwrite",), not_awaited("data", backing=False)),
     Mutation("old nodes freed early", ("split", "gc"), patch=old_nodes_freed_early),
     Mutation("journal bucket reused early", ("journal_wrap",), patch=old_journal_bucket_early),

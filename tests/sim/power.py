@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
+from bcachectl.engine.sched import Io
 from tests.sim import image
-from tests.sim.world import Setup, SimFailure, World
+from tests.sim.world import FLASH, Setup, SimFailure, World
 
 Choose = Callable[[int], Iterable[int]]
 
@@ -54,9 +55,10 @@ class Stopped(Exception):
     """Power failed in a nested run."""
 
 
-def build(story: Story, seed: int, engine: Callable[..., object] | None = None) -> World:
+def build(story: Story, seed: int, *, mutate: Callable[[Io], bool] | None = None) -> World:
     """The world of a story when its preparation is over."""
-    world = World(story.setup, f"{story.name}/{seed}", engine=engine)
+    world = World(story.setup, f"{story.name}/{seed}")
+    world.mutate = mutate
     if story.boots:
         world.run(world.up(), "up")
     if story.prepare is not None:
@@ -68,13 +70,12 @@ async def _call(function: Callable[[World], Awaitable[None]], world: World) -> N
     await function(world)
 
 
-def run_story(story: Story, seed: int, choose: Choose, *, engine: Callable[..., object] | None = None,
-              settle: bool = True) -> Tally:
+def run_story(story: Story, seed: int, choose: Choose, *, mutate: Callable[[Io], bool] | None = None) -> Tally:
     """Run a story once; at point n power fails once for each draw in ``choose(n)``."""
     tally = Tally()
     where = f"story={story.name} seed={seed}"
     try:
-        world = build(story, seed, engine)
+        world = build(story, seed, mutate=mutate)
     except Exception as error:
         raise SimFailure(f"{where} while preparing: {text_of(error)}") from error
 
@@ -90,12 +91,11 @@ def run_story(story: Story, seed: int, choose: Choose, *, engine: Callable[..., 
         raise
     except Exception as error:
         raise SimFailure(f"{where} io={world.points}: the story itself: {text_of(error)}") from error
-    if settle:
-        for draw in choose(world.points + 1):
-            crash(world, f"{where} io=end draw={draw}", tally)
-        world.on_point = None
-        if story.ends:
-            _finish(world, where, tally)
+    for draw in choose(world.points + 1):
+        crash(world, f"{where} io=end draw={draw}", tally)
+    world.on_point = None
+    if story.ends:
+        _finish(world, where, tally)
     return tally
 
 
@@ -192,14 +192,16 @@ def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, wh
     crash(world, f"{where} then {'start' if while_starting else 'io'}={last}", tally, depth=0)
 
 
-async def mixed(world: World, chooser: random.Random, count: int, *, width: int = 24) -> None:
-    """Requests of all kinds at random places, up to four at a time."""
+async def mixed(world: World, chooser: random.Random, count: int, *, width: int = 24, align: int = 0) -> None:
+    """Requests of all kinds at random places, up to four at a time, in units of ``align`` sectors (the logical block)."""
+    align = align or world.setup.atomic_sectors
 
     async def one() -> None:
         volume = chooser.choice(sorted(world.volumes))
         size = world.oracle.sizes[volume]
-        nsectors = chooser.randrange(1, width)
-        sector = chooser.randrange(0, min(size, 512) - nsectors)
+        unit = max(align, world.setup.block_sectors) if volume >= FLASH else align
+        nsectors = chooser.randrange(unit, width + unit, unit)
+        sector = chooser.randrange(0, min(size, 512) - nsectors, unit)
         roll = chooser.random()
         if roll < 0.5:
             await world.write(volume, sector, nsectors, fua=chooser.random() < 0.2, preflush=chooser.random() < 0.1,

@@ -176,6 +176,7 @@ class World:
         self.on_point: Callable[[int], None] | None = None
         self.on_io: Callable[[Io], None] | None = None
         self.mutate: Callable[[Io], bool] | None = None
+        self.delay: Callable[[Io], int | None] | None = None
         self.points = 0
         self.steps = 0
         self._due: list[tuple[int, int, Io]] = []
@@ -230,7 +231,10 @@ class World:
                     io = Io(io.op, io.device, io.sector, io.nsectors, io.buf and bytes(io.buf), io.flags, EARLY)
                 disk.begin(io)
                 self._serial += 1
-                heapq.heappush(self._due, (now_ns + disk.latency_ns(), self._serial, io))
+                latency_ns = disk.latency_ns()
+                if self.delay is not None:
+                    latency_ns = self.delay(io) or latency_ns
+                heapq.heappush(self._due, (now_ns + latency_ns, self._serial, io))
             answered, self.cset.front.completed[:] = list(self.cset.front.completed), []
             if not answered and not completions:
                 return
