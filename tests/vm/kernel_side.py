@@ -98,6 +98,12 @@ class Visit:
         python = os.path.realpath(sys.executable)
         self.step(f"host {python} -SE /job/stamp_writer.py /dev/$volume{volume} /job/{PROGRESS} '{json.dumps(plan)}'")
 
+    def btree(self) -> None:
+        """Stop write-back, and leave the kernel's text of all keys in the share's file ``btree.txt``."""
+        for number in range(len(self.disks) - 1):
+            self.step(f"set_attribute /sys/block/$volume{number}/bcache/writeback_running 0")
+        self.step("cat /sys/kernel/debug/bcache/bcache-* >/job/btree.txt")
+
     def facts(self) -> None:
         """Leave the btree and all attributes in the share's directory ``facts``."""
         self.step("facts /job/facts")
