@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,8 +25,9 @@ class Engine:
         self.directory = directory
         self.status: int | None = None
         self.volumes: list[dict[str, Any]] = []
-        # Unix sockets want short paths, and every test its own.
-        environment = {**os.environ, "XDG_RUNTIME_DIR": str(directory), "PYTHONPATH": str(ROOT)}
+        # The path of a Unix socket must be short, so pytest's directory would not do.
+        self.runtime = tempfile.TemporaryDirectory(prefix="bcachectl-")
+        environment = {**os.environ, "XDG_RUNTIME_DIR": self.runtime.name, "PYTHONPATH": str(ROOT)}
         read_fd, write_fd = os.pipe()
         self.errors_path = directory / "engine.stderr"
         with self.errors_path.open("wb") as errors:
@@ -59,6 +61,7 @@ class Engine:
                  traceback: TracebackType | None) -> None:
         if self.status is None:
             self.stop()
+        self.runtime.cleanup()
         if kind is not None:
             print(self.errors)
 
