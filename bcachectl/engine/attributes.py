@@ -67,32 +67,36 @@ def _writeback_keys(name: str) -> Callable[[CacheSet], str]:
     return lambda cset: str(sum(getattr(dev.writeback, name) for dev in cset.cached_devices()))
 
 
-SET_ATTRIBUTES: dict[str, Callable[[CacheSet], str]] = {
-    "average_key_size": _average_key_size,
-    "block_size": lambda cset: hprint(cset.geometry.block_bytes),
-    "bucket_size": lambda cset: hprint(cset.geometry.bucket_bytes),
-    "btree_cache_size": lambda cset: hprint(cset.btree.cached_bytes),
-    "cache_available_percent": lambda cset: str(100 - cset.buckets.in_use_percent),
-    "congested": lambda cset: hprint(cset.congestion.limit_sectors() << 9),
-    "tree_depth": lambda cset: str(cset.btree.root.level),
-    "active_journal_entries": lambda cset: str(len(cset.journal.pins)),
-    "btree_nodes": lambda cset: str(cset.gc.nodes),
-    "cache_read_races": lambda cset: str(cset.cache_read_races),
-    "reclaimed_journal_buckets": lambda cset: str(cset.journal.reclaims),
-    "flush_write": lambda cset: str(cset.journal.flush_writes),
-    "writeback_keys_done": _writeback_keys("keys_done"),
-    "writeback_keys_failed": _writeback_keys("keys_failed"),
-    "feature_compat": lambda cset: "",
-    "feature_ro_compat": lambda cset: "",
-    "feature_incompat": _feature_incompat,
-    "io_disable": lambda cset: str(int(cset.io_disabled)),
-    "nbuckets": lambda cset: str(cset.geometry.nbuckets),
-    "written": lambda cset: hprint(cset.sectors.sectors_written << 9),
-    "btree_written": lambda cset: hprint(cset.btree.sectors_written << 9),
-    "metadata_written": lambda cset: hprint(cset.meta_sectors_written << 9),
-    "io_errors": lambda cset: str(cset.io_errors_seen),
-    "priority_stats": _priority_stats,
-}
+def _of_set() -> dict[str, Callable[[CacheSet], str]]:
+    return {
+        "average_key_size": _average_key_size,
+        "block_size": lambda cset: hprint(cset.geometry.block_bytes),
+        "bucket_size": lambda cset: hprint(cset.geometry.bucket_bytes),
+        "btree_cache_size": lambda cset: hprint(cset.btree.cached_bytes),
+        "cache_available_percent": lambda cset: str(100 - cset.buckets.in_use_percent),
+        "congested": lambda cset: hprint(cset.congestion.limit_sectors() << 9),
+        "tree_depth": lambda cset: str(cset.btree.root.level),
+        "active_journal_entries": lambda cset: str(len(cset.journal.pins)),
+        "btree_nodes": lambda cset: str(cset.gc.nodes),
+        "cache_read_races": lambda cset: str(cset.cache_read_races),
+        "reclaimed_journal_buckets": lambda cset: str(cset.journal.reclaims),
+        "flush_write": lambda cset: str(cset.journal.flush_writes),
+        "writeback_keys_done": _writeback_keys("keys_done"),
+        "writeback_keys_failed": _writeback_keys("keys_failed"),
+        "feature_compat": lambda cset: "",
+        "feature_ro_compat": lambda cset: "",
+        "feature_incompat": _feature_incompat,
+        "io_disable": lambda cset: str(int(cset.io_disabled)),
+        "nbuckets": lambda cset: str(cset.geometry.nbuckets),
+        "written": lambda cset: hprint(cset.sectors.sectors_written << 9),
+        "btree_written": lambda cset: hprint(cset.btree.sectors_written << 9),
+        "metadata_written": lambda cset: hprint(cset.meta_sectors_written << 9),
+        "io_errors": lambda cset: str(cset.io_errors_seen),
+        "priority_stats": _priority_stats,
+    }
+
+
+SET_ATTRIBUTES = _of_set()
 """Of the set, its ``internal`` directory and its cache device."""
 
 
@@ -112,19 +116,28 @@ def _rate_debug(dev: CachedDev) -> str:
         f"next io:\t{next_ms}ms"])
 
 
-DEVICE_ATTRIBUTES: dict[str, Callable[[CachedDev], str]] = {
-    "state": lambda dev: dev.state,
-    "running": lambda dev: "1",
-    "backing_dev_name": lambda dev: dev.backing.name.rpartition("/")[2],
-    "backing_dev_uuid": lambda dev: format_uuid(dev.uuid),
-    "dirty_data": lambda dev: hprint(dev.dirty_sectors << 9),
-    "io_errors": lambda dev: str(dev.io_errors),
-    "writeback_rate_debug": _rate_debug,
-}
+def _of_device() -> dict[str, Callable[[CachedDev], str]]:
+    return {
+        "state": lambda dev: dev.state,
+        "running": lambda dev: "1",
+        "backing_dev_name": lambda dev: dev.backing.name.rpartition("/")[2],
+        "backing_dev_uuid": lambda dev: format_uuid(dev.uuid),
+        "dirty_data": lambda dev: hprint(dev.dirty_sectors << 9),
+        "io_errors": lambda dev: str(dev.io_errors),
+        "writeback_rate_debug": _rate_debug,
+    }
+
+
+DEVICE_ATTRIBUTES = _of_device()
 """Of a cached device."""
 
-FLASH_ATTRIBUTES: dict[str, Callable[[FlashVolume], str]] = {
-    "label": lambda volume: volume.label,
-    "size": lambda volume: hprint(volume.size_sectors << 9),
-}
+
+def _of_flash() -> dict[str, Callable[[FlashVolume], str]]:
+    return {
+        "label": lambda volume: volume.label,
+        "size": lambda volume: hprint(volume.size_sectors << 9),
+    }
+
+
+FLASH_ATTRIBUTES = _of_flash()
 """Of a flash-only volume."""

@@ -64,7 +64,8 @@ class Btree:
     @classmethod
     async def open(cls, cset: CacheSet, ptr: int, level: int) -> Btree:
         """The tree whose root is at ``ptr``; raises Corrupt if the root cannot be read."""
-        btree = cls(cset, Node(ptr=ptr, bucket=0, level=level, end=MAX_POS, seq=1, nblocks=1))
+        btree = cls(cset, Node(ptr=ptr, bucket=0, level=level, end=MAX_POS, seq=1, nblocks=1,
+                                bucket_shift=cset.buckets.bucket_shift))
         btree.root = await btree.read_node(ptr, level, MAX_POS)
         btree.cache(btree.root)
         return btree
@@ -174,7 +175,8 @@ class Btree:
         self.reads += 1
         images, written = decode_node(raw, magic=self.magic, seed=ptr, block_bytes=geometry.block_bytes,
                                       node_blocks=geometry.node_blocks, where=where)
-        node = Node(ptr=ptr, bucket=bucket, level=level, end=end, seq=images[0].seq, nblocks=geometry.node_blocks)
+        node = Node(ptr=ptr, bucket=bucket, level=level, end=end, seq=images[0].seq, nblocks=geometry.node_blocks,
+                    bucket_shift=geometry.bucket_shift)
         node.written = written
         if level:
             self._load_interior(node, images, where)

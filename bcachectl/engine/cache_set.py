@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bcachectl.engine import checks, stats
+from bcachectl.engine import checks, stats, tunables
 from bcachectl.engine.alloc import NO_BUCKET, Allocator, Entropy, Reserve
 from bcachectl.engine.bdev import Bdev
 from bcachectl.engine.btree import Btree
@@ -107,6 +107,8 @@ class CacheSet:
         self.cutoff_writeback = 40
         self.cutoff_writeback_sync = 70
         self.idle_max_writeback_rate = True
+        self.accounting = stats.Accounting(self)
+        self.tunables = tunables.Tunables(self)
         self.replayed_keys = 0
         self.replayed_entries = 0
         self._threads: list[Task[None]] = []
@@ -146,6 +148,7 @@ class CacheSet:
             await self._start_new()
         self.journal.do_reserve = 1
         self.running = True
+        self.sched.spawn(self.accounting.run(), "accounting")
         for slot, entry in enumerate(self.uuids):
             if entry.is_flash_only and not entry.is_free and not entry.is_retired and entry.sectors:
                 self.flash.append(FlashVolume(self, slot, entry))

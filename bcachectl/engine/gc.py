@@ -154,9 +154,11 @@ class Gc:
                 continue
             stalest, bad, count = self._mark_leaf(leaf, marks)
             end = leaf.end
-            if self.always_rewrite or stalest > REWRITE_STALE or bad * 2 > count > 0:
-                await cset.splitter.rewrite(leaf)
+            rewrite = self.always_rewrite or stalest > REWRITE_STALE or bad * 2 > count > 0
+            if rewrite and await cset.splitter.rewrite(leaf):
                 window.clear()
+            elif leaf.gone:
+                continue
             else:
                 if leaf.pending_words and not leaf.writing:
                     writes.append(cset.sched.spawn(cset.btree.write_leaf(leaf), "gc write leaf"))

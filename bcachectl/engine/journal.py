@@ -273,6 +273,8 @@ class Journal:
         self.durable_last_seq = last_seq
         self.written.wake_all()
         self.reclaim()
+        # Whoever waits for space looks again, even if there is none: it is the waiters who ask for relief.
+        self.space.wake_all()
         return True
 
     def open_entry(self, seq: int) -> None:

@@ -69,9 +69,10 @@ class Node:
     """One node of the btree.  Only `bcachectl.engine.btree` makes, writes and replaces nodes."""
 
     __slots__ = ("ptr", "bucket", "sector", "level", "end", "seq", "nblocks", "written", "ends", "meta", "ptrs", "children",
-                 "dead", "pending_words", "pin", "dirty_ns", "frozen", "writing", "gone", "used")
+                 "dead", "bucket_shift", "pending_words", "pin", "dirty_ns", "frozen", "writing", "gone", "used")
 
-    def __init__(self, *, ptr: int, bucket: int, level: int, end: int, seq: int, nblocks: int) -> None:
+    def __init__(self, *, ptr: int, bucket: int, level: int, end: int, seq: int, nblocks: int,
+                 bucket_shift: int) -> None:
         self.ptr = ptr
         self.bucket = bucket
         self.sector = (ptr >> 8) & ((1 << 43) - 1)
@@ -85,6 +86,7 @@ class Node:
         self.ptrs = array("Q")
         self.children: list[Node | None] = []
         self.dead = array("Q")
+        self.bucket_shift = bucket_shift
         self.pending_words = 0
         self.pin: JournalPin | None = None
         self.dirty_ns = 0
@@ -157,7 +159,8 @@ class Node:
             before = metas[first - 1]
             size_before = before & SIZE_MASK
             if (before & PENDING and before & FLAGS == flags and size_before + size <= MAX_SIZE
-                    and (not flags & HAS_PTR or ptrs[first - 1] + (size_before << 8) == ptr)):
+                    and (not flags & HAS_PTR or (ptrs[first - 1] + (size_before << 8) == ptr
+                                                 and not (ptrs[first - 1] ^ ptr) >> (8 + self.bucket_shift)))):
                 ends[first - 1] = end
                 metas[first - 1] = before + size
                 return overwritten

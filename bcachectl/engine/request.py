@@ -84,7 +84,7 @@ class Ranges:
 
     async def enter(self, start: int, end: int) -> tuple[int, int]:
         """Begin a write: wait for overlapping ones, cancel overlapping fills."""
-        while any(here[0] < end and start < here[1] for here in self.writes):
+        while self.writing(start, end):
             await self.queue.wait()
         for fill in self.fills:
             if fill.start < end and start < fill.end:
@@ -93,6 +93,10 @@ class Ranges:
         self.writes.append(claim)
         return claim
 
+    def writing(self, start: int, end: int) -> bool:
+        """Whether a write to any of [start, end) is in flight."""
+        return any(here[0] < end and start < here[1] for here in self.writes)
+
     def leave(self, claim: tuple[int, int]) -> None:
         """End a write."""
         self.writes.remove(claim)
@@ -100,7 +104,7 @@ class Ranges:
 
     def begin_fill(self, start: int, end: int) -> Fill | None:
         """Begin a fill, unless something in flight overlaps it."""
-        if any(here[0] < end and start < here[1] for here in self.writes):
+        if self.writing(start, end):
             return None
         if any(fill.start < end and start < fill.end for fill in self.fills):
             return None

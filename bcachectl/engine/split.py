@@ -30,6 +30,7 @@ from bcachectl.engine.node import FLAGS, HAS_PTR, Node, encode_extents
 from bcachectl.engine.sched import FUA
 from bcachectl.ondisk.bkey import MAX_POS, pack_key
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, encode_bset
+from bcachectl.ondisk.magic import bset_magic
 
 if TYPE_CHECKING:
     from bcachectl.engine.cache_set import CacheSet
@@ -44,13 +45,14 @@ Children = list[tuple[int, int, Node | None]]
 class Splitter:
     """Structural changes of the btree."""
 
-    __slots__ = ("cset", "splits", "rewrites", "coalesced")
+    __slots__ = ("cset", "splits", "rewrites", "coalesced", "sectors_written")
 
     def __init__(self, cset: CacheSet) -> None:
         self.cset = cset
         self.splits = 0
         self.rewrites = 0
         self.coalesced = 0
+        self.sectors_written = 0
 
     # The operations.
 
@@ -168,7 +170,8 @@ class Splitter:
         seq = 0
         while seq == 0:
             seq = cset.entropy.getrandbits(64)
-        return Node(ptr=ptr, bucket=bucket, level=level, end=end, seq=seq, nblocks=geometry.node_blocks)
+        return Node(ptr=ptr, bucket=bucket, level=level, end=end, seq=seq, nblocks=geometry.node_blocks,
+                    bucket_shift=geometry.bucket_shift)
 
     def _take(self, level: int, end: int) -> Node:
         # A new node from the reserve that was checked before.
@@ -179,12 +182,13 @@ class Splitter:
     async def _write_new(self, nodes: list[tuple[Node, bytes]]) -> bool:
         # Writes the first set of each new node; all are durable when this returns True.
         cset = self.cset
+        magic, block_bytes = bset_magic(cset.sb.set_uuid), cset.geometry.block_bytes
         ios = []
         for node, keys in nodes:
-            raw = encode_bset(keys, seq=node.seq, magic=cset.btree.magic, seed=node.ptr, block_bytes=cset.geometry.block_bytes)
-            node.written = len(raw) // cset.geometry.block_bytes
+            raw = encode_bset(keys, seq=node.seq, magic=magic, seed=node.ptr, block_bytes=block_bytes)
+            node.written = len(raw) // block_bytes
             assert node.written <= node.nblocks, node
-            cset.btree.sectors_written += len(raw) >> 9
+            self.sectors_written += len(raw) >> 9
             ios.append(cset.cache.write(node.sector, memoryview(raw), FUA, "btree"))
         errors = [await io for io in ios]
         if any(errors):

@@ -142,7 +142,7 @@ def snapshot(cset: CacheSet, cells: int) -> SetSnapshot:
         allocator=allocator, map=buckets, gc=_gc(cset), journal=_journal(cset), btree=_btree(cset),
         volumes=tuple(volume_snapshot(cset, volume) for volume in cset.volumes), events=_events(cset),
         cache_io_errors=cset.io_errors_seen, cache_read_races=cset.cache_read_races,
-        congested=cset.congestion.limit_sectors(), written_sectors=cset.sectors.sectors_written,
+        congested=cset.congestion.value, written_sectors=cset.sectors.sectors_written,
         btree_written_sectors=cset.btree.sectors_written, metadata_written_sectors=cset.meta_sectors_written,
         read_only=cset.read_only)
 

@@ -211,7 +211,10 @@ class Writeback:
             buckets = dev.cset.buckets
             for extent in leaf.overlapping(position, stop):
                 if extent.flags & DIRTY and not buckets.is_stale(extent.ptr) and extent.end > position:
-                    self.waiting.append(extent)
+                    # A write under way has newer data for the backing device, and its key is not in the map yet.  Later writes
+                    # drop what they overlap from `waiting`; so all that is in there is the newest there is.
+                    if not dev.ranges.writing(extent.start, extent.end):
+                        self.waiting.append(extent)
                     position = extent.end
                     if len(self.waiting) >= KEYBUF_KEYS:
                         break
