@@ -5,18 +5,18 @@ Invariant: a bucket on a free list is never pointed to by a fresh pointer, in me
 
 Life of a bucket (alloc.c, the essay at its head):
 
-1. It holds nothing, or clean data.  `Allocator.invalidate` picks it by the replacement policy, bumps its gen, pins it and pushes it on
-   ``free_inc``.  From now on its old keys are stale in memory, but not yet on disk.
-2. When ``free_inc`` is full, `PrioWriter.write` writes all gens to new prio buckets and a journal entry that names them.
+1. It holds nothing, or clean data.  `Allocator.invalidate` picks it by the replacement policy, bumps its gen, pins it
+   and pushes it on ``free_inc``.  From now on its old keys are stale in memory, but not yet on disk.
+2. When ``free_inc`` is full, `PrioWriter.write` writes all gens to new prio buckets and a journal entry that names
+   them.
 3. Only then are the buckets released: discarded if that is on, and pushed on the free lists, PRIO first.
 4. `Allocator.alloc_nowait` pops it, for data or metadata; its pin passes to whoever took it.
 5. gc finds out when nothing, or only clean data, points to it, and all begins again.
 
-Two deviations from the kernel, both towards safety.  If the prio write cannot run for lack of buckets the kernel drains ``free_inc`` all
-the same (its gens are not durable then); here the buckets stay until a prio write succeeded.  And the kernel waits until
-``free_inc`` is completely full, which never happens when few buckets are clean: here a gc that could not help lets a partly filled
-one through.
-"""
+Two deviations from the kernel, both towards safety.  If the prio write cannot run for lack of buckets the kernel
+drains ``free_inc`` all the same (its gens are not durable then); here the buckets stay until a prio write succeeded.
+And the kernel waits until ``free_inc`` is completely full, which never happens when few buckets are clean: here a gc
+that could not help lets a partly filled one through."""
 
 from __future__ import annotations
 
@@ -87,16 +87,36 @@ class FreeList:
 class Allocator:
     """Free buckets of one cache device, and the coroutine that makes more of them."""
 
-    __slots__ = ("cset", "buckets", "free", "free_inc", "heap_size", "fifo_last_bucket", "invalidate_needs_gc", "prio_blocked",
-                 "alloc_wait", "bucket_wait", "released", "replacement", "discard", "collected", "discards", "allocations")
+    __slots__ = (
+        "cset",
+        "buckets",
+        "free",
+        "free_inc",
+        "heap_size",
+        "fifo_last_bucket",
+        "invalidate_needs_gc",
+        "prio_blocked",
+        "alloc_wait",
+        "bucket_wait",
+        "released",
+        "replacement",
+        "discard",
+        "collected",
+        "discards",
+        "allocations",
+    )
 
     def __init__(self, cset: CacheSet, buckets: Buckets) -> None:
         count = buckets.nbuckets
         unit = (1 << (count - 1).bit_length()) >> 10
         self.cset = cset
         self.buckets = buckets
-        self.free = [FreeList(fifo_size(min(max(count >> 7, 32), 256))), FreeList(buckets.geometry.prio_buckets),
-                     FreeList(fifo_size(unit)), FreeList(fifo_size(unit))]
+        self.free = [
+            FreeList(fifo_size(min(max(count >> 7, 32), 256))),
+            FreeList(buckets.geometry.prio_buckets),
+            FreeList(fifo_size(unit)),
+            FreeList(fifo_size(unit)),
+        ]
         self.free_inc = FreeList(fifo_size(4 * unit))
         self.heap_size = 8 * unit
         self.fifo_last_bucket = 0
@@ -114,7 +134,9 @@ class Allocator:
     # Taking buckets.
 
     def alloc_nowait(self, reserve: Reserve) -> int:
-        """A free bucket with one pin, or NO_BUCKET (alloc.c, bch_bucket_alloc): general ones first, then the reserve's."""
+        """A free bucket with one pin, or NO_BUCKET (alloc.c, bch_bucket_alloc): general ones first, then the
+        reserve's.
+        """
         if self.cset.io_disabled:
             return NO_BUCKET
         if self.free[Reserve.NONE].buckets:
@@ -253,8 +275,9 @@ class Allocator:
             self._invalidate_random()
 
     def _invalidate_lru(self) -> None:
-        # The lowest (prio - min_prio + (INITIAL_PRIO - min_prio) / 8) * sectors_used first, in u32 arithmetic (alloc.c, bucket_prio).
-        # Among equals the lowest bucket number goes first; the kernel's order among equals is that of its heap.
+        # The lowest (prio - min_prio + (INITIAL_PRIO - min_prio) / 8) * sectors_used first, in u32 arithmetic
+        # (alloc.c, bucket_prio). Among equals the lowest bucket number goes first; the kernel's order among equals is
+        # that of its heap.
         buckets = self.buckets
         index = np.nonzero(buckets.candidates())[0]
         room = min(self.free_inc.size - len(self.free_inc), self.heap_size)

@@ -19,15 +19,32 @@ from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, W
 class Bdev:
     """A device by its index, with the limits that the engine has to respect.
 
-    ``size_sectors``: whole size.  ``atomic_sectors``: the largest aligned write that power loss never tears (the logical
-    block size).  ``optimal_io_sectors``: the queue's io_opt, 0 if it gives none (stripe size of a raid).
-    """
+    ``size_sectors``: whole size.  ``atomic_sectors``: the largest aligned write that power loss never tears (the
+    logical block size).  ``optimal_io_sectors``: the queue's io_opt, 0 if it gives none (stripe size of a raid)."""
 
-    __slots__ = ("sched", "index", "name", "size_sectors", "atomic_sectors", "optimal_io_sectors", "can_discard",
-                 "read_only")
+    __slots__ = (
+        "sched",
+        "index",
+        "name",
+        "size_sectors",
+        "atomic_sectors",
+        "optimal_io_sectors",
+        "can_discard",
+        "read_only",
+    )
 
-    def __init__(self, sched: Sched, index: int, name: str, *, size_sectors: int, atomic_sectors: int = 1,
-                 optimal_io_sectors: int = 0, can_discard: bool = False, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        sched: Sched,
+        index: int,
+        name: str,
+        *,
+        size_sectors: int,
+        atomic_sectors: int = 1,
+        optimal_io_sectors: int = 0,
+        can_discard: bool = False,
+        read_only: bool = False,
+    ) -> None:
         self.sched = sched
         self.index = index
         self.name = name
@@ -62,7 +79,8 @@ class Bdev:
 
         The header (checksum, magic, seq) is in the first atomic unit.  The rest is made durable first, then that unit
         with FUA.  Without this a torn set of a btree node, which kernels refuse to read, could be left behind.  The
-        PREFLUSH is needed for a single unit too: keys that were not journaled may name data the device has not made durable.
+        PREFLUSH is needed for a single unit too: keys that were not journaled may name data the device has not made
+        durable.
         """
         head_bytes = self.atomic_sectors << 9
         if len(buf) > head_bytes:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Btree`: lookup, insert and write of nodes.  How nodes are replaced is in `bcachectl.engine.split`.
 
-Invariant: what can be reached on disk from the newest journal entry's root, plus the keys of the live journal entries, is the map.
+Invariant: what can be reached on disk from the newest journal entry's root, plus the keys of the live journal
+entries, is the map.
 
-* Interior nodes stay in memory from start-up on; leaves are loaded when needed and evicted, clean ones only, past the memory limit.
-* A leaf insert is a plain function on a leaf in memory.  The keys go to the columns; the leaf becomes dirty and keeps the oldest journal
-  entry that it has keys of alive until it is written.
-* A leaf is written by appending a set to its log, its header last (`Bdev.write_head_last`): power loss leaves the set or no trace of it.
+* Interior nodes stay in memory from start-up on; leaves are loaded when needed and evicted, clean ones only, past the
+  memory limit.
+* A leaf insert is a plain function on a leaf in memory.  The keys go to the columns; the leaf becomes dirty and keeps
+  the oldest journal entry that it has keys of alive until it is written.
+* A leaf is written by appending a set to its log, its header last (`Bdev.write_head_last`): power loss leaves the set
+  or no trace of it.
 * A leaf whose log is full is replaced; while that goes on it is *frozen*: it can be read, and inserts wait.
 * Whoever waits for something reads the tree again afterwards: nodes may have been replaced.
 
@@ -41,8 +44,23 @@ LEAF_WRITE_DELAY_NS = 30 * NS_PER_S
 class Btree:
     """The btree of a running set."""
 
-    __slots__ = ("cset", "magic", "root", "leaves", "dirty_leaves", "loading", "structure", "changed", "flush_wake", "cached_bytes",
-                 "inserts", "sectors_written", "splits", "reads", "changes")
+    __slots__ = (
+        "cset",
+        "magic",
+        "root",
+        "leaves",
+        "dirty_leaves",
+        "loading",
+        "structure",
+        "changed",
+        "flush_wake",
+        "cached_bytes",
+        "inserts",
+        "sectors_written",
+        "splits",
+        "reads",
+        "changes",
+    )
 
     def __init__(self, cset: CacheSet, root: Node) -> None:
         self.cset = cset
@@ -64,8 +82,10 @@ class Btree:
     @classmethod
     async def open(cls, cset: CacheSet, ptr: int, level: int) -> Btree:
         """The tree whose root is at ``ptr``; raises Corrupt if the root cannot be read."""
-        btree = cls(cset, Node(ptr=ptr, bucket=0, level=level, end=MAX_POS, seq=1, nblocks=1,
-                                bucket_shift=cset.buckets.bucket_shift))
+        btree = cls(
+            cset,
+            Node(ptr=ptr, bucket=0, level=level, end=MAX_POS, seq=1, nblocks=1, bucket_shift=cset.buckets.bucket_shift),
+        )
         btree.root = await btree.read_node(ptr, level, MAX_POS)
         btree.cache(btree.root)
         return btree
@@ -94,7 +114,9 @@ class Btree:
             await self.load(node, index)
 
     async def lookup(self, start: int, end: int) -> list[Extent]:
-        """What the cache holds of [start, end): fresh extents cut to the range, in order, not touching each other's sectors."""
+        """What the cache holds of [start, end): fresh extents cut to the range, in order, not touching each other's
+        sectors.
+        """
         found: list[Extent] = []
         position = start
         while position < end:
@@ -173,10 +195,23 @@ class Btree:
         sector = (ptr >> 8) & ((1 << 43) - 1)
         cset.check_io(await cset.cache.read(sector, raw, "btree"), where)
         self.reads += 1
-        images, written = decode_node(raw, magic=self.magic, seed=ptr, block_bytes=geometry.block_bytes,
-                                      node_blocks=geometry.node_blocks, where=where)
-        node = Node(ptr=ptr, bucket=bucket, level=level, end=end, seq=images[0].seq, nblocks=geometry.node_blocks,
-                    bucket_shift=geometry.bucket_shift)
+        images, written = decode_node(
+            raw,
+            magic=self.magic,
+            seed=ptr,
+            block_bytes=geometry.block_bytes,
+            node_blocks=geometry.node_blocks,
+            where=where,
+        )
+        node = Node(
+            ptr=ptr,
+            bucket=bucket,
+            level=level,
+            end=end,
+            seq=images[0].seq,
+            nblocks=geometry.node_blocks,
+            bucket_shift=geometry.bucket_shift,
+        )
         node.written = written
         if level:
             self._load_interior(node, images, where)
@@ -205,15 +240,18 @@ class Btree:
         if not children:
             raise Corrupt(where, "interior node without children")
         if children[-1][0] != node.end:
-            raise Corrupt(where, "short btree key" if children[-1][0] > node.end else "last child does not reach the node's end")
+            raise Corrupt(
+                where, "short btree key" if children[-1][0] > node.end else "last child does not reach the node's end"
+            )
         node.set_children([(position, ptr, None) for position, ptr in children])
         live = set(newest.values())
         node.dead.extend(ptr for ptr in every if ptr not in live)
 
     def _check_pointers(self, keys: KeyColumns, where: str) -> None:
         node_sectors = self.cset.geometry.node_sectors
-        for position, size, nptrs, ptr in zip(keys.pos.tolist(), keys.size.tolist(), keys.nptrs.tolist(), keys.ptr.tolist(),
-                                              strict=True):
+        for position, size, nptrs, ptr in zip(
+            keys.pos.tolist(), keys.size.tolist(), keys.nptrs.tolist(), keys.ptr.tolist(), strict=True
+        ):
             if nptrs != 1 or size != node_sectors or not self.cset.buckets.in_range(ptr, size):
                 raise Corrupt(where, f"spotted btree ptr {position:#x} -> {ptr:#x} size {size}")
         if keys.dirty.any():
@@ -230,11 +268,18 @@ class Btree:
         sectors = (ptrs >> np.uint64(8)) & np.uint64((1 << 43) - 1)
         mask = np.uint64((1 << buckets.bucket_shift) - 1)
         bucket = buckets.buckets_of(ptrs)
-        wrong = (bucket < buckets.first_bucket) | (bucket >= buckets.nbuckets) | ((sectors & mask) + size > mask + np.uint64(1))
+        wrong = (
+            (bucket < buckets.first_bucket)
+            | (bucket >= buckets.nbuckets)
+            | ((sectors & mask) + size > mask + np.uint64(1))
+        )
         if wrong.any():
             index = int(np.nonzero(wrong)[0][0])
-            raise Corrupt(where, f"spotted extent with a pointer out of range (sector {int(sectors[index])}, "
-                                 f"{int(size[index])} sectors)")
+            raise Corrupt(
+                where,
+                f"spotted extent with a pointer out of range (sector {int(sectors[index])}, "
+                f"{int(size[index])} sectors)",
+            )
 
     # The node cache.
 
@@ -341,9 +386,9 @@ class Btree:
     async def replace(self, old: Extent, new: Extent) -> int:
         """Replace what is left of ``old`` by the corresponding parts of ``new``; returns the sectors replaced.
 
-        The caller has copied the data of ``old`` somewhere; parts that were overwritten since are not touched.  Not journaled: a lost
-        replacement only means that the copy is made again (btree.c, bch_btree_insert with a replace key).
-        """
+        The caller has copied the data of ``old`` somewhere; parts that were overwritten since are not touched.  Not
+        journaled: a lost replacement only means that the copy is made again (btree.c, bch_btree_insert with a replace
+        key)."""
         replaced = 0
         position = old.start
         while position < old.end:

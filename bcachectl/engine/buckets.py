@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Buckets`: the state of every bucket, as columns; `Marks`: what a garbage collection finds out about them.
 
-A bucket is the unit of space.  Its ``gen`` says which pointers to it are valid: a pointer with an older gen is *stale*.  A bucket
-is reused only through a new gen, so nothing has to look for its old keys (bcache.h, the essay at its head).
+A bucket is the unit of space.  Its ``gen`` says which pointers to it are valid: a pointer with an older gen is
+*stale*.  A bucket is reused only through a new gen, so nothing has to look for its old keys (bcache.h, the essay at
+its head).
 
 | column | kept as | meaning |
 |---|---|---|
@@ -16,10 +17,10 @@ is reused only through a new gen, so nothing has to look for its old keys (bcach
 
 Each column is a numpy array for bulk questions and a memoryview of the same memory (``*_at``) for single elements.
 
-Marks stay valid while a gc runs: the gc collects into `Marks` of its own and replaces the columns when it is done.  What changes
-meanwhile (an allocation, a free, a bucket becoming dirty) is noted in both.  So the allocator never waits for a gc that could
-have been answered by the marks of the last one, which the kernel's allocator did until 6.10.
-"""
+Marks stay valid while a gc runs: the gc collects into `Marks` of its own and replaces the columns when it is done.
+What changes meanwhile (an allocation, a free, a bucket becoming dirty) is noted in both.  So the allocator never
+waits for a gc that could have been answered by the marks of the last one, which the kernel's allocator did until
+6.10."""
 
 from __future__ import annotations
 
@@ -74,9 +75,32 @@ class Marks:
 class Buckets:
     """All buckets of the cache device; see the module's essay for the columns."""
 
-    __slots__ = ("geometry", "nbuckets", "first_bucket", "bucket_shift", "gen", "last_gc", "prio", "mark", "sectors_used",
-                 "move", "pin", "gen_at", "last_gc_at", "prio_at", "mark_at", "sectors_used_at", "move_at", "pin_at",
-                 "avail_nbuckets", "in_use_percent", "need_gc", "min_prio", "rescale_sectors", "marks")
+    __slots__ = (
+        "geometry",
+        "nbuckets",
+        "first_bucket",
+        "bucket_shift",
+        "gen",
+        "last_gc",
+        "prio",
+        "mark",
+        "sectors_used",
+        "move",
+        "pin",
+        "gen_at",
+        "last_gc_at",
+        "prio_at",
+        "mark_at",
+        "sectors_used_at",
+        "move_at",
+        "pin_at",
+        "avail_nbuckets",
+        "in_use_percent",
+        "need_gc",
+        "min_prio",
+        "rescale_sectors",
+        "marks",
+    )
 
     def __init__(self, geometry: Geometry) -> None:
         count = geometry.nbuckets
@@ -120,8 +144,11 @@ class Buckets:
         """Whether ``nsectors`` at the pointer lie inside one allocatable bucket of device 0."""
         sector = (ptr >> 8) & PTR_SECTOR_MASK
         bucket = sector >> self.bucket_shift
-        return (ptr >> PTR_DEV_SHIFT == 0 and self.first_bucket <= bucket < self.nbuckets
-                and (sector & ((1 << self.bucket_shift) - 1)) + nsectors <= 1 << self.bucket_shift)
+        return (
+            ptr >> PTR_DEV_SHIFT == 0
+            and self.first_bucket <= bucket < self.nbuckets
+            and (sector & ((1 << self.bucket_shift) - 1)) + nsectors <= 1 << self.bucket_shift
+        )
 
     def buckets_of(self, ptrs: U64) -> npt.NDArray[np.int64]:
         """`bucket_of` for a whole column."""
@@ -208,21 +235,26 @@ class Buckets:
         self.sectors_used[:] = marks.sectors
         self.last_gc[:] = marks.gen - marks.gap
         self.marks = None
-        self.need_gc = int((self.gen - self.last_gc)[self.first_bucket:].max(initial=0))
-        free = (self.pin[self.first_bucket:] == 0) & (self.mark[self.first_bucket:] <= MARK_RECLAIMABLE)
+        self.need_gc = int((self.gen - self.last_gc)[self.first_bucket :].max(initial=0))
+        free = (self.pin[self.first_bucket :] == 0) & (self.mark[self.first_bucket :] <= MARK_RECLAIMABLE)
         self.avail_nbuckets = int(np.count_nonzero(free))
         self._update_in_use()
 
     def candidates(self) -> npt.NDArray[np.bool_]:
         """Which buckets may be invalidated (alloc.c, bch_can_invalidate_bucket); those below first_bucket never."""
-        mask: npt.NDArray[np.bool_] = (self.mark <= MARK_RECLAIMABLE) & (self.pin == 0) & (self.gen - self.last_gc < BUCKET_GC_GEN_MAX)
-        mask[:self.first_bucket] = False
+        mask: npt.NDArray[np.bool_] = (
+            (self.mark <= MARK_RECLAIMABLE) & (self.pin == 0) & (self.gen - self.last_gc < BUCKET_GC_GEN_MAX)
+        )
+        mask[: self.first_bucket] = False
         return mask
 
     def can_invalidate(self, bucket: int) -> bool:
         """`candidates` for one bucket."""
-        return (self.mark_at[bucket] <= MARK_RECLAIMABLE and self.pin_at[bucket] == 0
-                and (self.gen_at[bucket] - self.last_gc_at[bucket]) & 255 < BUCKET_GC_GEN_MAX)
+        return (
+            self.mark_at[bucket] <= MARK_RECLAIMABLE
+            and self.pin_at[bucket] == 0
+            and (self.gen_at[bucket] - self.last_gc_at[bucket]) & 255 < BUCKET_GC_GEN_MAX
+        )
 
     # Priorities.
 

@@ -3,20 +3,22 @@
 
 Start of a set that has run before (super.c, run_cache_set), each step relying on those before it:
 
-1. superblock; 2. journal: which entries count; 3. prio sets: gens and priorities, a lower bound; 4. uuid array; 5. the whole tree is visited, and
-every pointer raises its bucket's gen; 6. the journal's keys do the same and pin their buckets; 7. marks, first free buckets; 8. journal and
-allocator run; 9. the journal's keys are inserted again; 10. the superblock's last_mount is written.
+1. superblock; 2. journal: which entries count; 3. prio sets: gens and priorities, a lower bound; 4. uuid array; 5.
+   the whole tree is visited, and
+every pointer raises its bucket's gen; 6. the journal's keys do the same and pin their buckets; 7. marks, first free
+buckets; 8. journal and allocator run; 9. the journal's keys are inserted again; 10. the superblock's last_mount is
+written.
 
 A read-only set stops after 6, replays in memory, and writes nothing.
 
-Start of a new set: journal buckets are chosen and cleared, prio sets, uuid array and an empty root are written, then the first journal entry,
-and only then the superblock with CACHE_SYNC: a crash before leaves the device new.
+Start of a new set: journal buckets are chosen and cleared, prio sets, uuid array and an empty root are written, then
+the first journal entry, and only then the superblock with CACHE_SYNC: a crash before leaves the device new.
 
-An orderly stop writes every dirty leaf, the gens and priorities, and the journal; the next start replays the journal all the same.
+An orderly stop writes every dirty leaf, the gens and priorities, and the journal; the next start replays the journal
+all the same.
 
-A set that fails (`CacheSet.fail`) does no I/O on the cache device from then on; each device goes on without its cache if it has nothing
-dirty, and is disabled otherwise.
-"""
+A set that fails (`CacheSet.fail`) does no I/O on the cache device from then on; each device goes on without its cache
+if it has nothing dirty, and is disabled otherwise."""
 
 from __future__ import annotations
 
@@ -49,7 +51,14 @@ from bcachectl.ondisk.bkey import INODE_SHIFT, Bkey, Ptr, decode_key_columns, pa
 from bcachectl.ondisk.jset import Jset
 from bcachectl.ondisk.magic import INVALID_UUID
 from bcachectl.ondisk.superblock import (
-    SB_BYTES, SB_SECTOR, BdevState, Replacement, Superblock, check_superblock, decode_superblock, encode_superblock,
+    SB_BYTES,
+    SB_SECTOR,
+    BdevState,
+    Replacement,
+    Superblock,
+    check_superblock,
+    decode_superblock,
+    encode_superblock,
 )
 from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, encode_uuids
 from bcachectl.units import format_uuid
@@ -125,7 +134,9 @@ class CacheSet:
             raise WrongState(f"{self.cache.name} is a backing device; name the set's cache device instead")
         check_superblock(sb, device_sectors=self.cache.size_sectors, logical_block_sectors=self.cache.atomic_sectors)
         if sb.nr_in_set != 1:
-            raise WrongState(f"{self.cache.name} is one of {sb.nr_in_set} caches of its set; only sets of one cache are supported")
+            raise WrongState(
+                f"{self.cache.name} is one of {sb.nr_in_set} caches of its set; only sets of one cache are supported"
+            )
         if not sb.cache_sync:
             if self.read_only:
                 raise WrongState(f"{self.cache.name} has never been run; it holds nothing to read")
@@ -184,7 +195,8 @@ class CacheSet:
         await self.write_superblock(self.sb)
 
     def _mark_journal(self, entries: list[Jset]) -> dict[int, JournalPin]:
-        # The journal's keys raise gens, and pin and mark their buckets until they are replayed (journal.c, bch_journal_mark).
+        # The journal's keys raise gens, and pin and mark their buckets until they are replayed (journal.c,
+        # bch_journal_mark).
         buckets = self.buckets
         present = {jset.seq: jset for jset in entries}
         pins: dict[int, JournalPin] = {}
@@ -210,8 +222,14 @@ class CacheSet:
         # The extents of an entry, in order, and whether each points to data; Corrupt if one is impossible.
         found = []
         keys = decode_key_columns(jset.keys, len(jset.keys) // 8)
-        for position, size, dirty, nptrs, ptr in zip(keys.pos.tolist(), keys.size.tolist(), keys.dirty.tolist(), keys.nptrs.tolist(),
-                                                     keys.ptr.tolist(), strict=True):
+        for position, size, dirty, nptrs, ptr in zip(
+            keys.pos.tolist(),
+            keys.size.tolist(),
+            keys.dirty.tolist(),
+            keys.nptrs.tolist(),
+            keys.ptr.tolist(),
+            strict=True,
+        ):
             if size == 0:
                 continue
             if size > position & ((1 << INODE_SHIFT) - 1) or nptrs > 1:
@@ -235,7 +253,9 @@ class CacheSet:
             self.replayed_entries += 1
             if not self.read_only:
                 self.journal.unpin(pin)
-        self.events.emit("bcache_journal_replay", keys=self.replayed_keys, entries=self.replayed_entries, seq=entries[-1].seq)
+        self.events.emit(
+            "bcache_journal_replay", keys=self.replayed_keys, entries=self.replayed_entries, seq=entries[-1].seq
+        )
 
     async def _start_new(self) -> None:
         geometry = self.geometry
@@ -264,18 +284,30 @@ class CacheSet:
         await self.write_superblock(self.sb.with_sync(True))
 
     def _run_threads(self) -> None:
-        self._threads += [self.sched.spawn(self.alloc.run(), "allocator"), self.sched.spawn(self.journal.run(), "journal")]
+        self._threads += [
+            self.sched.spawn(self.alloc.run(), "allocator"),
+            self.sched.spawn(self.journal.run(), "journal"),
+        ]
 
     def _run_late_threads(self) -> None:
-        self._threads += [self.sched.spawn(self.gc.run(), "gc"), self.sched.spawn(self.btree.run_flusher(), "leaf flusher")]
+        self._threads += [
+            self.sched.spawn(self.gc.run(), "gc"),
+            self.sched.spawn(self.btree.run_flusher(), "leaf flusher"),
+        ]
 
     # Uuids.
 
     async def _read_uuids(self, newest: Jset) -> None:
         if newest.version < 1:
-            raise WrongState("the set's journal is of version 0 (before 2013); let a kernel run the set once to convert it")
+            raise WrongState(
+                "the set's journal is of version 0 (before 2013); let a kernel run the set once to convert it"
+            )
         key = newest.uuid_bucket
-        if len(key.ptrs) != 1 or not self.buckets.in_range(ptr_make(key.ptrs[0].sector, key.ptrs[0].gen), key.size) or not key.size:
+        if (
+            len(key.ptrs) != 1
+            or not self.buckets.in_range(ptr_make(key.ptrs[0].sector, key.ptrs[0].gen), key.size)
+            or not key.size
+        ):
             raise Corrupt("uuid array", "bad uuid pointer")
         raw = bytearray(key.size << 9)
         self.check_io(await self.cache.read(key.ptrs[0].sector, raw, "uuids"), "uuid array")
@@ -309,20 +341,26 @@ class CacheSet:
         return True
 
     async def write_uuids(self) -> bool:
-        """Write the uuid array to a new bucket and journal its place, durably (super.c, bch_uuid_write); False if the set failed."""
+        """Write the uuid array to a new bucket and journal its place, durably (super.c, bch_uuid_write); False if the
+        set failed.
+        """
         async with self.uuid_lock:
             return await self._write_uuid_bucket() and await self.journal.write_meta()
 
     async def retire_slot(self, slot: int) -> None:
         """A slot is given up and never used again; its number stays in the keys that it left behind."""
-        self.uuids[slot] = replace(self.uuids[slot], uuid=INVALID_UUID, invalidated=self.sched.wall_s & 0xFFFFFFFF, flags=0)
+        self.uuids[slot] = replace(
+            self.uuids[slot], uuid=INVALID_UUID, invalidated=self.sched.wall_s & 0xFFFFFFFF, flags=0
+        )
         await self.write_uuids()
 
     def _free_slot(self) -> int:
         for slot, entry in enumerate(self.uuids):
             if entry.is_free:
                 return slot
-        raise WrongState(f"no room for UUID: all {len(self.uuids)} slots of set {format_uuid(self.sb.set_uuid)} have been used")
+        raise WrongState(
+            f"no room for UUID: all {len(self.uuids)} slots of set {format_uuid(self.sb.set_uuid)} have been used"
+        )
 
     # Backing devices.
 
@@ -354,8 +392,10 @@ class CacheSet:
         if dev.sb.set_uuid == self.sb.set_uuid:
             await self.attach_device(dev)
         elif dev.sb.state in (BdevState.CLEAN, BdevState.DIRTY):
-            raise WrongState(f"{backing.name} belongs to set {format_uuid(dev.sb.set_uuid)} (state {dev.state}), not to set "
-                             f"{format_uuid(self.sb.set_uuid)}; detach it there first")
+            raise WrongState(
+                f"{backing.name} belongs to set {format_uuid(dev.sb.set_uuid)} (state {dev.state}), not to set "
+                f"{format_uuid(self.sb.set_uuid)}; detach it there first"
+            )
         self.devices.append(dev)
         return dev
 
@@ -367,19 +407,29 @@ class CacheSet:
         if self.stopping or self.io_disabled:
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} is shutting down")
         if dev.block_size_sectors < self.geometry.block_size_sectors:
-            raise WrongState(f"{name} has blocks of {dev.block_size_sectors << 9} bytes, smaller than the set's "
-                             f"{self.geometry.block_bytes}: block size less than set's block size")
+            raise WrongState(
+                f"{name} has blocks of {dev.block_size_sectors << 9} bytes, smaller than the set's "
+                f"{self.geometry.block_bytes}: block size less than set's block size"
+            )
         if any(other.attached and other.uuid == dev.uuid for other in self.devices):
             raise WrongState(f"a device with the uuid {format_uuid(dev.uuid)} of {name} is already attached (a copy?)")
-        slot = next((slot for slot, entry in enumerate(self.uuids)
-                     if bytes(entry.uuid) == dev.uuid and not entry.is_flash_only), NO_SLOT)
+        slot = next(
+            (
+                slot
+                for slot, entry in enumerate(self.uuids)
+                if bytes(entry.uuid) == dev.uuid and not entry.is_flash_only
+            ),
+            NO_SLOT,
+        )
         if slot != NO_SLOT and dev.sb.state in (BdevState.STALE, BdevState.NONE):
             if self.read_only:
                 raise WrongState(f"{name} is {dev.state}: its cached data does not belong to it any more")
             await self.retire_slot(slot)
             slot = NO_SLOT
         if slot == NO_SLOT and dev.sb.state == BdevState.DIRTY:
-            raise WrongState(f"couldn't find uuid for {name} in set {format_uuid(self.sb.set_uuid)}: its dirty data is elsewhere")
+            raise WrongState(
+                f"couldn't find uuid for {name} in set {format_uuid(self.sb.set_uuid)}: its dirty data is elsewhere"
+            )
         if slot == NO_SLOT and self.read_only:
             # It was never attached: the cache holds nothing of it.
             return
@@ -397,8 +447,16 @@ class CacheSet:
         # A new slot, durable in the uuid array and the journal before the backing superblock points here.
         slot = self._free_slot()
         now = self.sched.wall_s & 0xFFFFFFFF
-        self.uuids[slot] = replace(self.uuids[slot], uuid=dev.uuid, label=dev.sb.label, first_reg=now, last_reg=now, invalidated=0,
-                                   flags=0, sectors=0)
+        self.uuids[slot] = replace(
+            self.uuids[slot],
+            uuid=dev.uuid,
+            label=dev.sb.label,
+            first_reg=now,
+            last_reg=now,
+            invalidated=0,
+            flags=0,
+            sectors=0,
+        )
         if not await self.write_uuids():
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
         error = await dev.set_superblock(replace(dev.sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid))
@@ -408,12 +466,18 @@ class CacheSet:
 
     def volume(self, name: str) -> CachedDev | FlashVolume:
         """A volume by name, uuid, label or backing device; WrongState if there is none, or two."""
-        found = [volume for volume in self.volumes
-                 if name in (volume.name, format_uuid(volume.uuid)) or (volume.label and name == volume.label)
-                 or (isinstance(volume, CachedDev) and name == volume.backing.name)]
+        found = [
+            volume
+            for volume in self.volumes
+            if name in (volume.name, format_uuid(volume.uuid))
+            or (volume.label and name == volume.label)
+            or (isinstance(volume, CachedDev) and name == volume.backing.name)
+        ]
         if len(found) != 1:
-            raise WrongState(f"{name}: {'no such volume' if not found else 'several volumes of this label'} in set "
-                             f"{format_uuid(self.sb.set_uuid)}; there are {', '.join(v.name for v in self.volumes) or 'none'}")
+            raise WrongState(
+                f"{name}: {'no such volume' if not found else 'several volumes of this label'} in set "
+                f"{format_uuid(self.sb.set_uuid)}; there are {', '.join(v.name for v in self.volumes) or 'none'}"
+            )
         return found[0]
 
     def cached_volume(self, name: str) -> CachedDev:
@@ -426,11 +490,14 @@ class CacheSet:
     @property
     def volumes(self) -> list[CachedDev | FlashVolume]:
         """All volumes, in the order of their slots when they were first listed; unnamed ones get their names now."""
+
         def order(volume: CachedDev | FlashVolume) -> int:
             return volume.slot if volume.slot != NO_SLOT else len(self.uuids)
 
         every: list[CachedDev | FlashVolume] = [*self.devices, *self.flash]
-        named = sorted((volume for volume in every if volume.name), key=lambda volume: int(volume.name.removeprefix("bcache")))
+        named = sorted(
+            (volume for volume in every if volume.name), key=lambda volume: int(volume.name.removeprefix("bcache"))
+        )
         number = int(named[-1].name.removeprefix("bcache")) + 1 if named else 0
         for volume in sorted((volume for volume in every if not volume.name), key=order):
             volume.name = f"bcache{number}"
@@ -457,7 +524,9 @@ class CacheSet:
         while dev.attached and dev.detaching and not self.io_disabled:
             await dev.state_changed.wait()
         if dev.attached:
-            raise WrongState(f"{dev.backing.name} could not be detached: {self.failed or 'its superblock could not be written'}")
+            raise WrongState(
+                f"{dev.backing.name} could not be detached: {self.failed or 'its superblock could not be written'}"
+            )
 
     async def flush_volume(self, name: str) -> None:
         """Write all dirty data of a volume back, without detaching it; returns when nothing is dirty."""
@@ -469,7 +538,9 @@ class CacheSet:
             await dev.state_changed.wait()
         dev.flushing -= 1
         if dev.has_dirty:
-            raise WrongState(f"{dev.backing.name} could not be written back: {self.failed or 'it was disabled after errors'}")
+            raise WrongState(
+                f"{dev.backing.name} could not be written back: {self.failed or 'it was disabled after errors'}"
+            )
 
     # Flash-only volumes.
 
@@ -478,14 +549,24 @@ class CacheSet:
         self.refuse_read_only()
         sectors = (size_bytes >> 9) & ~(self.geometry.block_size_sectors - 1)
         if sectors == 0:
-            raise Refused(f"a volume of {size_bytes} bytes is smaller than a block of {self.geometry.block_bytes} bytes")
+            raise Refused(
+                f"a volume of {size_bytes} bytes is smaller than a block of {self.geometry.block_bytes} bytes"
+            )
         if sectors > self.buckets.nbuckets << self.buckets.bucket_shift:
             raise Refused(f"a volume of {size_bytes} bytes is larger than the cache device")
         slot = self._free_slot()
         now = self.sched.wall_s & 0xFFFFFFFF
         uuid = self.entropy.getrandbits(128).to_bytes(16, "little")
-        self.uuids[slot] = replace(self.uuids[slot], uuid=uuid, label=bytes(32), first_reg=now, last_reg=now, invalidated=0,
-                                   flags=UUID_FLASH_ONLY, sectors=sectors)
+        self.uuids[slot] = replace(
+            self.uuids[slot],
+            uuid=uuid,
+            label=bytes(32),
+            first_reg=now,
+            last_reg=now,
+            invalidated=0,
+            flags=UUID_FLASH_ONLY,
+            sectors=sectors,
+        )
         if not await self.write_uuids():
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
         volume = FlashVolume(self, slot, self.uuids[slot])
@@ -540,7 +621,9 @@ class CacheSet:
 
     def writeback_pointers(self) -> list[int]:
         """Pointers of everything that is being written back."""
-        return [extent.ptr for dev in self.cached_devices() for extent in dev.writeback.waiting + dev.writeback.in_flight]
+        return [
+            extent.ptr for dev in self.cached_devices() for extent in dev.writeback.waiting + dev.writeback.in_flight
+        ]
 
     def request_done(self) -> None:
         """A request went back to its client."""
@@ -589,7 +672,9 @@ class CacheSet:
     # The superblock.
 
     async def write_superblock(self, sb: Superblock) -> None:
-        """Put ``sb`` in force and write it (super.c, bcache_write_super); sectors that its first one vouches for go first."""
+        """Put ``sb`` in force and write it (super.c, bcache_write_super); sectors that its first one vouches for go
+        first.
+        """
         async with self.sb_lock:
             version = 3 if sb.version == 0 else sb.version
             self.sb = replace(sb, version=version, seq=sb.seq + 1, last_mount=self.sched.wall_s & 0xFFFFFFFF)
@@ -660,4 +745,3 @@ class CacheSet:
     def snapshot(self, cells: int = 0) -> SetSnapshot:
         """What the live view shows, with a map of ``cells`` cells."""
         return stats.snapshot(self, cells)
-

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`CachedDev`: a backing device, from its registration to the end of its detach; what `bcachectl.engine.front` calls a volume.
+"""`CachedDev`: a backing device, from its registration to the end of its detach; what `bcachectl.engine.front` calls
+a volume.
 
 States of its superblock (BDEV_STATE), and who changes them (the kernel's in super.c and writeback.h)::
 
@@ -10,8 +11,8 @@ States of its superblock (BDEV_STATE), and who changes them (the kernel's in sup
 
     STALE: it ran without its set; the next attach takes a new slot and forgets what the old one cached.
 
-Two orders that the kernel leaves to chance are kept here: DIRTY is durable before the first dirty write is acknowledged, and CLEAN is written
-only after the backing device has flushed all that was written back.
+Two orders that the kernel leaves to chance are kept here: DIRTY is durable before the first dirty write is
+acknowledged, and CLEAN is written only after the backing device has flushed all that was written back.
 
 Invariant: ``has_dirty`` is set whenever a dirty extent of the device exists or is about to.
 """
@@ -54,10 +55,24 @@ NO_SLOT = -1
 
 
 class Stats:
-    """Counters of one volume since it was registered; requests and bytes by direction, hits as caching.md 15 counts them."""
+    """Counters of one volume since it was registered; requests and bytes by direction, hits as caching.md 15 counts
+    them.
+    """
 
-    __slots__ = ("cache_hits", "cache_misses", "cache_bypass_hits", "cache_bypass_misses", "cache_miss_collisions",
-                 "bypassed_sectors", "read_requests", "write_requests", "read_sectors", "write_sectors", "other_requests", "errors")
+    __slots__ = (
+        "cache_hits",
+        "cache_misses",
+        "cache_bypass_hits",
+        "cache_bypass_misses",
+        "cache_miss_collisions",
+        "bypassed_sectors",
+        "read_requests",
+        "write_requests",
+        "read_sectors",
+        "write_sectors",
+        "other_requests",
+        "errors",
+    )
 
     def __init__(self) -> None:
         for name in self.__slots__:
@@ -166,7 +181,8 @@ class CachedDev:
     # Requests.
 
     def read_nowait(self, sector: int, nsectors: int) -> int:
-        """Byte on the cache device where the whole read lies in one fresh extent of a leaf in memory; NOT_NOW otherwise.
+        """Byte on the cache device where the whole read lies in one fresh extent of a leaf in memory; NOT_NOW
+        otherwise.
 
         Does for such a hit what `request.read` does: priority, sequential run, hit count, ageing.
         """
@@ -305,7 +321,9 @@ class CachedDev:
         self.give_back(request, self.count_backing_error(error))
 
     def count_backing_error(self, error: int) -> int:
-        """Count an I/O error of the backing device and give it back; too many stop the device (io.c, bch_count_backing_io_errors)."""
+        """Count an I/O error of the backing device and give it back; too many stop the device (io.c,
+        bch_count_backing_io_errors).
+        """
         if error:
             self.io_errors += 1
             self.cset.events.emit("bcache_backing_error", volume=self.name, errno=error)
@@ -396,7 +414,9 @@ class CachedDev:
         self.writeback.wake()
 
     async def finish_detach(self) -> None:
-        """Nothing is dirty: cut the tie, first in the backing superblock, then in the uuid array (cached_dev_detach_finish)."""
+        """Nothing is dirty: cut the tie, first in the backing superblock, then in the uuid array
+        (cached_dev_detach_finish).
+        """
         cset = self.cset
         async with self.sb_lock:
             error = await self.backing.flush() or await self.write_superblock(self.sb.with_state(BdevState.CLEAN))
@@ -416,8 +436,15 @@ class CachedDev:
         self.state_changed.wake_all()
 
     async def leave_failed_set(self) -> None:
-        """The set failed (super.c, conditional_stop_bcache_device): go on without the cache if nothing is lost by it, else stop."""
-        if self.attached and self.stop_when_cache_set_failed == "auto" and not self.has_dirty and not self.dirty_sectors:
+        """The set failed (super.c, conditional_stop_bcache_device): go on without the cache if nothing is lost by it,
+        else stop.
+        """
+        if (
+            self.attached
+            and self.stop_when_cache_set_failed == "auto"
+            and not self.has_dirty
+            and not self.dirty_sectors
+        ):
             # From now on the cached data ages: no one may take it for the device's again.
             cut = replace(self.sb.with_state(BdevState.NONE), set_uuid=bytes(16))
             if not self.read_only and await self.set_superblock(cut):

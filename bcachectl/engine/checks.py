@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The expensive checks behind ``--debug-checks``: what must hold in a running set whenever no task is in the middle of a step.
+"""The expensive checks behind ``--debug-checks``: what must hold in a running set whenever no task is in the middle
+of a step.
 
-The names are those of the invariants: I for the allocator, J for the journal, B for the btree, W for writeback.  A failed check is a
-bug of the engine, hence an assertion.
-"""
+The names are those of the invariants: I for the allocator, J for the journal, B for the btree, W for writeback.  A
+failed check is a bug of the engine, hence an assertion."""
 
 from __future__ import annotations
 
@@ -54,11 +54,18 @@ def check_open_buckets(cset: CacheSet) -> None:
     buckets = cset.buckets
     seen: dict[int, None] = {}
     for open_bucket in cset.sectors.open_now():
-        last = (open_bucket.ptr >> 8) - 1 if (open_bucket.ptr >> 8) & ((1 << buckets.bucket_shift) - 1) == 0 else open_bucket.ptr >> 8
+        last = (
+            (open_bucket.ptr >> 8) - 1
+            if (open_bucket.ptr >> 8) & ((1 << buckets.bucket_shift) - 1) == 0
+            else open_bucket.ptr >> 8
+        )
         bucket = last >> buckets.bucket_shift
         assert bucket not in seen, ("I23", bucket)
         seen[bucket] = None
-        assert (open_bucket.ptr >> 8) + open_bucket.sectors_free == (bucket + 1) << buckets.bucket_shift, ("I22", bucket)
+        assert (open_bucket.ptr >> 8) + open_bucket.sectors_free == (bucket + 1) << buckets.bucket_shift, (
+            "I22",
+            bucket,
+        )
         assert buckets.pin_at[bucket] >= 1, ("I22: open without a pin", bucket)
         assert buckets.gen_at[bucket] == open_bucket.ptr & 0xFF, ("I22: stale open bucket", bucket)
 
@@ -95,12 +102,15 @@ def check_btree(cset: CacheSet) -> None:
         pending = (meta & np.uint32(PENDING)) != 0
         words = np.where((meta & np.uint32(HAS_PTR)) != 0, 3, 2)
         assert int(words[pending].sum()) == node.pending_words, ("pending words", node)
-        assert cset.read_only or bool(node.pending_words) == (node in cset.btree.dirty_leaves) or node.frozen, ("dirty list", node)
+        assert cset.read_only or bool(node.pending_words) == (node in cset.btree.dirty_leaves) or node.frozen, (
+            "dirty list",
+            node,
+        )
         has_ptr = (meta & np.uint32(HAS_PTR)) != 0
         ptrs = np.array(node.ptrs, np.uint64)[has_ptr]
         bucket = buckets.buckets_of(ptrs)
         fresh = ~buckets.stale_mask(bucket, ptrs)
-        is_dirty = ((meta & np.uint32(DIRTY)) != 0)
+        is_dirty = (meta & np.uint32(DIRTY)) != 0
         assert not on_list[bucket[fresh]].any(), ("I6: fresh pointer to a free bucket", node)
         marks = buckets.mark[bucket[fresh]]
         dirty_here = is_dirty[has_ptr][fresh]
@@ -115,7 +125,9 @@ def check_btree(cset: CacheSet) -> None:
         sectors = np.concatenate([piece[0] for piece in pieces])
         sizes = np.concatenate([piece[1] for piece in pieces])
         order = np.argsort(sectors)
-        assert bool((sectors[order][1:] >= (sectors + sizes)[order][:-1]).all()), "I24: extents overlap on the cache device"
+        assert bool((sectors[order][1:] >= (sectors + sizes)[order][:-1]).all()), (
+            "I24: extents overlap on the cache device"
+        )
     if complete:
         counted = {slot: count for slot, count in cset.dirty_by_inode.items() if count}
         assert counted == {slot: count for slot, count in dirty.items() if count}, ("W2", counted, dirty)
@@ -130,5 +142,7 @@ def check_journal(cset: CacheSet) -> None:
     assert journal.durable_last_seq <= journal.last_seq, "J2"
     for index, seq in enumerate(journal.bucket_seq):
         if seq >= journal.last_seq:
-            inside = (index - journal.last_idx) % len(journal.buckets) <= (journal.cur_idx - journal.last_idx) % len(journal.buckets)
+            inside = (index - journal.last_idx) % len(journal.buckets) <= (journal.cur_idx - journal.last_idx) % len(
+                journal.buckets
+            )
             assert inside, ("J5", index, seq)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Trace`: the engine's structured events, under the kernel's tracepoint names (include/trace/events/bcache.h).
 
-An event is a plain dict: ``{"t_ns": ..., "event": "bcache_alloc", "bucket": 17, "reserve": "NONE"}``.  The last `KEPT` are kept
-for the live view; whoever records them all (``--trace FILE``) sets ``recording`` and takes ``recorded`` away from time to time.
-"""
+An event is a plain dict: ``{"t_ns": ..., "event": "bcache_alloc", "bucket": 17, "reserve": "NONE"}``.  The last
+`KEPT` are kept for the live view; whoever records them all (``--trace FILE``) sets ``recording`` and takes
+``recorded`` away from time to time."""
 
 from __future__ import annotations
 

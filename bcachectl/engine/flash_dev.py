@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`FlashVolume`: a volume that lives on the cache device alone (super.c, flash_dev_run; request.c, flash_dev_submit_bio).
+"""`FlashVolume`: a volume that lives on the cache device alone (super.c, flash_dev_run; request.c,
+flash_dev_submit_bio).
 
-All its extents are dirty for ever; a gap reads as zeros, and a discard makes a gap.  It has no data offset, its slot in the uuid array holds
-its size, and its open buckets are never shared with cached devices.
-"""
+All its extents are dirty for ever; a gap reads as zeros, and a discard makes a gap.  It has no data offset, its slot
+in the uuid array holds its size, and its open buckets are never shared with cached devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from bcachectl.engine import request as path
 from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
 from bcachectl.engine.cached_dev import EINVAL, EIO, EROFS, Stats
 from bcachectl.engine.front import (
-    NOT_NOW, REQ_DISCARD, REQ_FLUSH, REQ_FUA, REQ_PREFLUSH, REQ_READ, REQ_STATUS, REQ_WRITE_ZEROES, Request,
+    NOT_NOW,
+    REQ_DISCARD,
+    REQ_FLUSH,
+    REQ_FUA,
+    REQ_PREFLUSH,
+    REQ_READ,
+    REQ_STATUS,
+    REQ_WRITE_ZEROES,
+    Request,
 )
 from bcachectl.engine.node import HAS_PTR
 from bcachectl.engine.request import NewData, Ranges
@@ -70,8 +78,12 @@ class FlashVolume:
         if index == len(leaf.ends):
             return NOT_NOW
         extent = leaf.extent(index)
-        if (extent.start > start or extent.end < start + nsectors or not extent.flags & HAS_PTR
-                or cset.buckets.is_stale(extent.ptr)):
+        if (
+            extent.start > start
+            or extent.end < start + nsectors
+            or not extent.flags & HAS_PTR
+            or cset.buckets.is_stale(extent.ptr)
+        ):
             return NOT_NOW
         cset.buckets.prio_at[cset.buckets.bucket_of(extent.ptr)] = INITIAL_PRIO
         leaf.used = 1
@@ -91,9 +103,11 @@ class FlashVolume:
         stats = self.stats
         writes = request.op not in (REQ_READ, REQ_FLUSH, REQ_STATUS)
         error = 0
-        if request.sector < 0 or request.sector + request.nsectors > self.size_sectors:
-            error = EINVAL
-        elif writes and (request.sector | request.nsectors) & (self.block_size_sectors - 1):
+        if (
+            request.sector < 0
+            or request.sector + request.nsectors > self.size_sectors
+            or (writes and (request.sector | request.nsectors) & (self.block_size_sectors - 1))
+        ):
             error = EINVAL
         elif writes and self.read_only:
             error = EROFS
@@ -146,9 +160,9 @@ class FlashVolume:
             position = start
             for extent in [*await cset.btree.lookup(start, end), None]:
                 gap_end = end if extent is None else extent.start
-                view[(position - start) << 9:(gap_end - start) << 9] = bytes((gap_end - position) << 9)
+                view[(position - start) << 9 : (gap_end - start) << 9] = bytes((gap_end - position) << 9)
                 if extent is not None:
-                    data = view[(extent.start - start) << 9:(extent.end - start) << 9]
+                    data = view[(extent.start - start) << 9 : (extent.end - start) << 9]
                     cset.buckets.prio_at[cset.buckets.bucket_of(extent.ptr)] = INITIAL_PRIO
                     ios.append((extent, cset.cache.read((extent.ptr >> 8) & PTR_SECTOR_MASK, data)))
                     position = extent.end

@@ -3,14 +3,14 @@
 
 An export (NBD, loop, ublk) knows nothing of caches.  It does three things:
 
-1. for a read it may first ask `Volume.read_nowait`; if the answer is not `NOT_NOW` the data lies in one piece at that byte of the
-   cache device and the export reads it itself, at once, without suspending anything in between;
+1. for a read it may first ask `Volume.read_nowait`; if the answer is not `NOT_NOW` the data lies in one piece at that
+   byte of the cache device and the export reads it itself, at once, without suspending anything in between;
 2. otherwise it makes a `Request` and calls `Volume.submit`;
-3. after each `Sched.run` it takes the requests out of `Front.completed` and answers its clients.  ``error`` is 0 or an errno.
+3. after each `Sched.run` it takes the requests out of `Front.completed` and answers its clients.  ``error`` is 0 or
+   an errno.
 
-Sectors are 512 bytes and relative to the volume.  A request that is not aligned to ``block_size_sectors`` is allowed on a
-cached device (it bypasses the cache) and answered with EINVAL on a flash-only volume when it writes.
-"""
+Sectors are 512 bytes and relative to the volume.  A request that is not aligned to ``block_size_sectors`` is allowed
+on a cached device (it bypasses the cache) and answered with EINVAL on a flash-only volume when it writes."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ EXTENT_HOLE, EXTENT_CLEAN, EXTENT_DIRTY = range(3)
 class Request:
     """One request of a client.
 
-    ``sector`` and ``nsectors`` say where; ``buf`` is filled by a read and taken from by a write, ``nsectors * 512`` bytes, and
-    must stay as it is until the request comes back.  ``stream`` (16 bits) stands for the issuing task: it drives
-    sequential detection and the write point.  ``tag`` belongs to the export.
-    """
+    ``sector`` and ``nsectors`` say where; ``buf`` is filled by a read and taken from by a write, ``nsectors * 512``
+    bytes, and must stay as it is until the request comes back.  ``stream`` (16 bits) stands for the issuing task: it
+    drives sequential detection and the write point.  ``tag`` belongs to the export."""
 
     __slots__ = ("op", "sector", "nsectors", "buf", "flags", "stream", "tag", "error", "extents", "start_ns")
 
-    def __init__(self, op: int, sector: int, nsectors: int, buf: Any = None, flags: int = 0, stream: int = 0,
-                 tag: Any = None) -> None:
+    def __init__(
+        self, op: int, sector: int, nsectors: int, buf: Any = None, flags: int = 0, stream: int = 0, tag: Any = None
+    ) -> None:
         self.op = op
         self.sector = sector
         self.nsectors = nsectors

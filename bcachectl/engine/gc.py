@@ -4,16 +4,19 @@
 A run:
 
 1. New `Marks` are begun; the marks in force stay in force until the end.
-2. From left to right each leaf is visited: its pointers are marked, it is rewritten if too much of it is stale, neighbours that fit together are
-   put together, and if it is dirty it is written.  All these writes are awaited before the end: the marks say that a bucket is clean
-   or empty only if the disk says so too (un-dirtied and moved keys are not journaled).
-3. The interior nodes, all in memory, are marked at one moment, and the new marks are put in force (`Buckets.finish_gc`).
+2. From left to right each leaf is visited: its pointers are marked, it is rewritten if too much of it is stale,
+   neighbours that fit together are put together, and if it is dirty it is written.  All these writes are awaited
+   before the end: the marks say that a bucket is clean or empty only if the disk says so too (un-dirtied and moved
+   keys are not journaled).
+3. The interior nodes, all in memory, are marked at one moment, and the new marks are put in force
+   (`Buckets.finish_gc`).
 4. The allocator is told; then moving gc looks for sparse buckets.
 
-When: after 1/16 of the cache has been written, or when the allocator found too little to invalidate.  A run that could not tell anything new,
-because nothing changed since the last one, waits for a change.
+When: after 1/16 of the cache has been written, or when the allocator found too little to invalidate.  A run that
+could not tell anything new, because nothing changed since the last one, waits for a change.
 
-What needs no barrier: buckets allocated during a run are marked by the allocator, in the new marks too, and pinned buckets keep their marks.
+What needs no barrier: buckets allocated during a run are marked by the allocator, in the new marks too, and pinned
+buckets keep their marks.
 
 Kernel: btree.c, bch_btree_gc, btree_gc_recurse, bch_btree_gc_finish, bch_btree_check.
 """
@@ -24,7 +27,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bcachectl.engine.buckets import BTREE_PRIO, INITIAL_PRIO, MARK_DIRTY, MARK_METADATA, MARK_RECLAIMABLE, Buckets, Marks
+from bcachectl.engine.buckets import (
+    BTREE_PRIO,
+    INITIAL_PRIO,
+    MARK_DIRTY,
+    MARK_METADATA,
+    MARK_RECLAIMABLE,
+    Buckets,
+    Marks,
+)
 from bcachectl.engine.node import DIRTY, HAS_PTR, SIZE_MASK, Node
 from bcachectl.engine.sched import NS_PER_MS, NS_PER_S, Task, WaitQueue
 from bcachectl.errors import Corrupt
@@ -46,8 +57,24 @@ KEY_TOO_STALE = 96
 class Gc:
     """Garbage collection of a running set."""
 
-    __slots__ = ("cset", "queue", "done", "sectors_to_gc", "running", "runs", "last_duration_ns", "last_start_ns", "nodes", "nkeys",
-                 "data_sectors", "changes_seen", "forced", "position", "always_rewrite", "after_writeback")
+    __slots__ = (
+        "cset",
+        "queue",
+        "done",
+        "sectors_to_gc",
+        "running",
+        "runs",
+        "last_duration_ns",
+        "last_start_ns",
+        "nodes",
+        "nkeys",
+        "data_sectors",
+        "changes_seen",
+        "forced",
+        "position",
+        "always_rewrite",
+        "after_writeback",
+    )
 
     def __init__(self, cset: CacheSet) -> None:
         self.cset = cset
@@ -167,7 +194,7 @@ class Gc:
                 window.append(leaf)
                 if len(window) > 1 and await cset.splitter.coalesce(window[-GC_MERGE_NODES:]):
                     window.clear()
-                del window[:-GC_MERGE_NODES + 1]
+                del window[: -GC_MERGE_NODES + 1]
             self.nodes += 1
             if leaf.end == cset.btree.root.end:
                 break
@@ -243,14 +270,18 @@ class Gc:
         # Interior nodes keep replaced pointers on disk; the stalest must not get too far behind.
         cset = self.cset
         for node in [node for node in cset.btree.nodes() if node.level]:
-            if any((cset.buckets.gen_at[cset.buckets.bucket_of(ptr)] - ptr) & 255 > REWRITE_STALE
-                   and cset.buckets.is_stale(ptr) for ptr in node.dead):
+            if any(
+                (cset.buckets.gen_at[cset.buckets.bucket_of(ptr)] - ptr) & 255 > REWRITE_STALE
+                and cset.buckets.is_stale(ptr)
+                for ptr in node.dead
+            ):
                 await cset.splitter.rewrite(node)
 
     # Start-up.
 
     async def check(self) -> None:
-        """Visit every node of the tree, bring gens and priorities up to the pointers', and mark (btree.c, bch_btree_check).
+        """Visit every node of the tree, bring gens and priorities up to the pointers', and mark (btree.c,
+        bch_btree_check).
 
         The root is loaded.  Raises Corrupt if any node cannot be read.
         """

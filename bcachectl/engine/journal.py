@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Journal`: a ring of buckets that makes leaf keys durable before their btree nodes are.
 
-Invariant: every key that was acknowledged as durable is in a written set of a leaf, or in an entry from the newest entry's ``last_seq`` on.
+Invariant: every key that was acknowledged as durable is in a written set of a leaf, or in an entry from the newest
+entry's ``last_seq`` on.
 
 Life of an entry:
 
-1. It is open: `Journal.add` appends keys to it.  Each operation holds a reference to the entry's `JournalPin` until its keys are in the
-   btree in memory; the dirty leaf then holds one until the leaf is written.
-2. It is written: because someone waits for it, because `journal_delay_ms` have passed, or because it is full.  One write at a time, in
-   the order of seq, each with PREFLUSH and FUA, so that data and nodes written before are durable before it.  The header is
-   made at this moment: it names the root, the uuid array and the prio chain as they are now.
+1. It is open: `Journal.add` appends keys to it.  Each operation holds a reference to the entry's `JournalPin` until
+   its keys are in the btree in memory; the dirty leaf then holds one until the leaf is written.
+2. It is written: because someone waits for it, because `journal_delay_ms` have passed, or because it is full.  One
+   write at a time, in the order of seq, each with PREFLUSH and FUA, so that data and nodes written before are durable
+   before it.  The header is made at this moment: it names the root, the uuid array and the prio chain as they are
+   now.
 3. When its pin and all older ones are free, ``last_seq`` of later entries passes it.
 4. Its bucket is used again when all entries in it are older than ``last_seq``.
 
-About step 4 the kernel looks at ``last_seq`` in memory; if the write that overwrites the bucket is torn, the newest entry that is left still
-asks for the entries that were overwritten, and the set cannot start.  Here such a bucket is entered with an entry without keys, which
-fits one sector: either it is there, and asks for nothing old, or the old entry is.
+About step 4 the kernel looks at ``last_seq`` in memory; if the write that overwrites the bucket is torn, the newest
+entry that is left still asks for the entries that were overwritten, and the set cannot start.  Here such a bucket is
+entered with an entry without keys, which fits one sector: either it is there, and asks for nothing old, or the old
+entry is.
 
 Kernel: journal.c, the essay in journal.h.
 """
@@ -54,9 +57,34 @@ class JournalPin:
 class Journal:
     """The journal of a running set."""
 
-    __slots__ = ("cset", "magic", "buckets", "bucket_seq", "seq", "pins", "keys", "blocks_free", "sector", "cur_idx", "last_idx",
-                 "durable_last_seq", "written_seq", "wanted", "deadline_ns", "do_reserve", "guarded", "delay_ms", "wake", "space",
-                 "written", "relieving", "closing", "writes", "reclaims", "flush_writes")
+    __slots__ = (
+        "cset",
+        "magic",
+        "buckets",
+        "bucket_seq",
+        "seq",
+        "pins",
+        "keys",
+        "blocks_free",
+        "sector",
+        "cur_idx",
+        "last_idx",
+        "durable_last_seq",
+        "written_seq",
+        "wanted",
+        "deadline_ns",
+        "do_reserve",
+        "guarded",
+        "delay_ms",
+        "wake",
+        "space",
+        "written",
+        "relieving",
+        "closing",
+        "writes",
+        "reclaims",
+        "flush_writes",
+    )
 
     def __init__(self, cset: CacheSet) -> None:
         sched = cset.sched
@@ -91,7 +119,9 @@ class Journal:
 
     @property
     def request_max_bytes(self) -> int:
-        """The most keys that one `add` may bring: they fit one block together with the header (request.c, bch_keylist_realloc)."""
+        """The most keys that one `add` may bring: they fit one block together with the header (request.c,
+        bch_keylist_realloc).
+        """
         return self.cset.geometry.block_bytes - JSET_HEADER_BYTES
 
     @property
@@ -144,7 +174,9 @@ class Journal:
         return True
 
     async def write_meta(self) -> bool:
-        """Write an entry with the roots as they are now, and wait for it (journal.c, bch_journal_meta); False if the set failed."""
+        """Write an entry with the roots as they are now, and wait for it (journal.c, bch_journal_meta); False if the
+        set failed.
+        """
         if not self.cset.sync:
             return not self.cset.io_disabled
         return await self.wait_durable(self.seq)
@@ -162,7 +194,11 @@ class Journal:
 
     def free_buckets(self, reserve: int) -> int:
         """Journal buckets that may be entered, keeping back ``reserve``."""
-        count = self.last_idx - self.cur_idx if self.cur_idx < self.last_idx else len(self.buckets) + self.last_idx - self.cur_idx
+        count = (
+            self.last_idx - self.cur_idx
+            if self.cur_idx < self.last_idx
+            else len(self.buckets) + self.last_idx - self.cur_idx
+        )
         return max(0, count - 1 - reserve)
 
     @property
@@ -171,7 +207,9 @@ class Journal:
         return self.blocks_free == 0 or len(self.pins) > MAX_PINS - 2
 
     def reclaim(self, *, use_reserve: bool = False) -> None:
-        """Give up old entries, and enter the next bucket if the current one has no room (journal.c, journal_reclaim)."""
+        """Give up old entries, and enter the next bucket if the current one has no room (journal.c,
+        journal_reclaim).
+        """
         pins = self.pins
         while len(pins) > 1 and pins[0].count == 0:
             pins.popleft()
@@ -246,9 +284,17 @@ class Journal:
         geometry = cset.geometry
         seq, last_seq, root = self.seq, self.last_seq, cset.btree.root
         assert not (self.guarded and self.keys)
-        raw = encode_jset(seq=seq, last_seq=last_seq, uuid_bucket=cset.uuid_bucket_key(), btree_root=cset.btree.root_key(),
-                          btree_level=root.level, prio_bucket0=cset.prios.current[0], keys=bytes(self.keys), magic=self.magic,
-                          block_bytes=geometry.block_bytes)
+        raw = encode_jset(
+            seq=seq,
+            last_seq=last_seq,
+            uuid_bucket=cset.uuid_bucket_key(),
+            btree_root=cset.btree.root_key(),
+            btree_level=root.level,
+            prio_bucket0=cset.prios.current[0],
+            keys=bytes(self.keys),
+            magic=self.magic,
+            block_bytes=geometry.block_bytes,
+        )
         blocks = len(raw) // geometry.block_bytes
         assert blocks <= self.blocks_free, (blocks, self.blocks_free)
         sector = self.sector
@@ -257,7 +303,7 @@ class Journal:
         self.bucket_seq[self.cur_idx] = seq
         data = memoryview(raw)
         if self.guarded:
-            data = data[:cset.cache.atomic_sectors << 9]
+            data = data[: cset.cache.atomic_sectors << 9]
         self.guarded = False
         self.pins[-1].count -= 1
         self.open_entry(seq + 1)
@@ -315,9 +361,13 @@ class Journal:
             raise Corrupt("journal", "no journal entries found")
         newest = found[max(found)]
         missing = [seq for seq in range(newest.last_seq, newest.seq + 1) if seq not in found]
-        if missing and not (cset.sb.discard and missing[-1] - missing[0] + 1 == len(missing) and missing[0] == newest.last_seq):
-            raise Corrupt("journal", f"journal entries {missing[0]}-{missing[-1]} missing! "
-                                     f"(replaying {newest.last_seq}-{newest.seq})")
+        if missing and not (
+            cset.sb.discard and missing[-1] - missing[0] + 1 == len(missing) and missing[0] == newest.last_seq
+        ):
+            raise Corrupt(
+                "journal",
+                f"journal entries {missing[0]}-{missing[-1]} missing! (replaying {newest.last_seq}-{newest.seq})",
+            )
         self.cur_idx = max(range(len(self.buckets)), key=self.bucket_seq.__getitem__)
         self.last_idx = (self.cur_idx + 1) % len(self.buckets)
         self.blocks_free = 0
@@ -326,7 +376,9 @@ class Journal:
         return [found[seq] for seq in range(newest.last_seq, newest.seq + 1) if seq in found]
 
     async def clear(self) -> None:
-        """Wipe every journal bucket that has an entry of this set's magic anywhere: a set uuid may have been used before."""
+        """Wipe every journal bucket that has an entry of this set's magic anywhere: a set uuid may have been used
+        before.
+        """
         cset = self.cset
         geometry = cset.geometry
         raw = bytearray(geometry.bucket_bytes)

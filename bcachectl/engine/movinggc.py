@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`MovingGc`: after a gc, empties buckets that hold little, by copying what they hold into new ones (movinggc.c).
 
-Only with ``copy_gc_enabled``.  A copy is put in the map by `Btree.replace`, which does nothing where a write came first.  The old bucket
-cannot be reused before the next gc, which writes every dirty leaf before its marks count; so a move that is lost in a crash loses
-nothing.
-"""
+Only with ``copy_gc_enabled``.  A copy is put in the map by `Btree.replace`, which does nothing where a write came
+first.  The old bucket cannot be reused before the next gc, which writes every dirty leaf before its marks count; so a
+move that is lost in a crash loses nothing."""
 
 from __future__ import annotations
 
@@ -38,14 +37,20 @@ class MovingGc:
         self.in_flight = 0
 
     def choose_sources(self) -> int:
-        """Set `Buckets.move` on the emptiest buckets whose data fits the MOVINGGC reserve; returns how many (bch_moving_gc)."""
+        """Set `Buckets.move` on the emptiest buckets whose data fits the MOVINGGC reserve; returns how many
+        (bch_moving_gc).
+        """
         alloc, buckets = self.cset.alloc, self.cset.buckets
         size = 1 << buckets.bucket_shift
-        candidate = ((buckets.mark != MARK_METADATA) & (buckets.sectors_used > 0) & (buckets.sectors_used < size)
-                     & (buckets.pin == 0))
-        candidate[:buckets.first_bucket] = False
+        candidate = (
+            (buckets.mark != MARK_METADATA)
+            & (buckets.sectors_used > 0)
+            & (buckets.sectors_used < size)
+            & (buckets.pin == 0)
+        )
+        candidate[: buckets.first_bucket] = False
         index = np.nonzero(candidate)[0]
-        order = index[np.argsort(buckets.sectors_used[index], kind="stable")[:alloc.heap_size]]
+        order = index[np.argsort(buckets.sectors_used[index], kind="stable")[: alloc.heap_size]]
         room = size * len(alloc.free[Reserve.MOVINGGC])
         chosen = order[np.cumsum(buckets.sectors_used[order].astype(np.int64)) <= room]
         buckets.move[:] = 0
@@ -74,8 +79,13 @@ class MovingGc:
 
     def _keys_to_move(self, extents: list[Extent]) -> list[Extent]:
         buckets = self.cset.buckets
-        return [extent for extent in extents if extent.flags & HAS_PTR and not buckets.is_stale(extent.ptr)
-                and buckets.move_at[buckets.bucket_of(extent.ptr)]]
+        return [
+            extent
+            for extent in extents
+            if extent.flags & HAS_PTR
+            and not buckets.is_stale(extent.ptr)
+            and buckets.move_at[buckets.bucket_of(extent.ptr)]
+        ]
 
     async def _move(self, extent: Extent) -> None:
         cset = self.cset
@@ -93,17 +103,20 @@ class MovingGc:
             flash = cset.is_flash(extent.start >> INODE_SHIFT)
             allocate = cset.sectors.alloc if extent.flags & DIRTY else None
             if allocate is not None:
-                piece = await allocate(position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC)
+                piece = await allocate(
+                    position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC
+                )
             else:
-                piece = cset.sectors.alloc_nowait(position, extent.end - position, write_point=0, flash=flash,
-                                                  reserve=Reserve.MOVINGGC)
+                piece = cset.sectors.alloc_nowait(
+                    position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC
+                )
             if piece is None:
                 break
             bucket = buckets.bucket_of(piece.ptr)
             if extent.flags & DIRTY:
                 buckets.mark_dirty(bucket)
             part = extent.cut(position, position + piece.nsectors)
-            data = memoryview(buf)[done << 9:(done + piece.nsectors) << 9]
+            data = memoryview(buf)[done << 9 : (done + piece.nsectors) << 9]
             error = await cset.cache.write((piece.ptr >> 8) & ((1 << 43) - 1), data, 0, "moving gc")
             if not error:
                 moved = await cset.btree.replace(part, part._replace(ptr=piece.ptr))

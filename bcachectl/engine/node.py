@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Node`: one btree node in memory, as columns, and the overlap rules of extents.
 
-A *position* is one integer, ``inode << 44 | sector``; an extent covers the half-open range of positions ``[start, end)``.  A leaf keeps
-its extents sorted and free of overlaps::
+A *position* is one integer, ``inode << 44 | sector``; an extent covers the half-open range of positions
+``[start, end)``.  A leaf keeps its extents sorted and free of overlaps::
 
     ends    array Q   end position of each extent
     meta    array I   size in sectors | `DIRTY` | `HAS_PTR` | `PENDING`
     ptrs    array Q   pointer word, 0 for a hole
 
-On disk a leaf is a log of sets: later sets win over earlier ones, and a written set is never changed.  The columns hold what all sets
-together mean.  An extent with `PENDING` is not in any written set yet; the next write (`Node.take_pending`) makes one set of all of
-them.  So there is one representation where the kernel keeps one for each set (bset.c): a key that overwrites others cuts
-them in the columns, exactly as a reader of the sets would.
+On disk a leaf is a log of sets: later sets win over earlier ones, and a written set is never changed.  The columns
+hold what all sets together mean.  An extent with `PENDING` is not in any written set yet; the next write
+(`Node.take_pending`) makes one set of all of them.  So there is one representation where the kernel keeps one for
+each set (bset.c): a key that overwrites others cuts them in the columns, exactly as a reader of the sets would.
 
-What must stay in the columns: holes while they are pending (they mask older sets), and stale extents until the node is rewritten (gc
-must know the gens that are still on disk).  Holes that are written can go: the set on disk does the masking.
+What must stay in the columns: holes while they are pending (they mask older sets), and stale extents until the node
+is rewritten (gc must know the gens that are still on disk).  Holes that are written can go: the set on disk does the
+masking.
 
-An interior node keeps one child for each end position.  ``dead`` holds the other pointer words of its log, replaced children and
-markers of freed ones, for gc's sake.
+An interior node keeps one child for each end position.  ``dead`` holds the other pointer words of its log, replaced
+children and markers of freed ones, for gc's sake.
 
 Kernel: bset.c, bch_btree_insert_key; extents.c, bch_extent_insert_fixup and bch_extent_merge.
 """
@@ -68,11 +69,33 @@ class Extent(NamedTuple):
 class Node:
     """One node of the btree.  Only `bcachectl.engine.btree` makes, writes and replaces nodes."""
 
-    __slots__ = ("ptr", "bucket", "sector", "level", "end", "seq", "nblocks", "written", "ends", "meta", "ptrs", "children",
-                 "dead", "bucket_shift", "pending_words", "pin", "dirty_ns", "frozen", "writing", "gone", "used")
+    __slots__ = (
+        "ptr",
+        "bucket",
+        "sector",
+        "level",
+        "end",
+        "seq",
+        "nblocks",
+        "written",
+        "ends",
+        "meta",
+        "ptrs",
+        "children",
+        "dead",
+        "bucket_shift",
+        "pending_words",
+        "pin",
+        "dirty_ns",
+        "frozen",
+        "writing",
+        "gone",
+        "used",
+    )
 
-    def __init__(self, *, ptr: int, bucket: int, level: int, end: int, seq: int, nblocks: int,
-                 bucket_shift: int) -> None:
+    def __init__(
+        self, *, ptr: int, bucket: int, level: int, end: int, seq: int, nblocks: int, bucket_shift: int
+    ) -> None:
         self.ptr = ptr
         self.bucket = bucket
         self.sector = (ptr >> 8) & ((1 << 43) - 1)
@@ -112,8 +135,7 @@ class Node:
     def overlapping(self, start: int, end: int) -> list[Extent]:
         """Every extent that shares a sector with [start, end), uncut, holes and stale ones included."""
         found = []
-        index = bisect_right(self.ends, start)
-        for index in range(index, len(self.ends)):
+        for index in range(bisect_right(self.ends, start), len(self.ends)):
             here = self.extent(index)
             if here.start >= end:
                 break
@@ -155,12 +177,22 @@ class Node:
             if head[1] & PENDING:
                 self.pending_words += 3 if head[1] & HAS_PTR else 2
         elif first and first == last and pending and ends[first - 1] == start:
-            # A pending neighbour that ends where this one starts, on the disk as well, is extended instead (bch_extent_merge).
+            # A pending neighbour that ends where this one starts, on the disk as well, is extended instead
+            # (bch_extent_merge).
             before = metas[first - 1]
             size_before = before & SIZE_MASK
-            if (before & PENDING and before & FLAGS == flags and size_before + size <= MAX_SIZE
-                    and (not flags & HAS_PTR or (ptrs[first - 1] + (size_before << 8) == ptr
-                                                 and not (ptrs[first - 1] ^ ptr) >> (8 + self.bucket_shift)))):
+            if (
+                before & PENDING
+                and before & FLAGS == flags
+                and size_before + size <= MAX_SIZE
+                and (
+                    not flags & HAS_PTR
+                    or (
+                        ptrs[first - 1] + (size_before << 8) == ptr
+                        and not (ptrs[first - 1] ^ ptr) >> (8 + self.bucket_shift)
+                    )
+                )
+            ):
                 ends[first - 1] = end
                 metas[first - 1] = before + size
                 return overwritten
@@ -188,7 +220,9 @@ class Node:
         if not keep.all():
             self.set_columns(np.array(self.ends, np.uint64)[keep], meta[keep], np.array(self.ptrs, np.uint64)[keep])
 
-    def set_columns(self, ends: npt.NDArray[np.uint64], meta: npt.NDArray[np.uint32], ptrs: npt.NDArray[np.uint64]) -> None:
+    def set_columns(
+        self, ends: npt.NDArray[np.uint64], meta: npt.NDArray[np.uint32], ptrs: npt.NDArray[np.uint64]
+    ) -> None:
         """Replace all extents."""
         self.ends = array("Q", ends.tobytes())
         self.meta = array("I", meta.tobytes())
@@ -233,7 +267,9 @@ def encode_extents(ends: npt.NDArray[np.uint64], meta: npt.NDArray[np.uint32], p
 
 
 def load_leaf(node: Node, images: list[BsetImage], where: str) -> None:
-    """Combine the sets of a leaf, oldest first, into its columns (extents.c, bch_extent_sort_fixup).  Corrupt if they cannot be."""
+    """Combine the sets of a leaf, oldest first, into its columns (extents.c, bch_extent_sort_fixup).  Corrupt if they
+    cannot be.
+    """
     for number, image in enumerate(images):
         keys = image.keys
         live = keys.size > 0
@@ -265,4 +301,15 @@ def load_leaf(node: Node, images: list[BsetImage], where: str) -> None:
     node.drop_written_holes()
 
 
-__all__ = ["DIRTY", "FLAGS", "HAS_PTR", "MAX_POS", "PENDING", "SIZE_MASK", "Extent", "Node", "encode_extents", "load_leaf"]
+__all__ = [
+    "DIRTY",
+    "FLAGS",
+    "HAS_PTR",
+    "MAX_POS",
+    "PENDING",
+    "SIZE_MASK",
+    "Extent",
+    "Node",
+    "encode_extents",
+    "load_leaf",
+]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`SectorAllocator`: hands out sectors for data from 128 open buckets.
 
-Data that will be needed together should die together: a sequential stream continues in the bucket of its last extent, and otherwise each
-write point (a stream of requests) keeps to a bucket of its own.  Flash-only volumes and cached devices never share one, since the
-former's buckets stay dirty for ever (alloc.c, pick_data_bucket and bch_alloc_sectors).
+Data that will be needed together should die together: a sequential stream continues in the bucket of its last extent,
+and otherwise each write point (a stream of requests) keeps to a bucket of its own.  Flash-only volumes and cached
+devices never share one, since the former's buckets stay dirty for ever (alloc.c, pick_data_bucket and
+bch_alloc_sectors).
 
-An open bucket holds one pin while it has sectors left; the key that takes the last ones inherits it, every other key gets one of its own.
-Whoever inserts the key drops its pin.
-"""
+An open bucket holds one pin while it has sectors left; the key that takes the last ones inherits it, every other key
+gets one of its own. Whoever inserts the key drops its pin."""
 
 from __future__ import annotations
 
@@ -51,11 +51,14 @@ class SectorAllocator:
         self.lru: dict[OpenBucket, None] = {OpenBucket(): None for _ in range(MAX_OPEN_BUCKETS)}
         self.by_position: dict[int, OpenBucket] = {}
         self.by_write_point: dict[tuple[bool, int], dict[OpenBucket, None]] = {
-            (False, 0): dict(self.lru), (True, 0): {}}
+            (False, 0): dict(self.lru),
+            (True, 0): {},
+        }
         self.sectors_written = 0
 
     def _pick(self, position: int, write_point: int, flash: bool) -> OpenBucket:
-        # A sequential continuation, else the least recently used of the same write point, else the least recently used of all.
+        # A sequential continuation, else the least recently used of the same write point, else the least recently
+        # used of all.
         found = self.by_position.get(position)
         if found is not None and found.flash == flash:
             return found
@@ -64,8 +67,9 @@ class SectorAllocator:
             return next(iter(same))
         return next(iter(self.lru))
 
-    def alloc_nowait(self, position: int, nsectors: int, *, write_point: int, flash: bool,
-                     reserve: Reserve = Reserve.NONE) -> Piece | None:
+    def alloc_nowait(
+        self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = Reserve.NONE
+    ) -> Piece | None:
         """Up to ``nsectors`` for an extent that starts at ``position``; None if no bucket is free."""
         cset = self.cset
         buckets = cset.buckets
@@ -88,8 +92,9 @@ class SectorAllocator:
             buckets.pin_at[buckets.bucket_of(piece.ptr)] += 1
         return piece
 
-    async def alloc(self, position: int, nsectors: int, *, write_point: int, flash: bool,
-                    reserve: Reserve = Reserve.NONE) -> Piece | None:
+    async def alloc(
+        self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = Reserve.NONE
+    ) -> Piece | None:
         """Like `alloc_nowait`, but waits for a free bucket; None only if the set has failed."""
         while True:
             piece = self.alloc_nowait(position, nsectors, write_point=write_point, flash=flash, reserve=reserve)

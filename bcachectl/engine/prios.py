@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`PrioWriter`: puts the gens and priorities of all buckets on disk, in the order that makes them safe to rely on.
 
-The prio sets form a chain of np buckets, linked first to last and named by the journal's header.  One write (super.c, bch_prio_write):
+The prio sets form a chain of np buckets, linked first to last and named by the journal's header.  One write (super.c,
+bch_prio_write):
 
 1. all gens and priorities are copied at one moment, while no freed btree node waits for its parent (``prio_blocked``);
 2. the sets are written last to first into new buckets, each awaited;
-3. a journal entry that names the new first set is written and awaited (it flushes the device, so the sets are durable before it);
+3. a journal entry that names the new first set is written and awaited (it flushes the device, so the sets are durable
+   before it);
 4. only now are the buckets of the old chain freed.
 
-A crash at any point finds one complete chain.  The copy in step 1 closes a window of the kernel's, which takes the gens of each set when it
-writes that set: a node freed meanwhile could have its new gen on disk before its parent says that it is gone.
-"""
+A crash at any point finds one complete chain.  The copy in step 1 closes a window of the kernel's, which takes the
+gens of each set when it writes that set: a node freed meanwhile could have its new gen on disk before its parent says
+that it is gone."""
 
 from __future__ import annotations
 

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The request path: what happens to a read, a write, a flush and a discard of a cached device.
 
-Which way a request goes is decided in one place, `mode_for`, by the table `MODES`, the bypass rules and the writeback rules.
+Which way a request goes is decided in one place, `mode_for`, by the table `MODES`, the bypass rules and the writeback
+rules.
 
-=============  ===========================================================================================================
+=============  ====================================================================================================
 read           hits from the cache, gaps from the backing device; one gap is kept for the cache unless the read bypasses
 bypass write   to the backing device; the range is invalidated in the cache (a journaled hole)
 through write  to the backing device and to the cache, side by side; the key is clean
-back write     to the cache only; the key is dirty, and the backing superblock says so before it is acknowledged
-=============  ===========================================================================================================
+back write     to the cache only; the key is dirty, and the backing superblock says so before it is answered
+=============  ====================================================================================================
 
 Orders that matter:
 
 * Data is written before its key is journaled, and the key is journaled before it is inserted.
 * A hit's gen is looked at again after the data was read: if its bucket was reused meanwhile the lookup is repeated.
-* Writes of one device that overlap take turns, and a write cancels every fill under way that it overlaps; a fill does not begin while a write
-  to its range is in flight.  So data older than the last write never gets into the cache.  (The kernel uses check keys for this, which do not
-  see a bypassed write that is in flight: a stale fill can survive there.)
-* A write over a key that is being written back goes to the cache as dirty data, so that the older data cannot overtake it.
+* Writes of one device that overlap take turns, and a write cancels every fill under way that it overlaps; a fill does
+  not begin while a write to its range is in flight.  So data older than the last write never gets into the cache.
+  (The kernel uses check keys for this, which do not see a bypassed write that is in flight: a stale fill can survive
+  there.)
+* A write over a key that is being written back goes to the cache as dirty data, so that the older data cannot
+  overtake it.
 
 Kernel: request.c, cached_dev_submit_bio and bch_data_insert; writeback.h, should_writeback.
 """
@@ -28,8 +31,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
 from bcachectl.engine.front import (
-    EXTENT_CLEAN, EXTENT_DIRTY, EXTENT_HOLE, REQ_DISCARD, REQ_FUA, REQ_META, REQ_PREFLUSH, REQ_RAHEAD, REQ_READ, REQ_SYNC,
-    REQ_WRITE_ZEROES, Request,
+    EXTENT_CLEAN,
+    EXTENT_DIRTY,
+    EXTENT_HOLE,
+    REQ_DISCARD,
+    REQ_FUA,
+    REQ_META,
+    REQ_PREFLUSH,
+    REQ_RAHEAD,
+    REQ_READ,
+    REQ_SYNC,
+    REQ_WRITE_ZEROES,
+    Request,
 )
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.sched import FUA, PREFLUSH, Io, WaitQueue
@@ -124,15 +137,20 @@ class NewData(NamedTuple):
 
 # Deciding.
 
+
 def should_bypass(dev: CachedDev, request: Request, sector: int) -> bool:
     """Whether a request leaves the cache alone (request.c, check_should_bypass); ``sector`` is the backing device's."""
     cset = dev.cset
     way = MODES[dev.cache_mode][request.op != REQ_READ]
     mask = dev.block_mask
-    if (dev.detaching or request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or cset.buckets.in_use_percent > CUTOFF_CACHE_ADD
-            or way == BYPASS
-            or (request.flags & (REQ_RAHEAD | REQ_META) == REQ_RAHEAD and dev.readahead_cache_policy != "all")
-            or (sector | request.nsectors) & mask):
+    if (
+        dev.detaching
+        or request.op in (REQ_DISCARD, REQ_WRITE_ZEROES)
+        or cset.buckets.in_use_percent > CUTOFF_CACHE_ADD
+        or way == BYPASS
+        or (request.flags & (REQ_RAHEAD | REQ_META) == REQ_RAHEAD and dev.readahead_cache_policy != "all")
+        or (sector | request.nsectors) & mask
+    ):
         dev.stats.bypassed_sectors += request.nsectors
         return True
     congested = cset.congestion.limit_sectors()
@@ -155,7 +173,7 @@ def should_writeback(dev: CachedDev, request: Request, *, bypass: bool) -> bool:
     if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or bypass:
         return False
     # Who sets FUA or flushes waits for the write, as REQ_SYNC says it.
-    return (bool(request.flags & (REQ_SYNC | REQ_META | REQ_FUA | REQ_PREFLUSH)) or in_use <= dev.cset.cutoff_writeback)
+    return bool(request.flags & (REQ_SYNC | REQ_META | REQ_FUA | REQ_PREFLUSH)) or in_use <= dev.cset.cutoff_writeback
 
 
 def mode_for(dev: CachedDev, request: Request, sector: int, *, overlaps_writeback: bool = False) -> int:
@@ -170,6 +188,7 @@ def mode_for(dev: CachedDev, request: Request, sector: int, *, overlaps_writebac
 
 # Inserting.
 
+
 async def insert_keys(cset: CacheSet, extents: list[Extent], *, durable: bool) -> bool:
     """Journal the extents and put them in the btree; False if the set failed (request.c, bch_data_insert_keys).
 
@@ -179,9 +198,15 @@ async def insert_keys(cset: CacheSet, extents: list[Extent], *, durable: bool) -
     ok = True
     last_seq = 0
     for first in range(0, len(extents), per_entry):
-        part = extents[first:first + per_entry]
-        raw = b"".join([pack_key(new.end, new.end - new.start, bool(new.flags & DIRTY), new.ptr if new.flags & HAS_PTR else None)
-                        for new in part])
+        part = extents[first : first + per_entry]
+        raw = b"".join(
+            [
+                pack_key(
+                    new.end, new.end - new.start, bool(new.flags & DIRTY), new.ptr if new.flags & HAS_PTR else None
+                )
+                for new in part
+            ]
+        )
         pin = cset.journal.add_nowait(raw) if cset.sync else None
         if pin is None:
             pin = await cset.journal.add(raw)
@@ -202,7 +227,10 @@ async def insert_keys(cset: CacheSet, extents: list[Extent], *, durable: bool) -
 
 async def invalidate(cset: CacheSet, start: int, end: int, *, durable: bool) -> bool:
     """Drop the cached data of [start, end), dirty or not; the caller puts newer data on the backing device."""
-    holes = [Extent(position, min(position + HOLE_SECTORS_MAX, end), 0, 0) for position in range(start, end, HOLE_SECTORS_MAX)]
+    holes = [
+        Extent(position, min(position + HOLE_SECTORS_MAX, end), 0, 0)
+        for position in range(start, end, HOLE_SECTORS_MAX)
+    ]
     cset.gc.note_sectors(end - start)
     return await insert_keys(cset, holes, durable=durable)
 
@@ -210,9 +238,8 @@ async def invalidate(cset: CacheSet, start: int, end: int, *, durable: bool) -> 
 async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int:
     """Write data to the cache and its keys to journal and btree; returns 0 or an errno (request.c, bch_data_insert).
 
-    Clean data needs no room: what finds none, or meets an error, is invalidated instead.  Dirty data waits for room, and an error is the
-    caller's: then no key is inserted at all.
-    """
+    Clean data needs no room: what finds none, or meets an error, is invalidated instead.  Dirty data waits for room,
+    and an error is the caller's: then no key is inserted at all."""
     view = memoryview(buf)
     end = start + (len(view) >> 9)
     cset.gc.note_sectors(end - start)
@@ -231,7 +258,9 @@ async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int
             # Before the key is in the map: a gc that runs now must not take the bucket for clean.
             buckets.mark_dirty(buckets.bucket_of(piece.ptr))
         extents.append(Extent(position, stop, HAS_PTR | DIRTY if how.dirty else HAS_PTR, piece.ptr))
-        ios.append(cset.cache.write((piece.ptr >> 8) & PTR_SECTOR_MASK, view[(position - start) << 9:(stop - start) << 9]))
+        ios.append(
+            cset.cache.write((piece.ptr >> 8) & PTR_SECTOR_MASK, view[(position - start) << 9 : (stop - start) << 9])
+        )
         position = stop
     for index, io in enumerate(ios):
         error = await io
@@ -253,6 +282,7 @@ async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int
 
 
 # Reading.
+
 
 class _Read:
     # One pass over the extents of a read: the Ios under way and what they mean.
@@ -288,7 +318,7 @@ async def read(dev: CachedDev, request: Request) -> None:
     copy = b""
     if fill is not None and not error and not fill.cancelled:
         # The client gets its buffer back before the cache is written.
-        copy = bytes(view[(fill.start - start) << 9:(fill.end - start) << 9])
+        copy = bytes(view[(fill.start - start) << 9 : (fill.end - start) << 9])
     dev.finish(request, error)
     if fill is None:
         return
@@ -304,7 +334,7 @@ def _start_reads(dev: CachedDev, start: int, end: int, extents: list[Extent], vi
     for extent in extents:
         if extent.start > position:
             _start_gap(dev, pass_, position, extent.start, start, view)
-        data = view[(extent.start - start) << 9:(extent.end - start) << 9]
+        data = view[(extent.start - start) << 9 : (extent.end - start) << 9]
         cset.buckets.prio_at[cset.buckets.bucket_of(extent.ptr)] = INITIAL_PRIO
         pass_.hits.append((extent, cset.cache.read((extent.ptr >> 8) & PTR_SECTOR_MASK, data), data))
         position = extent.end
@@ -314,12 +344,13 @@ def _start_reads(dev: CachedDev, start: int, end: int, extents: list[Extent], vi
 
 
 def _start_gap(dev: CachedDev, pass_: _Read, low: int, high: int, start: int, view: memoryview) -> None:
-    data = view[(low - start) << 9:(high - start) << 9]
+    data = view[(low - start) << 9 : (high - start) << 9]
     pass_.gaps.append((low, high, dev.backing.read(low - dev.base, data)))
 
 
 async def _finish_reads(dev: CachedDev, pass_: _Read) -> tuple[int, bool]:
-    # Waits for all; a clean part that the cache cannot read comes from the backing device.  Returns (errno, raced with a reuse).
+    # Waits for all; a clean part that the cache cannot read comes from the backing device.  Returns (errno, raced
+    # with a reuse).
     cset = dev.cset
     raced = False
     worst = 0
@@ -342,7 +373,8 @@ async def _finish_reads(dev: CachedDev, pass_: _Read) -> tuple[int, bool]:
 
 
 async def _fill(dev: CachedDev, fill: Fill, data: bytes, stream: int) -> None:
-    # Puts a read miss into the cache; never waits for room.  Not journaled: if it is lost, the next read is a miss again.
+    # Puts a read miss into the cache; never waits for room.  Not journaled: if it is lost, the next read is a miss
+    # again.
     cset = dev.cset
     view = memoryview(data)
     position = fill.start
@@ -351,7 +383,7 @@ async def _fill(dev: CachedDev, fill: Fill, data: bytes, stream: int) -> None:
         if piece is None:
             return
         stop = position + piece.nsectors
-        part = view[(position - fill.start) << 9:(stop - fill.start) << 9]
+        part = view[(position - fill.start) << 9 : (stop - fill.start) << 9]
         error = await cset.cache.write((piece.ptr >> 8) & PTR_SECTOR_MASK, part)
         if error:
             cset.count_io_error(error, "filling the cache")
@@ -375,6 +407,7 @@ async def _fill(dev: CachedDev, fill: Fill, data: bytes, stream: int) -> None:
 
 
 # Writing.
+
 
 async def write(dev: CachedDev, request: Request) -> None:
     """Serve a write, discard or write-zeroes of a cached device (request.c, cached_dev_write)."""
@@ -457,8 +490,9 @@ async def _write_bypass(dev: CachedDev, request: Request, start: int, end: int) 
 
 
 async def _covers_dirty(dev: CachedDev, start: int, end: int) -> bool:
-    # Whether the range holds dirty data.  Then newer data has to be durable on the backing device before the journal says that the dirty
-    # data is obsolete; otherwise a power loss could leave neither, but what was on the backing device before both.
+    # Whether the range holds dirty data.  Then newer data has to be durable on the backing device before the journal
+    # says that the dirty data is obsolete; otherwise a power loss could leave neither, but what was on the backing
+    # device before both.
     if not dev.dirty_sectors:
         return False
     return any(extent.flags & DIRTY for extent in await dev.cset.btree.lookup(start, end))
@@ -469,6 +503,7 @@ def io_flags(request: Request) -> int:
 
 
 # Flushing, and questions.
+
 
 async def flush(dev: CachedDev, request: Request) -> None:
     """Make all that was acknowledged durable on both devices (request.c, cached_dev_nodata)."""

@@ -50,8 +50,9 @@ class Io:
 
     __slots__ = ("op", "device", "sector", "nsectors", "buf", "flags", "what", "error", "done", "waiter", "start_ns")
 
-    def __init__(self, op: int, device: int, sector: int, nsectors: int, buf: Any = None, flags: int = 0,
-                 what: str = "") -> None:
+    def __init__(
+        self, op: int, device: int, sector: int, nsectors: int, buf: Any = None, flags: int = 0, what: str = ""
+    ) -> None:
         self.op = op
         self.device = device
         self.sector = sector
@@ -104,7 +105,8 @@ class Task(Generic[T]):
 
 
 class _Park:
-    # What a task yields to wait in a queue, with or without a deadline.  A park is woken once: by the queue or the timer.
+    # What a task yields to wait in a queue, with or without a deadline.  A park is woken once: by the queue or the
+    # timer.
     __slots__ = ("queue", "deadline_ns", "task")
 
     def __init__(self, queue: WaitQueue | None, deadline_ns: int | None) -> None:
@@ -113,7 +115,8 @@ class _Park:
         self.task: Task[Any] | None = None
 
     def __await__(self) -> Generator[Any, None, bool]:
-        return (yield self)  # type: ignore[no-any-return]
+        woken: bool = yield self
+        return woken
 
 
 class WaitQueue:

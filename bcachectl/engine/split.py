@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Splitter`: replaces btree nodes by others: a split, a rewrite, a coalescing, a new root.
 
-All of them are one operation, `Splitter.publish`: some neighbouring nodes go, others come, and the tree on disk changes at one moment:
+All of them are one operation, `Splitter.publish`: some neighbouring nodes go, others come, and the tree on disk
+changes at one moment:
 
 1. The old nodes are frozen: inserts wait, lookups go on.
 2. The new nodes are written and awaited; nothing points to them yet.
-3. One set is appended to the parent: pointers to the new nodes, and for each old node a marker, a key at position 0 that carries the old
-   bucket's next gen.  From now on, on disk, the old pointers are stale.  A parent without room is itself replaced, in the same way.  A root
-   has no parent: a journal entry names the new one instead.
+3. One set is appended to the parent: pointers to the new nodes, and for each old node a marker, a key at position 0
+   that carries the old bucket's next gen.  From now on, on disk, the old pointers are stale.  A parent without room
+   is itself replaced, in the same way.  A root has no parent: a journal entry names the new one instead.
 4. The tree in memory is changed, the old nodes' journal pins are dropped and their buckets freed.
 
-Until step 3 is durable the bumped gens must not reach the prio sets, or a crash would leave the old pointers stale and the new ones unwritten:
-``prio_blocked`` counts the markers under way.
+Until step 3 is durable the bumped gens must not reach the prio sets, or a crash would leave the old pointers stale
+and the new ones unwritten: ``prio_blocked`` counts the markers under way.
 
-Only one such operation runs at a time (``Btree.structure``), and it never waits for a bucket while it holds that lock: it checks the reserve
-first (btree.c, btree_check_reserve).
+Only one such operation runs at a time (``Btree.structure``), and it never waits for a bucket while it holds that
+lock: it checks the reserve first (btree.c, btree_check_reserve).
 
 Kernel: btree.c, btree_split, btree_gc_coalesce, btree_gc_rewrite_node, bch_btree_set_root.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,7 +89,9 @@ class Splitter:
             return True
 
     async def coalesce(self, leaves: list[Node]) -> bool:
-        """Put the extents of neighbouring leaves of one parent into one leaf less, if they fit well (btree_gc_coalesce)."""
+        """Put the extents of neighbouring leaves of one parent into one leaf less, if they fit well
+        (btree_gc_coalesce).
+        """
         cset = self.cset
         geometry = cset.geometry
         async with cset.btree.structure:
@@ -145,9 +149,11 @@ class Splitter:
         # Blocks of a set of ``count`` extents.
         return -(-(BSET_HEADER_BYTES + KEY_BYTES * count) // self.cset.geometry.block_bytes)
 
-    def _divide(self, columns: tuple[np.ndarray, ...], end: int, nblocks: int, into: int = 0) -> list[tuple[int, tuple[np.ndarray, ...]]]:
-        # Cuts the columns for new leaves: (end position, columns) each.  One leaf if that leaves a fifth of it free; else two, the
-        # first with three fifths of the keys (btree.c, btree_split); more if that is what it takes.
+    def _divide(
+        self, columns: tuple[np.ndarray, ...], end: int, nblocks: int, into: int = 0
+    ) -> list[tuple[int, tuple[np.ndarray, ...]]]:
+        # Cuts the columns for new leaves: (end position, columns) each.  One leaf if that leaves a fifth of it free;
+        # else two, the first with three fifths of the keys (btree.c, btree_split); more if that is what it takes.
         count = len(columns[0])
         if not into:
             into = 1 if self._blocks(count) * 5 <= nblocks * 4 else max(2, -(-self._blocks(count) * 5 // (nblocks * 4)))
@@ -157,7 +163,7 @@ class Splitter:
             into = max(1, min(into, count))
             cuts = [count * part // into for part in range(into + 1)]
         groups = []
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in itertools.pairwise(cuts):
             here = end if high == count else int(columns[0][high - 1])
             groups.append((here, tuple(column[low:high] for column in columns)))
         return groups
@@ -170,8 +176,15 @@ class Splitter:
         seq = 0
         while seq == 0:
             seq = cset.entropy.getrandbits(64)
-        return Node(ptr=ptr, bucket=bucket, level=level, end=end, seq=seq, nblocks=geometry.node_blocks,
-                    bucket_shift=geometry.bucket_shift)
+        return Node(
+            ptr=ptr,
+            bucket=bucket,
+            level=level,
+            end=end,
+            seq=seq,
+            nblocks=geometry.node_blocks,
+            bucket_shift=geometry.bucket_shift,
+        )
 
     def _take(self, level: int, end: int) -> Node:
         # A new node from the reserve that was checked before.
@@ -216,7 +229,7 @@ class Splitter:
         into = 1 if self._blocks(count) * 5 <= node.nblocks * 4 else 2
         cuts = [0, count] if into == 1 else [0, count * 3 // 5, count]
         new = []
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in itertools.pairwise(cuts):
             if self.cset.alloc.available_nowait(Reserve.BTREE) == 0:
                 break
             part = children[low:high]
@@ -240,7 +253,9 @@ class Splitter:
     # Publishing.
 
     async def publish(self, old: list[Node], new: list[Node]) -> bool:
-        """Put ``new``, which are written, in the place of ``old``, neighbours under one parent; False if the set failed."""
+        """Put ``new``, which are written, in the place of ``old``, neighbours under one parent; False if the set
+        failed.
+        """
         btree = self.cset.btree
         ok = await (self._publish_root(old[0], new) if old[0] is btree.root else self._publish_under(old, new))
         if not ok:
@@ -304,8 +319,8 @@ class Splitter:
         # The parent's children with ``old`` exchanged for ``new``.
         children = children_of(parent)
         first = next(index for index, child in enumerate(children) if child[1] == old[0].ptr)
-        assert [child[1] for child in children[first:first + len(old)]] == [node.ptr for node in old]
-        children[first:first + len(old)] = [(node.end, node.ptr, node) for node in new]
+        assert [child[1] for child in children[first : first + len(old)]] == [node.ptr for node in old]
+        children[first : first + len(old)] = [(node.end, node.ptr, node) for node in new]
         return children
 
 

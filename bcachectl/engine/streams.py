@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Streams`: who reads or writes sequentially; `Congestion`: whether the cache device is too slow to be worth it.
 
-A request that continues where another ended within the last 5 seconds belongs to that one's run, whoever issued it; the run's length, or the
-average of the issuing stream's runs, whichever is greater, is what the sequential cutoff is compared with (request.c, check_should_bypass;
-bch_get_congested).
-"""
+A request that continues where another ended within the last 5 seconds belongs to that one's run, whoever issued it;
+the run's length, or the average of the issuing stream's runs, whichever is greater, is what the sequential cutoff is
+compared with (request.c, check_should_bypass; bch_get_congested)."""
 
 from __future__ import annotations
 
@@ -17,7 +16,9 @@ CONGESTED_MAX = 1024
 
 
 class Streams:
-    """Recent runs of one device by the sector where they ended, oldest first: bytes, time.  By stream: bytes of its run, average."""
+    """Recent runs of one device by the sector where they ended, oldest first: bytes, time.  By stream: bytes of its
+    run, average.
+    """
 
     __slots__ = ("recent", "lengths")
 

@@ -8,7 +8,8 @@ One round:
 3. The backing device is flushed.
 4. Each extent that still is what was copied becomes clean (`Btree.replace`), in memory; it is not journaled.
 
-The kernel leaves out step 3: then a power loss of the backing device can lose data that was acknowledged as durable and is no longer dirty.
+The kernel leaves out step 3: then a power loss of the backing device can lose data that was acknowledged as durable
+and is no longer dirty.
 
 When nothing is dirty any more the backing superblock becomes CLEAN, and a detach that waits for it goes on.
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
-from bcachectl.engine.sched import NS_PER_S, Task, WaitQueue
+from bcachectl.engine.sched import NS_PER_S, WaitQueue
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
@@ -42,12 +43,27 @@ def quotient(value: int, divisor: int) -> int:
 
 
 class Rate:
-    """The rate limiter and its proportional-integral controller; all amounts in sectors, the rate in sectors per second."""
+    """The rate limiter and its proportional-integral controller; all amounts in sectors, the rate in sectors per
+    second.
+    """
 
-    __slots__ = ("rate", "next_ns", "target", "proportional", "integral", "integral_scaled", "change", "writeback_rate_minimum",
-                 "writeback_rate_p_term_inverse", "writeback_rate_i_term_inverse", "writeback_rate_fp_term_low",
-                 "writeback_rate_fp_term_mid", "writeback_rate_fp_term_high", "writeback_rate_update_seconds",
-                 "writeback_consider_fragment")
+    __slots__ = (
+        "rate",
+        "next_ns",
+        "target",
+        "proportional",
+        "integral",
+        "integral_scaled",
+        "change",
+        "writeback_rate_minimum",
+        "writeback_rate_p_term_inverse",
+        "writeback_rate_i_term_inverse",
+        "writeback_rate_fp_term_low",
+        "writeback_rate_fp_term_mid",
+        "writeback_rate_fp_term_high",
+        "writeback_rate_update_seconds",
+        "writeback_consider_fragment",
+    )
 
     def __init__(self) -> None:
         self.rate = 1024
@@ -73,8 +89,9 @@ class Rate:
         self.next_ns = max(self.next_ns, now_ns - 2 * NS_PER_S)
         return max(0, self.next_ns - now_ns)
 
-    def update(self, *, dirty: int, target: int, now_ns: int, nbuckets: int, avail_nbuckets: int, in_use: int,
-               bucket_size: int) -> None:
+    def update(
+        self, *, dirty: int, target: int, now_ns: int, nbuckets: int, avail_nbuckets: int, in_use: int, bucket_size: int
+    ) -> None:
         """One step of the controller (writeback.c, __update_writeback_rate)."""
         error = dirty - target
         proportional = quotient(error, self.writeback_rate_p_term_inverse)
@@ -101,9 +118,26 @@ class Rate:
 class Writeback:
     """The writeback of one cached device."""
 
-    __slots__ = ("dev", "rate", "queue", "settled", "position", "waiting", "in_flight", "writeback_running", "writeback_percent",
-                 "writeback_delay", "writeback_metadata", "keys_done", "keys_failed", "sectors_done", "idle_rounds", "stopping",
-                 "detach_done", "rounds")
+    __slots__ = (
+        "dev",
+        "rate",
+        "queue",
+        "settled",
+        "position",
+        "waiting",
+        "in_flight",
+        "writeback_running",
+        "writeback_percent",
+        "writeback_delay",
+        "writeback_metadata",
+        "keys_done",
+        "keys_failed",
+        "sectors_done",
+        "idle_rounds",
+        "stopping",
+        "detach_done",
+        "rounds",
+    )
 
     def __init__(self, dev: CachedDev) -> None:
         self.dev = dev
@@ -132,7 +166,9 @@ class Writeback:
         self.queue.wake_all()
 
     def forget(self, start: int, end: int) -> None:
-        """Drop extents that are collected but not started and overlap a write (request.c, bch_keybuf_check_overlapping)."""
+        """Drop extents that are collected but not started and overlap a write (request.c,
+        bch_keybuf_check_overlapping).
+        """
         if self.waiting:
             self.waiting = [here for here in self.waiting if here.end <= start or end <= here.start]
 
@@ -190,8 +226,13 @@ class Writeback:
     async def _pause(self) -> None:
         # Between two passes: writeback_delay seconds, unless a detach or a tunable cuts it short.
         deadline = self.dev.cset.sched.now_ns + self.writeback_delay * NS_PER_S
-        while (not self._ended and not self.dev.detaching and self.dev.cset.sched.now_ns < deadline and self.writeback_delay
-               and self.dev.flushing == 0):
+        while (
+            not self._ended
+            and not self.dev.detaching
+            and self.dev.cset.sched.now_ns < deadline
+            and self.writeback_delay
+            and self.dev.flushing == 0
+        ):
             await self.queue.wait(deadline_ns=deadline)
 
     async def _refill(self) -> bool:
@@ -211,8 +252,9 @@ class Writeback:
             buckets = dev.cset.buckets
             for extent in leaf.overlapping(position, stop):
                 if extent.flags & DIRTY and not buckets.is_stale(extent.ptr) and extent.end > position:
-                    # A write under way has newer data for the backing device, and its key is not in the map yet.  Later writes
-                    # drop what they overlap from `waiting`; so all that is in there is the newest there is.
+                    # A write under way has newer data for the backing device, and its key is not in the map yet.
+                    # Later writes drop what they overlap from `waiting`; so all that is in there is the newest there
+                    # is.
                     if not dev.ranges.writing(extent.start, extent.end):
                         self.waiting.append(extent)
                     position = extent.end
@@ -255,8 +297,12 @@ class Writeback:
         # Neighbours on the backing device, to be written in one go (writeback.c, read_dirty).
         group = [self.waiting.pop(0)]
         sectors = group[0].end - group[0].start
-        while (self.waiting and len(group) < GROUP_KEYS and sectors < GROUP_SECTORS
-               and self.waiting[0].start == group[-1].end):
+        while (
+            self.waiting
+            and len(group) < GROUP_KEYS
+            and sectors < GROUP_SECTORS
+            and self.waiting[0].start == group[-1].end
+        ):
             group.append(self.waiting.pop(0))
             sectors += group[-1].end - group[-1].start
         for extent in group:
@@ -269,8 +315,10 @@ class Writeback:
         dev = self.dev
         cset = dev.cset
         buffers = [bytearray((extent.end - extent.start) << 9) for extent in group]
-        reads = [cset.cache.read((extent.ptr >> 8) & PTR_SECTOR_MASK, buf, "writeback")
-                 for extent, buf in zip(group, buffers, strict=True)]
+        reads = [
+            cset.cache.read((extent.ptr >> 8) & PTR_SECTOR_MASK, buf, "writeback")
+            for extent, buf in zip(group, buffers, strict=True)
+        ]
         good = []
         for extent, buf, io in zip(group, buffers, reads, strict=True):
             error = await io
@@ -300,8 +348,11 @@ class Writeback:
         delay = self.rate.delay_ns(sum(extent.end - extent.start for extent in group), sched.now_ns)
         if delay:
             deadline = sched.now_ns + delay
-            while (sched.now_ns < deadline and not (self._ended or dev.detaching or dev.flushing)
-                   and self.rate.rate != RATE_IDLE):
+            while (
+                sched.now_ns < deadline
+                and not (self._ended or dev.detaching or dev.flushing)
+                and self.rate.rate != RATE_IDLE
+            ):
                 await self.queue.wait(deadline_ns=deadline)
         return delay > 0
 
@@ -326,8 +377,11 @@ class Writeback:
         cset = self.dev.cset
         self.idle_rounds += 1
         count = max(1, len(cset.cached_devices()))
-        if (not cset.idle_max_writeback_rate or cset.gc.running
-                or any(dev.writeback.idle_rounds < count * 6 for dev in cset.cached_devices())):
+        if (
+            not cset.idle_max_writeback_rate
+            or cset.gc.running
+            or any(dev.writeback.idle_rounds < count * 6 for dev in cset.cached_devices())
+        ):
             return False
         for dev in cset.cached_devices():
             dev.writeback.rate.rate = RATE_IDLE
@@ -340,9 +394,15 @@ class Writeback:
         dev = self.dev
         cset = dev.cset
         buckets = cset.buckets
-        self.rate.update(dirty=dev.dirty_sectors, target=self.target_sectors(), now_ns=cset.sched.now_ns, nbuckets=buckets.nbuckets,
-                         avail_nbuckets=buckets.avail_nbuckets, in_use=buckets.in_use_percent,
-                         bucket_size=cset.geometry.bucket_size_sectors)
+        self.rate.update(
+            dirty=dev.dirty_sectors,
+            target=self.target_sectors(),
+            now_ns=cset.sched.now_ns,
+            nbuckets=buckets.nbuckets,
+            avail_nbuckets=buckets.avail_nbuckets,
+            in_use=buckets.in_use_percent,
+            bucket_size=cset.geometry.bucket_size_sectors,
+        )
 
     def target_sectors(self) -> int:
         """How much may stay dirty: writeback_percent of the cache, shared by size (writeback.c, __calc_target_rate)."""
