@@ -58,8 +58,8 @@ from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, decode_uuids_v0
 Read = Callable[[int, int], bytes]
 """``read(sector, count)``: that many sectors, or DeviceError."""
 
-BUCKETS_LIMIT = 1 << 30
-"""A superblock that claims more buckets than this is not believed; the arrays would not fit into memory."""
+BUCKETS_LIMIT = 1 << 24
+"""A superblock that claims more buckets than this, and more than the device has room for, is not believed."""
 JOURNAL_PIECE_BYTES = 256 << 10
 """A journal bucket is read in full only if its valid part comes close to the end of a piece of this size."""
 
@@ -182,7 +182,7 @@ class Walk:
             check_superblock(sb, device_sectors=self.size_sectors, for_kernel=False)
         except Corrupt as error:
             yield Damage(error.where, error.why, SB_SECTOR, SB_BYTES >> 9)
-            if not _is_usable(sb):
+            if not _is_usable(sb, self.size_sectors):
                 return
         self.superblock = sb
         if sb.is_cache:
@@ -502,12 +502,14 @@ class Walk:
         return Damage(where, f"IO error ({error})", sector, nsectors, start, end)
 
 
-def _is_usable(sb: Superblock) -> bool:
+def _is_usable(sb: Superblock, size_sectors: int) -> bool:
     # Enough of it makes sense to go on looking, for a report of what is lost.
     if not sb.is_cache or sb.feature_incompat & ~3 or sb.keys > len(sb.d):
         return False
-    sizes = sb.block_size and sb.bucket_size >= 8 and not sb.bucket_size & (sb.bucket_size - 1)
-    return bool(sizes) and 0 < sb.nbuckets <= BUCKETS_LIMIT and all(bucket < sb.nbuckets for bucket in sb.d)
+    if not sb.block_size or sb.bucket_size < 8 or sb.bucket_size & (sb.bucket_size - 1):
+        return False
+    limit = max(BUCKETS_LIMIT, size_sectors // sb.bucket_size)
+    return 0 < sb.nbuckets <= limit and all(bucket < sb.nbuckets for bucket in sb.d)
 
 
 def _no_cache(extents: Extents) -> npt.NDArray[np.bool_]:
