@@ -46,6 +46,7 @@ from bcachectl.engine.request import invalidate
 from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, Sched, Task, WaitQueue
 from bcachectl.engine.split import Splitter
 from bcachectl.engine.streams import Congestion
+from bcachectl.engine.tunables import Tunables
 from bcachectl.errors import Corrupt, DeviceError, Refused, WrongState
 from bcachectl.ondisk.bkey import INODE_SHIFT, Bkey, Ptr, decode_key_columns, pack_key, ptr_make
 from bcachectl.ondisk.jset import Jset
@@ -120,6 +121,8 @@ class CacheSet:
         self.tunables = tunables.Tunables(self)
         self.replayed_keys = 0
         self.replayed_entries = 0
+        self.tunables = Tunables(self)
+        self.accounting = stats.Accounting(self)
         self._threads: list[Task[None]] = []
 
     # Start.
@@ -159,6 +162,7 @@ class CacheSet:
             await self._start_new()
         self.journal.do_reserve = 1
         self.running = True
+        self.sched.spawn(self.accounting.run(), "accounting")
         self.sched.spawn(self.accounting.run(), "accounting")
         for slot, entry in enumerate(self.uuids):
             if entry.is_flash_only and not entry.is_free and not entry.is_retired and entry.sectors:

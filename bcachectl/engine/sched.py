@@ -114,9 +114,8 @@ class _Park:
         self.deadline_ns = deadline_ns
         self.task: Task[Any] | None = None
 
-    def __await__(self) -> Generator[Any, None, bool]:
-        woken: bool = yield self
-        return woken
+    def __await__(self) -> Generator[_Park, bool, bool]:
+        return (yield self)
 
 
 class WaitQueue:
