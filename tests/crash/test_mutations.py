@@ -24,7 +24,7 @@ from tests.crash.stories import STORIES
 from tests.sim.power import Choose, run_story
 from tests.sim.world import SimFailure
 
-SEARCH_S = 100.0
+SEARCH_S = 20.0
 """Seconds after which a mutation counts as survived."""
 
 Mutate = Callable[[Io], bool]
@@ -126,8 +126,9 @@ MUTATIONS = (
     Mutation("journal without PREFLUSH", ("overwrite", "split"), without("journal", PREFLUSH)),
     Mutation("journal without FUA", ("overwrite",), without("journal", FUA)),
     Mutation("journal not awaited", ("overwrite",), not_awaited("journal")),
-    Mutation("node set without FUA", ("split", "journal_wrap"), without("btree", FUA)),
-    Mutation("node set head first", ("split",), patch=head_first),
+    Mutation("nodes without PREFLUSH and FUA", ("interior", "split"), without("btree", FUA | PREFLUSH)),
+    Mutation("nodes not awaited", ("interior", "leaf_sets"), not_awaited("btree")),
+    Mutation("node set head first", ("leaf_sets",), patch=head_first),
     Mutation("prio sets not awaited", ("prio_write", "reuse"), not_awaited("prio")),
     Mutation("free_inc released before the prio write", ("reuse", "reuse_fifo"), patch=prio_not_written),
     Mutation("FUA acknowledged before the journal", ("overwrite",), patch=flush_without_journal),

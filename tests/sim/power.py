@@ -193,7 +193,7 @@ def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, wh
 
 
 async def mixed(world: World, chooser: random.Random, count: int, *, width: int = 24, align: int = 0) -> None:
-    """Requests of all kinds at random places, up to four at a time, in units of ``align`` sectors (the logical block)."""
+    """Requests of all kinds at random places, up to four at a time, in units of ``align`` sectors (default: blocks)."""
     align = align or world.setup.atomic_sectors
 
     async def one() -> None:
@@ -215,7 +215,7 @@ async def mixed(world: World, chooser: random.Random, count: int, *, width: int 
         else:
             await world.discard(volume, sector, nsectors)
 
-    for _ in range(0, count, 3):
+    for _ in range(0, count if world.volumes else 0, 3):
         await world.together(*[one() for _ in range(chooser.randrange(1, 5))])
 
 

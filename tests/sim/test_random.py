@@ -35,7 +35,7 @@ def story(seed: int) -> Story:
     async def prepare(w: World) -> None:
         for number in range(flash):
             await w.flash_create(FLASH + number, 512)
-        await w.tune("set", "copy_gc_enabled", str(dice.randrange(2)))
+        await w.tune("", "copy_gc_enabled", str(dice.randrange(2)))
         for number in range(len(backings)):
             for name, value in (("writeback_percent", dice.choice(("0", "10"))),
                                 ("writeback_delay", dice.choice(("0", "5"))),
