@@ -60,8 +60,6 @@ def why_stalled(snapshot: SetSnapshot, volume: VolumeSnapshot) -> str:
     writeback = volume.writeback
     if writeback is None:
         return "no writeback runs for it"
-    if writeback.keys_failed:
-        return f"{writeback.keys_failed} keys could not be written back"
     if not writeback.running and not writeback.detaching:
         return "writeback is paused (writeback_running is 0)"
     if writeback.in_flight:
@@ -81,8 +79,6 @@ def _volume_alerts(volume: VolumeSnapshot) -> list[Alert]:
         found.append(Alert("bad", f"{volume.name}: {volume.backing_io_errors} I/O errors of its backing device "
                                   f"{volume.backing_path or ''}".rstrip()))
     writeback = volume.writeback
-    if writeback is not None and writeback.keys_failed:
-        found.append(Alert("warn", f"{volume.name}: {writeback.keys_failed} keys could not be written back (yet)"))
     if writeback is not None and not writeback.running and volume.dirty_sectors and volume.attached:
         found.append(Alert("warn", f"{volume.name}: writeback is paused with {format_sectors(volume.dirty_sectors)} "
                                    "dirty (writeback_running is 0)"))
