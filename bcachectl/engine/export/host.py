@@ -32,7 +32,8 @@ from bcachectl.engine.io.loop import Loop, make_backend, make_entropy, make_sche
 from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.overlay import Overlay
 from bcachectl.engine.sched import WaitQueue
-from bcachectl.errors import BcachectlError, DeviceError, Refused, UsageError, WrongState
+from bcachectl.errors import BcachectlError, Corrupt, DeviceError, Refused, UsageError, WrongState
+from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState, decode_superblock
 from bcachectl.units import format_uuid
 
 
@@ -83,6 +84,7 @@ class EngineHost:
             self._overlay: Overlay | None = None
             undo.callback(self._close_media)
             self._open_devices()
+            self._check_superblocks()
             if options.trace is not None:
                 self.trace = _open_trace(options.trace)
                 undo.callback(self.trace.close)
@@ -107,7 +109,10 @@ class EngineHost:
         options = self.options
         if options.use_loop:
             prepare_process()
-        await self.cset.start()
+        try:
+            await self.cset.start()
+        except Corrupt as corrupt:
+            raise _naming(options.cache, corrupt) from corrupt
         try:
             await self._start_exports()
         except BcachectlError:
@@ -120,7 +125,10 @@ class EngineHost:
         self.control = ControlServer(self.cset, self, self.loop, socket_path(uuid))
         self.loop.exports.append(self.control)
         for bdev in self.bdevs[1:]:
-            await self.cset.register_backing(bdev)
+            try:
+                await self.cset.register_backing(bdev)
+            except Corrupt as corrupt:
+                raise _naming(bdev.name, corrupt) from corrupt
         for name, text in options.tunables:
             await self._set_tunable(name, text)
         if options.use_nbd:
@@ -257,6 +265,29 @@ class EngineHost:
                 raise
             self.media.extend(self._overlay.devices)
 
+    def _check_superblocks(self) -> None:
+        # What is plainly wrong is refused before the set starts, since a set that starts writes to its cache device.
+        found = []
+        for medium in self.media:
+            raw = bytearray(SB_BYTES)
+            try:
+                medium.read_into(SB_SECTOR << 9, memoryview(raw))
+                found.append(decode_superblock(raw))
+            except OSError as error:
+                raise DeviceError(f"{medium.path}: cannot read the superblock: {error.strerror}",
+                                  errno=error.errno or 0) from error
+            except Corrupt as corrupt:
+                raise _naming(medium.path, corrupt) from corrupt
+        cache, *backings = found
+        if not cache.is_cache:
+            raise WrongState(f"{self.media[0].path}: is a backing device; name the set's cache device as --cache")
+        for medium, backing in zip(self.media[1:], backings, strict=True):
+            if backing.is_cache:
+                raise WrongState(f"{medium.path}: is a cache device; name it as --cache, and backing devices as --backing")
+            if backing.state in (BdevState.CLEAN, BdevState.DIRTY) and backing.set_uuid != cache.set_uuid:
+                raise WrongState(f"{medium.path}: belongs to set {format_uuid(backing.set_uuid)}, and "
+                                 f"{self.media[0].path} is the cache of set {format_uuid(cache.set_uuid)}")
+
     def _close_media(self) -> None:
         for medium in self.media:
             medium.close()
@@ -300,6 +331,11 @@ class EngineHost:
         for name in sorted(self.loops):
             if name not in names:
                 await self._stop_loop(name)
+
+
+def _naming(path: str, corrupt: Corrupt) -> Corrupt:
+    # The same complaint with the device's name, which ondisk does not know.
+    return corrupt if path in str(corrupt) else Corrupt(f"{path}: {corrupt.where}", corrupt.why)
 
 
 def _open_trace(path: str) -> TextIO:

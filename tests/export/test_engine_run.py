@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``engine run`` from outside: signals, idleness, devices of both kinds, and every bad input ends with one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.export.engine import ROOT, Engine
+from tests.export.test_golden_serve import digest, options_for
+from tests.export.test_loop import is_left_behind
+from tests.nbd_client import NbdClient
+from tests.require import need, need_root
+
+MODES = ("writethrough", "writeback", "writearound", "none")
+
+
+def make_set(directory: Path, *, cache_bytes: int = 64 << 20, backing_bytes: int = 96 << 20, backings: int = 1,
+             mode: str = "writethrough", bucket: str = "32k") -> list[str | Path]:
+    """A new set of image files; the options that run it."""
+    paths = [directory / "cache.img", *(directory / f"back{index}.img" for index in range(backings))]
+    for path in paths:
+        with path.open("wb") as file:
+            file.truncate(cache_bytes if path.name == "cache.img" else backing_bytes)
+    words: list[str | Path] = ["format", "--cache", paths[0], "--bucket-size", bucket, "--cache-mode", mode]
+    for path in paths[1:]:
+        words += ["--backing", path]
+    subprocess.run([sys.executable, "-m", "bcachectl", *map(str, words)], check=True, stdout=subprocess.DEVNULL,
+                   cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return options_for(directory)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_in_good_order(tmp_path: Path, number: signal.Signals) -> None:
+    options = make_set(tmp_path, mode="writeback")
+    data = os.urandom(1 << 20)
+    with Engine(tmp_path, *options, "--export", "nbd") as engine:
+        path = engine.socket()
+        with NbdClient(path) as client:
+            client.write(0, data)
+        assert engine.stop(number) == 0
+        assert engine.errors == ""
+        assert not os.path.exists(path)
+        assert list(Path(engine.runtime.name).rglob("*.sock")) == []
+    with Engine(tmp_path, *options, "--export", "nbd") as engine, NbdClient(engine.socket()) as client:
+        assert client.read(0, 1 << 20) == data
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_flushed_survives_sigkill(tmp_path: Path, mode: str) -> None:
+    options = make_set(tmp_path, mode=mode)
+    draw = random.Random(8)
+    model = bytearray(96 << 20)
+    for _ in range(3):
+        with Engine(tmp_path, *options, "--export", "nbd", "--debug-checks") as engine:
+            with NbdClient(engine.socket()) as client:
+                for _ in range(300):
+                    length = 512 * draw.choice((1, 8, 8, 32, 200))
+                    start = draw.randrange((80 << 20) // 512) * 512
+                    if draw.random() < 0.7:
+                        model[start:start + length] = data = draw.randbytes(length)
+                        client.write(start, data, fua=draw.random() < 0.1)
+                    else:
+                        assert client.read(start, length) == model[start:start + length]
+                client.flush()
+                engine.kill()
+        with Engine(tmp_path, *options, "--export", "nbd") as engine, NbdClient(engine.socket()) as client:
+            assert client.read_all() == model[:client.size_bytes]
+
+
+def test_an_idle_engine_uses_no_cpu(tmp_path: Path) -> None:
+    with Engine(tmp_path, *make_set(tmp_path), "--export", "nbd") as engine:
+        time.sleep(1)
+
+        def used_s() -> float:
+            fields = Path(f"/proc/{engine.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        before = used_s()
+        time.sleep(4)
+        assert used_s() - before <= 0.04
+
+
+def test_events_are_recorded(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with Engine(tmp_path, *make_set(tmp_path, mode="writeback"), "--export", "nbd", "--trace", trace) as engine, \
+            NbdClient(engine.socket()) as client:
+        for index in range(64):
+            client.write(index << 20, bytes([index]) * 65536)
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert "bcache_alloc" in {event["event"] for event in events}
+    assert all(earlier["t_ns"] <= later["t_ns"] for earlier, later in itertools.pairwise(events))
+
+
+# --- bad input: one sentence, the right status, nothing written
+
+def refused(directory: Path, *options: str | Path, status: int, word: str) -> None:
+    images = sorted(directory.glob("*.img"))
+    before = [digest(image) for image in images]
+    with Engine(directory, *options, expect_failure=True) as engine:
+        lines = engine.errors.splitlines()
+        assert len(lines) == 1, engine.errors
+        assert word in lines[0]
+        assert engine.status == status, lines[0]
+    assert [digest(image) for image in images] == before
+
+
+def test_paths_that_are_no_devices(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    backing = options[2:]
+    (tmp_path / "empty").touch()
+    for path, word in ((tmp_path / "none", "no such file"), (tmp_path, "directory"), ("/dev/null", "character device"),
+                       (tmp_path / "empty", "empty")):
+        refused(tmp_path, "--cache", path, *backing, "--export", "nbd", status=1, word=word)
+        refused(tmp_path, *options[:2], "--backing", path, "--export", "nbd", status=1, word=word)
+
+
+def test_devices_in_the_wrong_place(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    cache, backing = options[1], options[3]
+    refused(tmp_path, "--cache", backing, "--export", "nbd", status=4, word="is a backing device")
+    refused(tmp_path, "--cache", cache, "--backing", cache, "--export", "nbd", status=2, word="twice")
+    other = tmp_path / "other"
+    other.mkdir()
+    strangers = make_set(other)
+    refused(tmp_path, "--cache", cache, "--backing", strangers[1], "--export", "nbd", status=4, word="cache device")
+    (tmp_path / "plain.img").write_bytes(bytes(1 << 20))
+    refused(tmp_path, "--cache", tmp_path / "plain.img", "--export", "nbd", status=1, word="plain.img")
+
+
+def test_a_damaged_superblock(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    with open(options[1], "r+b") as file:
+        file.seek(4096 + 200)
+        file.write(b"\xff")
+    refused(tmp_path, *options, "--export", "nbd", status=1, word="Bad checksum")
+
+
+def test_a_truncated_image(golden: Callable[..., Path], tmp_path: Path) -> None:
+    directory = golden("dirty_crash", writable=True)
+    os.truncate(directory / "cache.img", 20 << 20)
+    refused(directory, *options_for(directory), "--export", "nbd", status=1, word="cache.img")
+
+
+def test_two_engines_on_one_set(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    with Engine(tmp_path, *options, "--export", "nbd"):
+        second = tmp_path / "second"
+        second.mkdir()
+        with Engine(second, *options, "--export", "nbd", expect_failure=True) as other:
+            assert other.status == 1
+            assert "in use by another engine" in other.errors
+
+
+def test_options_that_make_no_sense(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    refused(tmp_path, *options, "--export", "ublk", status=4, word="ublk is not available in this version")
+    refused(tmp_path, *options, "--read-only", "--overlay", "x", status=2, word="exclude each other")
+    refused(tmp_path, *options, "--set", "cache_mode", status=2, word="cache_mode=writeback")
+    refused(tmp_path, *options, "--read-only", "--export", "nbd", status=4, word="never been run")
+
+
+def test_a_foreign_overlay(golden: Callable[..., Path], tmp_path: Path) -> None:
+    directory = golden("dirty_crash", writable=True)
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"somebody's data" * 1000)
+    before = foreign.read_bytes()
+    refused(directory, *options_for(directory), "--overlay", foreign, "--export", "nbd", status=4,
+            word="not an overlay")
+    assert foreign.read_bytes() == before
+
+
+# --- the loop export
+
+@pytest.fixture
+def _loops() -> None:
+    need_root()
+    need(os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"), "FUSE and loop devices")
+
+
+@pytest.mark.usefixtures("_loops")
+@pytest.mark.parametrize("mode", MODES)
+def test_fio_verifies_on_a_loop_device(tmp_path: Path, mode: str, require_tool: Callable[[str], str]) -> None:
+    fio = require_tool("fio")
+    options = make_set(tmp_path, mode=mode, cache_bytes=48 << 20)
+    with Engine(tmp_path, *options, "--export", "loop", "--debug-checks") as engine:
+        device = engine.volumes[0]["device"]
+        for index, pattern in enumerate(("randwrite", "write", "randrw")):
+            subprocess.run([fio, "--name=verify", f"--filename={device}", "--direct=1", "--ioengine=libaio",
+                            "--iodepth=16", f"--rw={pattern}", "--bsrange=4k-64k", "--blockalign=4k", "--size=80m",
+                            "--io_size=24m", "--verify=crc32c", "--verify_fatal=1", f"--randseed={index}"],
+                           check=True, capture_output=True, cwd=tmp_path)
+        runtime = Path(engine.runtime.name)
+        assert engine.stop() == 0
+        assert engine.errors == ""
+        assert [left for left in is_left_behind(runtime) if "loop" in left or "fuse" in left] == []
+
+
+@pytest.mark.usefixtures("_loops")
+def test_ext4_in_writeback(tmp_path: Path, require_tool: Callable[[str], str]) -> None:
+    mkfs, e2fsck, mount, umount = (require_tool(name) for name in ("mkfs.ext4", "e2fsck", "mount", "umount"))
+    options = make_set(tmp_path, mode="writeback", cache_bytes=32 << 20)
+    point = tmp_path / "point"
+    point.mkdir()
+    sums = {}
+    with Engine(tmp_path, *options, "--export", "loop") as engine:
+        device = engine.volumes[0]["device"]
+        subprocess.run([mkfs, "-q", "-F", device], check=True)
+        subprocess.run([mount, device, str(point)], check=True)
+        try:
+            for index in range(40):
+                data = random.Random(index).randbytes(1 << 20)
+                (point / f"file{index}").write_bytes(data)
+                sums[index] = hashlib.sha256(data).digest()
+        finally:
+            subprocess.run([umount, str(point)], check=True)
+        subprocess.run([e2fsck, "-fn", device], check=True, capture_output=True)
+    assert (engine.status, engine.errors) == (0, "")
+    with Engine(tmp_path, *options, "--export", "loop") as engine:
+        subprocess.run([mount, "-o", "ro", engine.volumes[0]["device"], str(point)], check=True)
+        try:
+            for index, expected in sums.items():
+                assert hashlib.sha256((point / f"file{index}").read_bytes()).digest() == expected
+        finally:
+            subprocess.run([umount, str(point)], check=True)
+
+
+@pytest.mark.usefixtures("_loops")
+def test_a_mounted_device_is_waited_for(tmp_path: Path, require_tool: Callable[[str], str]) -> None:
+    mkfs, mount, umount = (require_tool(name) for name in ("mkfs.ext4", "mount", "umount"))
+    options = make_set(tmp_path)
+    point = tmp_path / "point"
+    point.mkdir()
+    with Engine(tmp_path, *options, "--export", "loop") as engine:
+        device = engine.volumes[0]["device"]
+        subprocess.run([mkfs, "-q", "-F", device], check=True)
+        subprocess.run([mount, device, str(point)], check=True)
+        engine.process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        assert engine.process.poll() is None
+        assert f"{device} is in use" in engine.errors
+        (point / "file").write_bytes(b"still there")
+        subprocess.run([umount, str(point)], check=True)
+        assert engine.wait() == 0
+
+
+@pytest.mark.usefixtures("_loops")
+def test_block_devices_as_cache_and_backing(tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    make_set(tmp_path, mode="writeback")
+    cache, backing = loop_device(tmp_path / "cache.img"), loop_device(tmp_path / "back0.img")
+    data = os.urandom(8 << 20)
+    options = ["--cache", cache, "--backing", backing, "--export", "nbd"]
+    with Engine(tmp_path, *options) as engine:
+        with NbdClient(engine.socket()) as client:
+            client.write(4096, data)
+            client.write(512, b"x" * 512, fua=True)
+            client.flush()
+            client.trim(32 << 20, 1 << 20)
+            assert client.read(4096, len(data)) == data
+        second = tmp_path / "second"
+        second.mkdir()
+        with Engine(second, *options, expect_failure=True) as other:
+            assert "is in use" in other.errors
+    assert (engine.status, engine.errors) == (0, "")
+    with Engine(tmp_path, *options, "--read-only") as engine, NbdClient(engine.socket()) as client:
+        assert client.read(4096, len(data)) == data
+        assert client.read(512, 512) == b"x" * 512
