@@ -81,6 +81,7 @@ class Demo:
         self.process: subprocess.Popen[bytes] | None = None
         self.last: SetSnapshot | None = None
         self.events: dict[str, int] = {}
+        self.history = History()
 
     def run(self, seconds: float) -> None:
         """The whole story."""
@@ -176,13 +177,13 @@ class Demo:
             raise failures[0]
 
     def _show(self, engine: EngineSet, deadline: float, is_over: threading.Event) -> None:
-        with LiveView(self.console) as view:
+        with LiveView(self.console, self.history) as view:
             while not is_over.is_set() and time.monotonic() < deadline:
                 view.show(engine.snapshot(view.cells()))
                 is_over.wait(min(1.0, max(0.0, deadline - time.monotonic())))
 
     def _print(self, engine: EngineSet, deadline: float, is_over: threading.Event) -> None:
-        history = History()
+        history = self.history
         next_page = time.monotonic() + min(PAGE_S, (deadline - time.monotonic()) * 0.9)
         while not is_over.is_set() and time.monotonic() < deadline:
             snapshot = engine.snapshot(PAGE_WIDTH * PAGE_MAP_ROWS)

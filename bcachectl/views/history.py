@@ -32,6 +32,7 @@ class Sample:
     invalidations: float
     alloc_fails: float
     prio_writes: float
+    gc_running: bool
 
 
 class History:
@@ -66,6 +67,7 @@ class History:
             invalidations=steps["invalidations"] / seconds,
             alloc_fails=steps["alloc_fails"] / seconds,
             prio_writes=steps["prio_writes"] / seconds,
+            gc_running=steps["gc_runs"] > 0 or (snapshot.gc is not None and snapshot.gc.running),
         ))
 
     @property
@@ -92,6 +94,7 @@ def _totals(snapshot: SetSnapshot) -> dict[str, int]:
     counters = snapshot.allocator.counters
     for name in ("allocations", "invalidations", "alloc_fails", "prio_writes"):
         totals[name] = getattr(counters, name) if counters is not None else 0
+    totals["gc_runs"] = snapshot.gc.runs if snapshot.gc is not None else 0
     return totals
 
 

@@ -97,7 +97,7 @@ def _parts(snapshot: SetSnapshot, history: History, width: int, *, letters: bool
     allocator = snapshot.allocator
     parts: list[tuple[str, list[Text]]] = [
         ("Lists", panels.lists(allocator, inner, columns=3)),
-        ("Allocator", panels.allocation(snapshot, history)),
+        ("Allocator", panels.allocation(snapshot, history, inner)),
         ("Gens", panels.gens(snapshot, inner)),
         ("Prios", panels.priorities(snapshot, inner)),
         ("GC", panels.collection(snapshot, inner)),
@@ -127,8 +127,8 @@ def _large(snapshot: SetSnapshot, history: History, width: int, height: int) -> 
         if per_cell > 1:
             title += f", {per_cell:.0f} a cell ({format_size(int(per_cell * snapshot.bucket_bytes))})"
     left = _box(title, buckets, left_width)
-    left += _box("Volumes", panels.volumes(snapshot, inner, rows=max(1, min(8, height - len(left) - 14))), left_width)
-    left += _box("Requests and dirty data", panels.requests(history, inner), left_width)
+    left += _box("Volumes", panels.volumes(snapshot, inner, rows=max(3, min(8, height - len(left) - 18))), left_width)
+    left += _box("Over time", panels.requests(history, inner, more=height >= 50), left_width)
     room = height - len(left) - 2
     if room > 0:
         recent = panels.events(snapshot, rows=room)
@@ -146,7 +146,7 @@ def _side(snapshot: SetSnapshot, history: History, height: int) -> list[Text]:
     inner = _SIDE_WIDTH - 4
     parts: list[tuple[str, list[Text]]] = [
         ("Free lists", panels.lists(snapshot.allocator, inner, columns=1)),
-        ("Allocator", panels.allocation(snapshot, history)),
+        ("Allocator", panels.allocation(snapshot, history, inner)),
         ("Gens: buckets by gen - last_gc", panels.gens(snapshot, inner)),
         ("Priorities: age by quantile", panels.priorities(snapshot, inner)),
         ("Garbage collection", panels.collection(snapshot, inner)),

@@ -31,9 +31,8 @@ _ALERT_STYLES = {"bad": "bold white on red", "warn": "black on yellow"}
 def headline(snapshot: SetSnapshot) -> Text:
     """Which set this is, how large, and who runs it."""
     allocator = snapshot.allocator
-    line = Text.assemble(("set ", LABEL), snapshot.uuid[:8], "  ", snapshot.cache_path, "  ",
-                         format_size(snapshot.cache_bytes), f" = {allocator.nbuckets} x ",
-                         format_size(snapshot.bucket_bytes))
+    line = Text.assemble(("set ", LABEL), snapshot.uuid[:8], "  ", format_size(snapshot.cache_bytes),
+                         f" = {allocator.nbuckets} x ", format_size(snapshot.bucket_bytes))
     if snapshot.source == "engine":
         line.append(f"  engine {snapshot.pid}" if snapshot.pid is not None else "  engine")
         if snapshot.uptime_ns is not None:
@@ -44,6 +43,7 @@ def headline(snapshot: SetSnapshot) -> Text:
         line.append("  not running (a still picture)")
     if snapshot.read_only:
         line.append("  read-only")
+    line.append(f"  {snapshot.cache_path}", "bright_black")
     return line
 
 
@@ -100,7 +100,7 @@ def lists(allocator: AllocatorSnapshot, width: int, *, columns: int) -> list[Tex
     return lines
 
 
-def allocation(snapshot: SetSnapshot, history: History) -> list[Text]:
+def allocation(snapshot: SetSnapshot, history: History, width: int) -> list[Text]:
     """What the allocator does: policy, rates, prio writes, and who waits."""
     allocator = snapshot.allocator
     counters = allocator.counters
@@ -116,11 +116,17 @@ def allocation(snapshot: SetSnapshot, history: History) -> list[Text]:
         first.append(f", discards {counters.discards}")
     second = Text(f"allocs {counters.allocations}{_rate(history, 'allocations')}, "
                   f"invalidations {counters.invalidations}{_rate(history, 'invalidations')}")
+    third = Text()
     if counters.alloc_fails:
-        second.append(f", fails {counters.alloc_fails}", "yellow")
+        third.append(f"fails {counters.alloc_fails}{_rate(history, 'alloc_fails')}", "yellow")
     if allocator.waiting_tasks:
-        second.append(f", {allocator.waiting_tasks} tasks wait", "bold red")
-    return [first, second]
+        third.append(", " if third else "")
+        third.append(f"{allocator.waiting_tasks} tasks wait", "bold red")
+    if not third:
+        return [first, second]
+    if second.cell_len + third.cell_len + 2 > width:
+        return [first, second, third]
+    return [first, Text.assemble(second, ", ", third)]
 
 
 def gens(snapshot: SetSnapshot, width: int) -> list[Text]:
@@ -205,8 +211,11 @@ def btree(snapshot: SetSnapshot, width: int) -> list[Text]:
     return [line]
 
 
-def requests(history: History, width: int) -> list[Text]:
-    """Reads, writes, hit ratio, dirty data and writeback over time, with the newest numbers."""
+def requests(history: History, width: int, *, more: bool = False) -> list[Text]:
+    """Reads, writes, hit ratio, dirty data and writeback over time, with the newest numbers.
+
+    With ``more`` the allocator's work stands beside them, since stalls have their cause there.
+    """
     samples = list(history.samples)
     newest = history.newest
     if newest is None:
@@ -221,7 +230,17 @@ def requests(history: History, width: int) -> list[Text]:
         ("dirty", [float(sample.dirty_bytes) for sample in samples], "bright_yellow", None,
          f"{format_size(newest.dirty_bytes)}, back {format_size(int(newest.writeback_bytes))}/s"),
     ]
-    tail_width = max(len(row[4]) for row in rows)
+    if more:
+        rows += [
+            ("reuse", [sample.invalidations for sample in samples], "blue", None,
+             f"{newest.invalidations:.0f} buckets/s invalidated"),
+            ("fails", [sample.alloc_fails for sample in samples], "red", None,
+             f"{newest.alloc_fails:.0f}/s found no bucket"),
+            ("prios", [sample.prio_writes for sample in samples], "magenta", None,
+             f"{newest.prio_writes:.1f} prio writes/s"),
+            ("gc", [100.0 if sample.gc_running else 0.0 for sample in samples], "magenta", 100.0, "runs of gc"),
+        ]
+    tail_width = max(22, *(len(row[4]) for row in rows)) if more else max(len(row[4]) for row in rows)
     lines = []
     for name, values, style, top, tail in rows:
         line = Text(f"{name:<7}")
@@ -301,7 +320,7 @@ def _volume(volume: VolumeSnapshot, width: int) -> Text:
     size = format_size(volume.size_bytes) if volume.size_bytes else ""
     line = Text.assemble((f"{volume.name:<8} ", LABEL), f"{size:>8} ",
                          f"{volume.mode if volume.kind == 'cached' else 'flash-only':<12} ")
-    line.append(f"{volume.state:<8} ", style)
+    line.append(f"{volume.state:<5} ", style)
     line.append(f"{format_sectors(volume.dirty_sectors):>9} dirty ", style if volume.dirty_sectors else "bright_black")
     if volume.writeback is not None and volume.attached:
         line.append(_writeback(volume.writeback, dirty_sectors=volume.dirty_sectors))

@@ -21,9 +21,10 @@ from bcachectl.views.monitor import map_size, screen
 class LiveView:
     """The alternate screen of a terminal; a context manager that gives the terminal back as it was."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, history: History | None = None) -> None:
+        """``history`` goes on where an earlier view ended."""
         self.console = console
-        self.history = History()
+        self.history = history or History()
         self._live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False,
                           redirect_stderr=False)
 
