@@ -98,7 +98,7 @@ class Served:
         self.devices = devices
 
 
-class _Stopper:
+class Stopper:
     # A pipe that ends the loop's main coroutine from the other thread.
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
@@ -127,7 +127,7 @@ def serve(images: list[Path], socket_path: Path, *, backend: str = "auto", is_qu
                           is_quick=is_quick, read_only=read_only)
                for index, image in enumerate(images)]
     server = NbdServer(loop, volumes, media[0], str(socket_path))
-    stopper = _Stopper(loop)
+    stopper = Stopper(loop)
     failures: list[BaseException] = []
 
     exports = [] if loop_directory is None else [

@@ -283,7 +283,7 @@ class EngineHost:
             raise WrongState(f"{self.media[0].path}: is a backing device; name the set's cache device as --cache")
         for medium, backing in zip(self.media[1:], backings, strict=True):
             if backing.is_cache:
-                raise WrongState(f"{medium.path}: is a cache device; name it as --cache, and backing devices as --backing")
+                raise WrongState(f"{medium.path}: is a cache device; name backing devices as --backing")
             if backing.state in (BdevState.CLEAN, BdevState.DIRTY) and backing.set_uuid != cache.set_uuid:
                 raise WrongState(f"{medium.path}: belongs to set {format_uuid(backing.set_uuid)}, and "
                                  f"{self.media[0].path} is the cache of set {format_uuid(cache.set_uuid)}")
