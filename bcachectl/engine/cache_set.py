@@ -1,56 +1,44 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`CacheSet`: wires the parts of a running cache set; its start, its stop, its failure, and the uuid array.
+"""`CacheSet`: wires the parts of a running cache set; its members, its stop and its failure.
 
-Start of a set that has run before (super.c, run_cache_set), each step relying on those before it:
+Life of a set:
 
-1. superblock; 2. journal: which entries count; 3. prio sets: gens and priorities, a lower bound; 4. uuid array; 5.
-   the whole tree is visited, and
-every pointer raises its bucket's gen; 6. the journal's keys do the same and pin their buckets; 7. marks, first free
-buckets; 8. journal and allocator run; 9. the journal's keys are inserted again; 10. the superblock's last_mount is
-written.
+1. `CacheSet.start` reads the superblock and makes the parts; `bcachectl.engine.recovery` brings them up.
+2. Backing devices come (`CacheSet.register_backing`) and go (`CacheSet.detach`); flash-only volumes too.
+3. `CacheSet.stop` ends it in order: requests, leaves, gens and priorities, journal, backing devices.  There is no mark
+   of a clean stop on disk; the next start replays the journal all the same.
 
-A read-only set stops after 6, replays in memory, and writes nothing.
+A set that fails (`CacheSet.fail`) does no I/O on the cache device from then on.  Each device goes on without its cache
+if it has nothing dirty, and is disabled otherwise.
 
-Start of a new set: journal buckets are chosen and cleared, prio sets, uuid array and an empty root are written, then
-the first journal entry, and only then the superblock with CACHE_SYNC: a crash before leaves the device new.
-
-An orderly stop writes every dirty leaf, the gens and priorities, and the journal; the next start replays the journal
-all the same.
-
-A set that fails (`CacheSet.fail`) does no I/O on the cache device from then on; each device goes on without its cache
-if it has nothing dirty, and is disabled otherwise."""
+Kernel: super.c.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from bcachectl.engine import checks, stats, tunables
-from bcachectl.engine.alloc import NO_BUCKET, Allocator, Entropy, Reserve
+from bcachectl.engine import checks, recovery, stats, tunables
+from bcachectl.engine.alloc import Allocator, Entropy
 from bcachectl.engine.bdev import Bdev
-from bcachectl.engine.btree import Btree
-from bcachectl.engine.buckets import MARK_RECLAIMABLE, Buckets
+from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.cached_dev import NO_SLOT, CachedDev
 from bcachectl.engine.events import Trace
 from bcachectl.engine.flash_dev import FlashVolume
 from bcachectl.engine.front import Front
 from bcachectl.engine.gc import Gc
-from bcachectl.engine.journal import Journal, JournalPin
+from bcachectl.engine.journal import Journal
 from bcachectl.engine.movinggc import MovingGc
-from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.open_buckets import SectorAllocator
 from bcachectl.engine.prios import PrioWriter
 from bcachectl.engine.request import invalidate
 from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, Sched, Task, WaitQueue
 from bcachectl.engine.split import Splitter
 from bcachectl.engine.streams import Congestion
-from bcachectl.engine.tunables import Tunables
+from bcachectl.engine.uuid_array import UuidArray
 from bcachectl.errors import Corrupt, DeviceError, Refused, WrongState
-from bcachectl.ondisk.bkey import INODE_SHIFT, Bkey, Ptr, decode_key_columns, pack_key, ptr_make
-from bcachectl.ondisk.jset import Jset
-from bcachectl.ondisk.magic import INVALID_UUID
+from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.superblock import (
     SB_BYTES,
     SB_SECTOR,
@@ -61,10 +49,11 @@ from bcachectl.ondisk.superblock import (
     decode_superblock,
     encode_superblock,
 )
-from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, encode_uuids
+from bcachectl.ondisk.uuids import UuidEntry
 from bcachectl.units import format_uuid
 
 if TYPE_CHECKING:
+    from bcachectl.engine.btree import Btree
     from bcachectl.snapshot import SetSnapshot
 
 UUID_FLASH_ONLY = 1
@@ -82,6 +71,9 @@ class Options:
 class CacheSet:
     """A cache set of one cache device, with its backing devices and flash-only volumes."""
 
+    btree: Btree
+    """There once the set is up; recovery makes it."""
+
     def __init__(self, sched: Sched, cache: Bdev, *, entropy: Entropy, options: Options | None = None) -> None:
         self.sched = sched
         self.cache = cache
@@ -90,14 +82,11 @@ class CacheSet:
         self.events = Trace(sched)
         self.front = Front()
         self.congestion = Congestion(sched, entropy)
-        self.uuid_lock = Mutex(sched, "uuid array")
         self.sb_lock = Mutex(sched, "cache superblock")
         self.idle = WaitQueue(sched, "requests in flight")
         self.devices: list[CachedDev] = []
         self.flash: list[FlashVolume] = []
-        self.uuids: list[UuidEntry] = []
-        self.uuid_key = Bkey(0, 0, 0, False, 0, ())
-        self.uuid_bucket = 0
+        self.uuid_array = UuidArray(self)
         self.dirty_by_inode: dict[int, int] = {}
         self.sync = False
         self.stopping = False
@@ -121,9 +110,7 @@ class CacheSet:
         self.tunables = tunables.Tunables(self)
         self.replayed_keys = 0
         self.replayed_entries = 0
-        self.tunables = Tunables(self)
-        self.accounting = stats.Accounting(self)
-        self._threads: list[Task[None]] = []
+        self._allocator: Task[None] | None = None
 
     # Start.
 
@@ -157,214 +144,34 @@ class CacheSet:
         self.splitter = Splitter(self)
         self.sectors = SectorAllocator(self)
         if sb.cache_sync:
-            await self._start_existing()
+            await recovery.start_existing(self)
         else:
-            await self._start_new()
+            await recovery.start_new(self)
         self.journal.do_reserve = 1
         self.running = True
-        self.sched.spawn(self.accounting.run(), "accounting")
         self.sched.spawn(self.accounting.run(), "accounting")
         for slot, entry in enumerate(self.uuids):
             if entry.is_flash_only and not entry.is_free and not entry.is_retired and entry.sectors:
                 self.flash.append(FlashVolume(self, slot, entry))
         self.check_invariants()
 
-    async def _start_existing(self) -> None:
-        entries = await self.journal.read()
-        newest = entries[-1]
-        await self.prios.read(newest.prio_bucket[self.sb.nr_this_dev])
-        root = newest.btree_root
-        if len(root.ptrs) != 1 or newest.btree_level > 16:
-            raise Corrupt("journal", "bad btree root")
-        pointer = root.ptrs[0]
-        word = ptr_make(pointer.sector, pointer.gen, pointer.dev)
-        await self._read_uuids(newest)
-        self.buckets.raise_gens(np.array([word], np.uint64))
-        self.btree = await Btree.open(self, word, newest.btree_level)
-        await self.gc.check()
-        pins = self._mark_journal(entries)
-        self.gens_final = True
-        self.dirty_by_inode = await self.gc.first_marks()
-        if self.read_only:
-            await self._replay(entries, pins)
-            return
-        self.alloc.initial_fill()
-        self.sync = True
-        self.journal.open_entry(newest.seq + 1)
-        self._run_threads()
-        await self._replay(entries, pins)
-        if self.failed:
-            raise Corrupt(self.cache.name, self.failed)
-        self._run_late_threads()
-        await self.write_superblock(self.sb)
+    def run_allocator(self) -> None:
+        """Start the allocator's task."""
+        self._allocator = self.sched.spawn(self.alloc.run(), "allocator")
 
-    def _mark_journal(self, entries: list[Jset]) -> dict[int, JournalPin]:
-        # The journal's keys raise gens, and pin and mark their buckets until they are replayed (journal.c,
-        # bch_journal_mark).
-        buckets = self.buckets
-        present = {jset.seq: jset for jset in entries}
-        pins: dict[int, JournalPin] = {}
-        for seq in range(entries[0].seq, entries[-1].seq + 1):
-            pin = JournalPin(seq, 1 if seq in present else 0)
-            pins[seq] = pin
-            self.journal.pins.append(pin)
-        for jset in entries:
-            for new, is_real in self._journal_keys(jset):
-                if is_real:
-                    buckets.raise_gens(np.array([new.ptr], np.uint64))
-                    bucket = buckets.bucket_of(new.ptr)
-                    buckets.pin_at[bucket] += 1
-                    if new.flags & DIRTY:
-                        buckets.mark_dirty(bucket)
-                    elif buckets.mark_at[bucket] == 0:
-                        buckets.mark_at[bucket] = MARK_RECLAIMABLE
-                    size = buckets.sectors_used_at[bucket] + new.end - new.start
-                    buckets.sectors_used_at[bucket] = min(size, 8191)
-        return pins
+    def run_journal(self) -> None:
+        """Start the journal's task."""
+        self.sched.spawn(self.journal.run(), "journal")
 
-    def _journal_keys(self, jset: Jset) -> list[tuple[Extent, bool]]:
-        # The extents of an entry, in order, and whether each points to data; Corrupt if one is impossible.
-        found = []
-        keys = decode_key_columns(jset.keys, len(jset.keys) // 8)
-        for position, size, dirty, nptrs, ptr in zip(
-            keys.pos.tolist(),
-            keys.size.tolist(),
-            keys.dirty.tolist(),
-            keys.nptrs.tolist(),
-            keys.ptr.tolist(),
-            strict=True,
-        ):
-            if size == 0:
-                continue
-            if size > position & ((1 << INODE_SHIFT) - 1) or nptrs > 1:
-                raise Corrupt(f"journal entry {jset.seq}", "bad, short offset")
-            is_real = nptrs == 1 and ptr >> 51 == 0
-            if is_real and not self.buckets.in_range(ptr, size):
-                raise Corrupt(f"journal entry {jset.seq}", f"key with a pointer out of range ({ptr:#x})")
-            flags = (HAS_PTR | (DIRTY if dirty else 0)) if is_real else 0
-            found.append((Extent(position - size, position, flags, ptr if is_real else 0), is_real))
-        return found
+    def run_late_threads(self) -> None:
+        """Start the tasks that need a set that is up."""
+        self.sched.spawn(self.gc.run(), "gc")
+        self.sched.spawn(self.btree.run_flusher(), "leaf flusher")
 
-    async def _replay(self, entries: list[Jset], pins: dict[int, JournalPin]) -> None:
-        # Inserts the journal's keys again, in order (journal.c, bch_journal_replay).
-        for jset in entries:
-            pin = pins[jset.seq]
-            for new, is_real in self._journal_keys(jset):
-                await self.btree.insert(new, None if self.read_only else pin)
-                if is_real:
-                    self.buckets.unpin(self.buckets.bucket_of(new.ptr))
-                self.replayed_keys += 1
-            self.replayed_entries += 1
-            if not self.read_only:
-                self.journal.unpin(pin)
-        self.events.emit(
-            "bcache_journal_replay", keys=self.replayed_keys, entries=self.replayed_entries, seq=entries[-1].seq
-        )
-
-    async def _start_new(self) -> None:
-        geometry = self.geometry
-        await self.journal.clear()
-        self.uuids = [UuidEntry() for _ in range(geometry.nr_uuids)]
-        self.buckets.start_gc()
-        self.buckets.finish_gc(self.metadata_buckets())
-        self.alloc.initial_fill()
-        self.gens_final = True
-        self.journal.open_entry(1)
-        self._threads.append(self.sched.spawn(self.alloc.run(), "allocator"))
-        if not await self.prios.write(wait=True):
-            raise Corrupt(self.cache.name, self.failed or "the first priorities could not be written")
-        await self._write_uuid_bucket()
-        root = await self.splitter.first_root()
-        if root is None:
-            raise Corrupt(self.cache.name, self.failed or "the first btree node could not be written")
-        self.btree = Btree(self, root)
-        self.btree.cache(root)
-        self.sync = True
-        self._threads.append(self.sched.spawn(self.journal.run(), "journal"))
-        if not await self.journal.write_meta():
-            raise Corrupt(self.cache.name, self.failed or "the first journal entry could not be written")
-        self._run_late_threads()
-        # Only now: with CACHE_SYNC before the first entry a crash would leave a set that cannot start.
-        await self.write_superblock(self.sb.with_sync(True))
-
-    def _run_threads(self) -> None:
-        self._threads += [
-            self.sched.spawn(self.alloc.run(), "allocator"),
-            self.sched.spawn(self.journal.run(), "journal"),
-        ]
-
-    def _run_late_threads(self) -> None:
-        self._threads += [
-            self.sched.spawn(self.gc.run(), "gc"),
-            self.sched.spawn(self.btree.run_flusher(), "leaf flusher"),
-        ]
-
-    # Uuids.
-
-    async def _read_uuids(self, newest: Jset) -> None:
-        if newest.version < 1:
-            raise WrongState(
-                "the set's journal is of version 0 (before 2013); let a kernel run the set once to convert it"
-            )
-        key = newest.uuid_bucket
-        if (
-            len(key.ptrs) != 1
-            or not self.buckets.in_range(ptr_make(key.ptrs[0].sector, key.ptrs[0].gen), key.size)
-            or not key.size
-        ):
-            raise Corrupt("uuid array", "bad uuid pointer")
-        raw = bytearray(key.size << 9)
-        self.check_io(await self.cache.read(key.ptrs[0].sector, raw, "uuids"), "uuid array")
-        word = ptr_make(key.ptrs[0].sector, key.ptrs[0].gen)
-        self.buckets.raise_gens(np.array([word], np.uint64))
-        self.uuid_key = key
-        self.uuid_bucket = self.buckets.bucket_of(word)
-        self.uuids = decode_uuids(raw)
-
-    def uuid_bucket_key(self) -> bytes:
-        """The pointer to the uuid array as the journal's header holds it."""
-        pointer = self.uuid_key.ptrs[0]
-        return pack_key(0, self.uuid_key.size, False, ptr_make(pointer.sector, pointer.gen))
-
-    async def _write_uuid_bucket(self) -> bool:
-        # The whole array into a new bucket; nothing names it yet.
-        bucket = await self.alloc.alloc(Reserve.BTREE)
-        if bucket == NO_BUCKET:
-            return False
-        geometry = self.geometry
-        raw = encode_uuids(self.uuids, geometry.meta_bytes)
-        error = await self.cache.write(geometry.sector_of(bucket), raw, FUA, "uuids")
-        self.buckets.unpin(bucket)
-        if error:
-            self.fail(f"error {error} writing the uuid array")
-            return False
-        self.meta_sectors_written += geometry.bucket_size_sectors
-        word = ptr_make(geometry.sector_of(bucket), self.buckets.gen_at[bucket])
-        self.uuid_key = Bkey(0, -geometry.meta_sectors, 0, False, 0, (Ptr(0, geometry.sector_of(bucket), word & 0xFF),))
-        self.uuid_bucket = bucket
-        return True
-
-    async def write_uuids(self) -> bool:
-        """Write the uuid array to a new bucket and journal its place, durably (super.c, bch_uuid_write); False if the
-        set failed.
-        """
-        async with self.uuid_lock:
-            return await self._write_uuid_bucket() and await self.journal.write_meta()
-
-    async def retire_slot(self, slot: int) -> None:
-        """A slot is given up and never used again; its number stays in the keys that it left behind."""
-        self.uuids[slot] = replace(
-            self.uuids[slot], uuid=INVALID_UUID, invalidated=self.sched.wall_s & 0xFFFFFFFF, flags=0
-        )
-        await self.write_uuids()
-
-    def _free_slot(self) -> int:
-        for slot, entry in enumerate(self.uuids):
-            if entry.is_free:
-                return slot
-        raise WrongState(
-            f"no room for UUID: all {len(self.uuids)} slots of set {format_uuid(self.sb.set_uuid)} have been used"
-        )
+    @property
+    def uuids(self) -> list[UuidEntry]:
+        """The uuid entries; the index is the slot."""
+        return self.uuid_array.entries
 
     # Backing devices.
 
@@ -428,7 +235,7 @@ class CacheSet:
         if slot != NO_SLOT and dev.sb.state in (BdevState.STALE, BdevState.NONE):
             if self.read_only:
                 raise WrongState(f"{name} is {dev.state}: its cached data does not belong to it any more")
-            await self.retire_slot(slot)
+            await self.uuid_array.retire(slot)
             slot = NO_SLOT
         if slot == NO_SLOT and dev.sb.state == BdevState.DIRTY:
             raise WrongState(
@@ -441,7 +248,7 @@ class CacheSet:
             slot = await self._attach_new(dev)
         elif not self.read_only:
             self.uuids[slot] = replace(self.uuids[slot], last_reg=self.sched.wall_s & 0xFFFFFFFF)
-            await self.write_uuids()
+            await self.uuid_array.write()
         dev.start_caching(slot)
         if not self.read_only and dev.has_dirty and dev.sb.state != BdevState.DIRTY:
             await dev.become_dirty()
@@ -449,7 +256,7 @@ class CacheSet:
 
     async def _attach_new(self, dev: CachedDev) -> int:
         # A new slot, durable in the uuid array and the journal before the backing superblock points here.
-        slot = self._free_slot()
+        slot = self.uuid_array.free_slot()
         now = self.sched.wall_s & 0xFFFFFFFF
         self.uuids[slot] = replace(
             self.uuids[slot],
@@ -461,7 +268,7 @@ class CacheSet:
             flags=0,
             sectors=0,
         )
-        if not await self.write_uuids():
+        if not await self.uuid_array.write():
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
         error = await dev.set_superblock(replace(dev.sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid))
         if error:
@@ -558,7 +365,7 @@ class CacheSet:
             )
         if sectors > self.buckets.nbuckets << self.buckets.bucket_shift:
             raise Refused(f"a volume of {size_bytes} bytes is larger than the cache device")
-        slot = self._free_slot()
+        slot = self.uuid_array.free_slot()
         now = self.sched.wall_s & 0xFFFFFFFF
         uuid = self.entropy.getrandbits(128).to_bytes(16, "little")
         self.uuids[slot] = replace(
@@ -571,7 +378,7 @@ class CacheSet:
             flags=UUID_FLASH_ONLY,
             sectors=sectors,
         )
-        if not await self.write_uuids():
+        if not await self.uuid_array.write():
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
         volume = FlashVolume(self, slot, self.uuids[slot])
         self.flash.append(volume)
@@ -585,7 +392,7 @@ class CacheSet:
             raise WrongState(f"{name} is not a flash-only volume")
         volume.removed = True
         self.flash.remove(volume)
-        await self.retire_slot(volume.slot)
+        await self.uuid_array.retire(volume.slot)
         await invalidate(self, volume.base, volume.base + volume.size_sectors, durable=True)
 
     def is_flash(self, slot: int) -> bool:
@@ -621,7 +428,7 @@ class CacheSet:
     def metadata_buckets(self) -> list[int]:
         """Journal, prio and uuid buckets that are in use."""
         found = list(self.sb.d) + [bucket for bucket in self.prios.current + self.prios.journaled if bucket]
-        return found + [self.uuid_bucket] if self.uuid_bucket else found
+        return found + [self.uuid_array.bucket] if self.uuid_array.bucket else found
 
     def writeback_pointers(self) -> list[int]:
         """Pointers of everything that is being written back."""
@@ -730,7 +537,8 @@ class CacheSet:
         if not self.read_only and not self.io_disabled:
             await self.btree.flush_all()
             self.alloc.alloc_wait.wake_all()
-            await self._threads[0]
+            if self._allocator is not None:
+                await self._allocator
             if not self.io_disabled and not self.alloc.prio_blocked:
                 await self.prios.write(wait=False)
             await self.journal.write_meta()

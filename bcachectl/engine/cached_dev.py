@@ -387,7 +387,7 @@ class CachedDev:
         if not error and self.attached:
             entry = self.cset.uuids[self.slot]
             self.cset.uuids[self.slot] = replace(entry, label=label.ljust(32, b"\0"))
-            await self.cset.write_uuids()
+            await self.cset.uuid_array.write()
         return error
 
     # Attach and detach; the slot in the uuid array is the set's business.
@@ -428,7 +428,7 @@ class CachedDev:
             self.state_changed.wake_all()
             return
         self.attached = False
-        await cset.retire_slot(self.slot)
+        await cset.uuid_array.retire(self.slot)
         cset.events.emit("bcache_detach_end", volume=self.name)
         self.slot = NO_SLOT
         self.detaching = False

@@ -287,7 +287,7 @@ class Journal:
         raw = encode_jset(
             seq=seq,
             last_seq=last_seq,
-            uuid_bucket=cset.uuid_bucket_key(),
+            uuid_bucket=cset.uuid_array.journal_key(),
             btree_root=cset.btree.root_key(),
             btree_level=root.level,
             prio_bucket0=cset.prios.current[0],
