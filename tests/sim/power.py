@@ -205,9 +205,9 @@ async def mixed(world: World, chooser: random.Random, count: int, *, width: int 
         roll = chooser.random()
         if roll < 0.5:
             await world.write(volume, sector, nsectors, fua=chooser.random() < 0.2, preflush=chooser.random() < 0.1,
-                              sync=chooser.random() < 0.5)
+                              sync=chooser.random() < 0.5, stream=chooser.randrange(4))
         elif roll < 0.8:
-            await world.read(volume, sector, nsectors)
+            await world.read(volume, sector, nsectors, stream=chooser.randrange(4))
         elif roll < 0.92:
             await world.flush(volume)
         elif roll < 0.96:
