@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`dump`, `where` and `list` on images that the kernel wrote; and that no reading verb ever writes (promise P1)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Result
+
+Cli = Callable[..., Result]
+Golden = Callable[..., Path]
+
+EXACT = ("attached_clean", "dirty_crash", "fifo_discard", "flash_volume", "gen_churn")
+STRUCTURES = ("superblock", "uuids", "prio", "journal", "btree", "extents")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_t4_btree_as_the_kernel_prints_it(cli: Cli, golden: Golden, name: str) -> None:
+    """T4: line by line the kernel's debugfs file; tests/golden/test_walk.py tells which stories cannot, and why."""
+    story = golden(name)
+    dumped = cli("dump", "btree", "--format=kernel", story / "cache.img")
+    expected = (story / "facts/btree.txt").read_text().replace("\0", "")
+    assert dumped == Result(0, "\n".join(line for line in expected.splitlines() if line) + "\n", "")
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", [*EXACT, "deep_crash", "thrash_crash", "two_backing", "killed"])
+def test_json_and_table_agree(cli: Cli, golden: Golden, name: str, structure: str) -> None:
+    image = golden(name) / "cache.img"
+    table, machine = cli("dump", structure, image), cli("dump", structure, image, "--json")
+    assert table.status == machine.status == 0
+    document = json.loads(machine.out)
+    assert document["schema"] == 1
+    assert document["kind"] == structure
+    if structure != "superblock":
+        assert len(document["items"]) == len(table.out.splitlines()) - 1
+        assert [damage for damage in document["damages"] if not damage["harmless"]] == []
+
+
+def test_extents_are_the_merged_keys(cli: Cli, golden: Golden) -> None:
+    image = golden("two_backing") / "cache.img"
+    keys = json.loads(cli("dump", "btree", image, "--json").out)["items"]
+    runs = json.loads(cli("dump", "extents", image, "--json").out)["items"]
+    assert sum(run["keys"] for run in runs) == len(keys)
+    assert sum(run["size_bytes"] for run in runs) == sum(key["end"] - key["start"] for key in keys) * 512
+    assert {run["volume"] for run in runs} == {"bcache0", "bcache1"}
+    for before, after in itertools.pairwise(runs):
+        assert before["inode"] < after["inode"] or before["end"] < after["start"] or (
+            before["end"] == after["start"] and before["state"] != after["state"])
+
+
+def test_dirty_extents_are_the_kernels_count(cli: Cli, golden: Golden) -> None:
+    """What the kernel's dirty_data said, which it rounds to a tenth of a MiB."""
+    story = golden("dirty_crash")
+    runs = json.loads(cli("dump", "extents", story / "cache.img", "--json").out)["items"]
+    dirty_mib = sum(run["size_bytes"] for run in runs if run["state"] == "dirty") / (1 << 20)
+    facts = dict(line.split("\t")[:2] for line in (story / "facts/sysfs.tsv").read_text().splitlines() if "\t" in line)
+    said = next(value for name, value in facts.items() if name.endswith("dirty_data"))
+    assert abs(float(said.strip().rstrip("M;")) - dirty_mib) < 0.11, said
+
+
+def test_where_matches_the_keys(cli: Cli, golden: Golden) -> None:
+    story = golden("flash_volume")
+    image = story / "cache.img"
+    keys = json.loads(cli("dump", "btree", image, "--json").out)["items"]
+    for volume, inode, offset in ((str(story / "back0.img"), 0, 16), ("bcache1", 1, 0)):
+        answer = json.loads(cli("where", volume, 0, 2000, "--cache", image, "--json").out)
+        cached = {sector: (piece["device_sector"] + sector - piece["start"], piece["state"])
+                  for piece in answer["pieces"] if piece["device"] == "cache"
+                  for sector in range(piece["start"], piece["end"])}
+        expected = {sector - offset: (key["sector"] + sector - key["start"], key["state"]) for key in keys
+                    if key["inode"] == inode for sector in range(key["start"], key["end"])
+                    if sector - offset < 2000}
+        assert cached == expected
+        ends = [piece["end"] for piece in answer["pieces"]]
+        assert [piece["start"] for piece in answer["pieces"]] == [0, *ends[:-1]]
+        assert ends[-1] == 2000
+
+
+def test_where_names_a_volume_in_four_ways(cli: Cli, golden: Golden) -> None:
+    story = golden("two_backing")
+    uuids = json.loads(cli("dump", "uuids", story / "cache.img", "--json").out)["items"]
+    said = {cli("where", name, 100, 50, "--cache", story / "cache.img").out
+            for name in (story / "back1.img", "bcache1", uuids[1]["uuid"], uuids[1]["uuid"].upper().replace("-", ""))}
+    assert len(said) == 1
+
+
+def test_list(cli: Cli, golden: Golden, loop_device: Callable[..., str]) -> None:
+    story = golden("two_backing", writable=True)
+    device = loop_device(story / "cache.img")
+    listed = json.loads(cli("list", "--json", story / "back0.img", story / "back1.img").out)
+    ours = {entry["device"]: entry for entry in listed["devices"] if entry["device"] in
+            (device, str(story / "back0.img"), str(story / "back1.img"))}
+    assert len(ours) == 3
+    assert len({entry["set_uuid"] for entry in ours.values()}) == 1
+    assert ours[device]["kind"] == "loop"
+    assert ours[device]["file"] == str(story / "cache.img")
+    assert ours[device]["role"] == "cache"
+    assert ours[str(story / "back0.img")]["state"] == "dirty"
+    text = cli("list", story / "back0.img", story / "back1.img").out
+    assert f"set {ours[device]['set_uuid']}" in text
+    assert device in text
+
+
+def test_list_goes_on_past_what_it_cannot_read(cli: Cli, golden: Golden, tmp_path: Path) -> None:
+    image = golden("fresh") / "cache.img"
+    listed = cli("list", tmp_path / "nothing", tmp_path, image)
+    assert listed.status == 1
+    assert listed.err == ""
+    assert f"{tmp_path / 'nothing'}: no such file or device" in listed.out
+    assert f"{tmp_path}: is a directory" in listed.out
+    assert str(image) in listed.out
+
+
+def test_list_says_that_the_cache_is_missing(cli: Cli, golden: Golden) -> None:
+    assert "its cache device is not here" in cli("list", golden("dirty_crash") / "back0.img").out
+
+
+@pytest.mark.parametrize("name", ["deep_crash", "flash_volume", "fresh"])
+def test_p1_reading_verbs_never_write(cli: Cli, golden: Golden, name: str) -> None:
+    """P1: the files are read-only, their content stays, and so do their times."""
+    story = golden(name)
+    images = sorted(story.glob("*.img"))
+    before = [(hashlib.sha256(image.read_bytes()).hexdigest(), os.stat(image).st_mtime_ns) for image in images]
+    for image in images:
+        cli("show", image)
+        cli("list", image)
+        for structure in STRUCTURES:
+            cli("dump", structure, image)
+        cli("where", image, 0, 100, "--cache", images[-1])
+    assert before == [(hashlib.sha256(image.read_bytes()).hexdigest(), os.stat(image).st_mtime_ns) for image in images]
