@@ -34,6 +34,9 @@ ANSWER_TIMEOUT_S = 30.0
 """How long a request that does no work may take before the engine counts as stuck."""
 
 GREETING_TIMEOUT_S = 2.0
+SHARED_DIR = "/run/bcachectl"
+"""Where the engines of root have their sockets."""
+
 MIN_PREFIX = 8
 """Characters of a set's uuid that name it, at least."""
 
@@ -235,10 +238,10 @@ def socket_dirs() -> list[str]:
     """Where engines of this user (and, for all to see, of root) have their sockets, the preferred place first."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
-        return [os.path.join(runtime, "bcachectl"), "/run/bcachectl"]
+        return [os.path.join(runtime, "bcachectl"), SHARED_DIR]
     if os.geteuid() == 0:
-        return ["/run/bcachectl"]
-    return [os.path.join(tempfile.gettempdir(), f"bcachectl-{os.geteuid()}"), "/run/bcachectl"]
+        return [SHARED_DIR]
+    return [os.path.join(tempfile.gettempdir(), f"bcachectl-{os.geteuid()}"), SHARED_DIR]
 
 
 def socket_path(set_uuid: str) -> str:

@@ -95,6 +95,7 @@ def _print_pages(look: Look, console: Console, interval: float, *, once: bool) -
         history.add(snapshot)
         if console.is_terminal:
             console.print(screen(snapshot, history, width=width, height=console.height - 1))
+            print()
         else:
             print(page(snapshot, history, width=width).plain, flush=True)
         if once or snapshot.source == "offline":

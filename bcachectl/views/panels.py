@@ -92,10 +92,10 @@ def lists(allocator: AllocatorSnapshot, width: int, *, columns: int) -> list[Tex
     for index, fifo in enumerate(fifos):
         if index % columns == 0:
             lines.append(Text())
-        style = "red" if fifo.used == 0 and fifo.name != "free_inc" else "cyan"
+        is_worrying = fifo.used == 0 and fifo.name != "free_inc"
         line = lines[-1]
-        line.append(f"{fifo.name:<{name_width}} ")
-        line.append_text(bar(fifo.used, fifo.size, max(2, cell_width - name_width - digits - 4), style))
+        line.append(f"{fifo.name:<{name_width}} ", "bold red" if is_worrying else "")
+        line.append_text(bar(fifo.used, fifo.size, max(2, cell_width - name_width - digits - 4), "cyan"))
         line.append(f" {f'{fifo.used}/{fifo.size}':<{digits}}  ")
     return lines
 
