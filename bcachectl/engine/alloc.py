@@ -25,6 +25,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from bcachectl.engine.buckets import BTREE_PRIO, INITIAL_PRIO, MARK_METADATA, MARK_NONE, MARK_RECLAIMABLE, Buckets
 from bcachectl.engine.sched import NS_PER_S, WaitQueue
@@ -279,18 +280,17 @@ class Allocator:
         # (alloc.c, bucket_prio). Among equals the lowest bucket number goes first; the kernel's order among equals is
         # that of its heap.
         buckets = self.buckets
-        index = np.nonzero(buckets.candidates())[0]
-        room = min(self.free_inc.size - len(self.free_inc), self.heap_size)
-        if len(index) > 0 and room > 0:
-            offset = np.uint32((INITIAL_PRIO - buckets.min_prio) // 8 - buckets.min_prio & 0xFFFFFFFF)
-            value = buckets.prio[index].astype(np.uint32) + offset
-            value *= buckets.sectors_used[index]
-            if len(index) > room:
-                threshold = np.partition(value, room - 1)[room - 1]
-                below = value <= threshold
-                index, value = index[below], value[below]
-            for position in np.argsort(value, kind="stable")[:room].tolist():
-                self._invalidate_one(int(index[position]))
+        room = min(self.free_inc.size - len(self.free_inc), self.heap_size, buckets.nbuckets)
+        if room <= 0:
+            return
+        candidates = buckets.candidates()
+        value = buckets.prio.astype(np.uint32)
+        value += np.uint32((INITIAL_PRIO - buckets.min_prio) // 8 - buckets.min_prio & 0xFFFFFFFF)
+        value *= buckets.sectors_used
+        value[~candidates] = 0xFFFFFFFF
+        threshold = np.partition(value, room - 1)[room - 1]
+        index = np.flatnonzero(candidates & (value <= threshold))
+        self._invalidate_all(index[np.argsort(value[index], kind="stable")[:room]])
 
     def _invalidate_fifo(self) -> None:
         buckets = self.buckets
@@ -313,6 +313,18 @@ class Allocator:
             bucket = self.cset.entropy.getrandbits(64) % span + buckets.first_bucket
             if buckets.can_invalidate(bucket):
                 self._invalidate_one(bucket)
+
+    def _invalidate_all(self, victims: npt.NDArray[np.int64]) -> None:
+        # `_invalidate_one` for each, in bulk: a round of a large cache takes thousands.
+        buckets, emit = self.buckets, self.cset.events.emit
+        numbers = victims.tolist()
+        for bucket, sectors in zip(numbers, buckets.sectors_used[victims].tolist(), strict=True):
+            emit("bcache_invalidate", bucket=bucket, sectors=sectors)
+        buckets.bump_gens(victims)
+        buckets.prio[victims] = INITIAL_PRIO
+        buckets.pin[victims] += 1
+        self.free_inc.buckets.extend(numbers)
+        assert len(self.free_inc) <= self.free_inc.size
 
     def _invalidate_one(self, bucket: int) -> None:
         self.cset.events.emit("bcache_invalidate", bucket=bucket, sectors=self.buckets.sectors_used_at[bucket])

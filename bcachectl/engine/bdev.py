@@ -31,6 +31,7 @@ class Bdev:
         "optimal_io_sectors",
         "can_discard",
         "read_only",
+        "submitted",
     )
 
     def __init__(
@@ -53,6 +54,7 @@ class Bdev:
         self.optimal_io_sectors = optimal_io_sectors
         self.can_discard = can_discard
         self.read_only = read_only
+        self.submitted = 0
 
     def read(self, sector: int, buf: bytearray | memoryview, what: str = "data") -> Io:
         """Read into the whole of ``buf``, whose length is a multiple of 512."""
@@ -95,4 +97,5 @@ class Bdev:
     def _submit(self, op: int, sector: int, nsectors: int, buf: object, flags: int, what: str) -> Io:
         assert op in (READ, FLUSH) or not self.read_only, f"{what} to read-only {self.name}"
         assert 0 <= sector <= sector + nsectors <= self.size_sectors, (what, sector, nsectors)
+        self.submitted += 1
         return self.sched.submit(Io(op, self.index, sector, nsectors, buf, flags, what))

@@ -183,6 +183,11 @@ class Buckets:
         self.need_gc = max(self.need_gc, (gen - self.last_gc_at[bucket]) & 255)
         return gen
 
+    def bump_gens(self, bucket: npt.NDArray[np.int64]) -> None:
+        """`bump_gen` for many buckets, no two of them the same."""
+        self.gen[bucket] += 1
+        self.need_gc = max(self.need_gc, int((self.gen[bucket] - self.last_gc[bucket]).max(initial=0)))
+
     def unpin(self, bucket: int) -> None:
         """Drop one pin."""
         self.pin_at[bucket] -= 1

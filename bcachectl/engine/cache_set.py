@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from bcachectl.snapshot import SetSnapshot
 
 UUID_FLASH_ONLY = 1
+IO_ERROR_SHIFT = 20
 
 
 @dataclass(slots=True)
@@ -99,6 +100,7 @@ class CacheSet:
         self.cache_read_races = 0
         self.meta_sectors_written = 0
         self.io_error_count = 0
+        self.io_error_counted_at = 0
         self.io_errors_seen = 0
         self.io_error_limit = 8
         self.io_error_halflife = 0
@@ -453,11 +455,19 @@ class CacheSet:
             raise DeviceError(f"{self.cache.name}: error {error} at {what}", errno=error)
 
     def count_io_error(self, error: int, what: str) -> None:
-        """Count an error of the cache device; at the limit the set fails (io.c, bch_count_io_errors)."""
+        """Count an error of the cache device; at the limit the set fails (io.c, bch_count_io_errors).
+
+        Counted in fixed point: with io_error_halflife set (in units of 88 I/Os), each unit takes 1/128 of the count away.
+        """
         self.io_errors_seen += 1
         self.events.emit("bcache_io_error", errno=error, what=what)
-        self.io_error_count += 1
-        if self.io_error_count >= self.io_error_limit:
+        decay = self.io_error_halflife
+        if decay:
+            for _ in range(min((self.cache.submitted - self.io_error_counted_at) // decay, 10_000)):
+                self.io_error_count = self.io_error_count * 127 // 128
+            self.io_error_counted_at = self.cache.submitted
+        self.io_error_count += 1 << IO_ERROR_SHIFT
+        if self.io_error_count >> IO_ERROR_SHIFT >= self.io_error_limit:
             self.fail(f"too many IO errors {what}")
 
     def fail(self, text: str) -> None:

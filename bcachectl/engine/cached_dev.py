@@ -375,6 +375,8 @@ class CachedDev:
             if not (self.has_dirty or self.dirty_sectors or self.dirty_writers):
                 await self.write_superblock(self.sb.with_state(BdevState.CLEAN))
                 self.cset.events.emit("bcache_clean", volume=self.name)
+                if self.cset.gc.after_writeback:
+                    self.cset.gc.force()
         self.state_changed.wake_all()
 
     async def set_cache_mode(self, mode: CacheMode) -> int:

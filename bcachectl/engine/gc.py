@@ -109,6 +109,12 @@ class Gc:
         """Look again whether there is reason to run."""
         self.queue.wake_all()
 
+    def force(self) -> None:
+        """Run once, if anything changed since the last run."""
+        if self.btree_changed():
+            self.sectors_to_gc = -1
+            self.wake()
+
     async def run_now(self) -> None:
         """Run, and return when a whole run that began after this call is done."""
         cset = self.cset
@@ -122,7 +128,7 @@ class Gc:
         """The gc thread (btree.c, bch_gc_thread)."""
         cset = self.cset
         while not (cset.stopping or cset.io_disabled):
-            if self.forced or self.sectors_to_gc < 0 or (cset.alloc.invalidate_needs_gc and self._could_help()):
+            if self.forced or self.sectors_to_gc < 0 or (cset.alloc.invalidate_needs_gc and self.btree_changed()):
                 self.forced = False
                 await self._collect()
                 await cset.movinggc.run()
@@ -133,7 +139,8 @@ class Gc:
                 await self.queue.wait()
         self.done.wake_all()
 
-    def _could_help(self) -> bool:
+    def btree_changed(self) -> bool:
+        """Whether a run could find anything that the last one did not."""
         return self.cset.btree.changes != self.changes_seen
 
     async def _collect(self) -> None:

@@ -152,6 +152,9 @@ def should_bypass(dev: CachedDev, request: Request, sector: int) -> bool:
         or (sector | request.nsectors) & mask
     ):
         dev.stats.bypassed_sectors += request.nsectors
+        if cset.buckets.in_use_percent > CUTOFF_CACHE_ADD and not dev.has_dirty:
+            # Clean and yet full: what is in use may just not have been looked at for long.
+            cset.gc.force()
         return True
     congested = cset.congestion.limit_sectors()
     if not congested and not dev.sequential_cutoff:
