@@ -33,8 +33,6 @@ PROGRAM = "bcachectl"
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-EXIT_PIPE = 141
-"""What a shell reports of a program that the end of a pipe stopped; nobody is left to read a message."""
 
 
 class Command(NamedTuple):
@@ -106,9 +104,9 @@ def run(words: Sequence[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
-        # Python flushes stdout again when it exits; give it something that takes the bytes.
+        # Nobody is left to read a message.  Python flushes stdout again when it exits: give it what takes the bytes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
+        return EXIT_FAILED
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else EXIT_FAILED
     except BaseException as error:
@@ -198,14 +196,20 @@ def _stand_in(command: Command) -> Callable[[], None]:
     return stand_in
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"{PROGRAM} {__version__}")
+        raise typer.Exit()
+
+
+# Typer reads the options of the program from here; they are acted upon elsewhere.
 def _global_options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True,
+                                          callback=_print_version)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error; works after a verb too.")]
     = False,
 ) -> None:
-    if version:
-        print(f"{PROGRAM} {__version__}")
-        raise typer.Exit()
+    pass
 
 
 def _before_dashes(words: Sequence[str]) -> Sequence[str]:

@@ -169,7 +169,8 @@ def test_wrong_options_for_a_cache(cli: Cli, cache: Path, words: list[str], stat
 
 @pytest.mark.parametrize(("words", "status", "why"), [
     (["--data-offset", "15"], 2, "minimum"), (["--data-offset", "17"], 3, "no multiple"),
-    (["-o", "100x"], 2, "unknown unit"), (["-o", "100"], 3, "no multiple"), (["-o", "1G"], 3, "leaves no room"), (["-o", "9kb"], 3, "no multiple"),
+    (["-o", "100x"], 2, "unknown unit"), (["-o", "100"], 3, "no multiple"),
+    (["-o", "1G"], 3, "leaves no room"), (["-o", "9kb"], 3, "no multiple"),
     (["--label", "x" * 32], 2, "31 bytes"), (["--discard"], 2, "--cache"), (["--replacement", "lru"], 2, "--cache"),
     (["--writeback", "--cache-mode", "none"], 2, "contradict")])
 def test_wrong_options_for_a_backing_device(cli: Cli, backing: Path, words: list[str], status: int, why: str) -> None:
