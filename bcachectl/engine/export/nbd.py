@@ -24,6 +24,7 @@ event will come for those, hence every `Connection.flush` that makes room parses
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import select
 import socket
@@ -57,6 +58,8 @@ from bcachectl.errors import DeviceError, WrongState
 RX_BYTES = 256 << 10
 ARENA_BYTES = 2 << 20
 """Transmit arena of a connection: replies to reads that were served at once."""
+LARGE_BYTES = 64 << 10
+"""From this size on a quick reply's data is page-aligned, which the kernel copies faster, and sent at once."""
 MAX_QUICK_BYTES = 1 << 20
 """A longer read takes the way of all other requests."""
 MAX_IN_FLIGHT = 1024
@@ -195,7 +198,7 @@ class Connection:
         elif handshake.volume is not None:
             self.volume = handshake.volume
             self.size_bytes = self.volume.size_sectors << 9
-            self._arena = memoryview(bytearray(ARENA_BYTES))
+            self._arena = memoryview(mmap.mmap(-1, ARENA_BYTES))
 
     def _transmit(self) -> None:
         # The hot loop: everything it needs is a local variable.
@@ -213,6 +216,8 @@ class Connection:
             if command == 0 and not flags and not (offset | length) & 511 and magic == 0x25609513 \
                     and 0 < length <= MAX_QUICK_BYTES and offset + length <= size_bytes and quick_fd >= 0:
                 data_start = filled + header_bytes
+                if length >= LARGE_BYTES:
+                    data_start = (data_start + PAGE_BYTES - 1) & -PAGE_BYTES
                 data_end = data_start + length
                 if data_end > ARENA_BYTES:
                     self.blocked = True
@@ -224,12 +229,19 @@ class Connection:
                     except OSError:
                         got = 0
                     if got == length:
+                        header_start = data_start - header_bytes
+                        if header_start != filled:
+                            self._queue_arena(filled, header_start)
                         if structured:
-                            pack_chunk(arena, filled, wire.CHUNK_MAGIC, 1, 1, cookie, length + 8, offset)
+                            pack_chunk(arena, header_start, wire.CHUNK_MAGIC, 1, 1, cookie, length + 8, offset)
                         else:
-                            pack_simple(arena, filled, wire.SIMPLE_REPLY_MAGIC, 0, cookie)
+                            pack_simple(arena, header_start, wire.SIMPLE_REPLY_MAGIC, 0, cookie)
                         filled = data_end
                         start += 28
+                        if length >= LARGE_BYTES:
+                            self._arena_end = filled
+                            self._send()
+                            filled = self._arena_end
                         continue
             if self.in_flight >= MAX_IN_FLIGHT or self.in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
                 self.blocked = True
@@ -395,9 +407,7 @@ class Connection:
     def _send(self) -> bool:
         # True if everything has left.
         out = self.out
-        if self._arena_end > self._arena_queued:
-            out.append((self._arena[self._arena_queued:self._arena_end], None))
-            self._arena_queued = self._arena_end
+        self._queue_arena(self._arena_end, self._arena_end)
         try:
             while out:
                 if len(out) == 1:
@@ -418,6 +428,12 @@ class Connection:
             return False
         self._arena_queued = self._arena_end = 0
         return True
+
+    def _queue_arena(self, end: int, start: int) -> None:
+        # What the arena holds up to ``end`` is to be sent; what is sent after it begins at ``start``.
+        if end > self._arena_queued:
+            self.out.append((self._arena[self._arena_queued:end], None))
+        self._arena_queued = start
 
     def _release_sent(self, buffer: Buffer) -> None:
         self.in_flight_bytes -= buffer.capacity_bytes
