@@ -15,9 +15,9 @@ import pytest
 
 from tests import nbd_client
 from tests.acceptance import Acceptance
-from tests.engine_process import write_plan
 from tests.nbd_client import CMD_READ, CMD_WRITE, NbdClient, NegotiationError, list_exports
 from tests.stamps import draw
+from tests.writer import write_plan
 
 pytestmark = pytest.mark.export
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine_process import bcachectl
 from tests.vm import machine
+from tests.vm.engine_side import bcachectl
 
 MIB = 1 << 20
 
@@ -88,7 +88,7 @@ def test_t2_kernel_registers_what_format_writes(tmp_path: Path, series: str) -> 
         for path, size_bytes in ((cache, shape.cache_bytes), (backing, shape.backing_bytes)):
             with path.open("wb") as file:
                 file.truncate(size_bytes)
-        bcachectl("format", "--cache", cache, "--backing", backing, *shape.options)
+        bcachectl("format", "--cache", cache, "--backing", backing, *shape.options, directory=tmp_path)
         disks += [cache, backing]
         script += f"one {shape.name} vd{chr(97 + 2 * number)} vd{chr(98 + 2 * number)}\n"
     done = machine.run(script, disks, share, series=series).check()

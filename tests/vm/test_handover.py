@@ -21,9 +21,12 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance import Acceptance, acceptance_of_run
-from tests.engine_process import EngineProcess, bcachectl, write_plan
+from tests.export.engine import Engine
+from tests.nbd_client import NbdClient
 from tests.stamps import draw
+from tests.vm.engine_side import bcachectl, engine_on
 from tests.vm.kernel_side import Visit, plan_for
+from tests.writer import write_plan
 
 DATA_OFFSET_BYTES = 8192
 BACKING_BYTES = 40 << 20
@@ -64,19 +67,19 @@ class Handed:
     case: Case
     directory: Path
 
-    def engine(self) -> EngineProcess:
+    def engine(self) -> Engine:
         """The engine on the set, reading and writing."""
-        return EngineProcess(self.cache, [self.backing], tunables={"cache_mode": self.case.mode})
+        return engine_on(self.directory, self.cache, [self.backing], "--set", f"cache_mode={self.case.mode}")
 
     def visit(self, name: str) -> Visit:
         """A boot of the kernel on the set."""
         return Visit(self.directory / name, cache=self.cache, backings=[self.backing], series=self.case.series)
 
-    def engine_writes_until_killed(self, engine: EngineProcess, acceptance: Acceptance, seed: int) -> None:
+    def engine_writes_until_killed(self, engine: Engine, acceptance: Acceptance, seed: int) -> None:
         """The engine is killed after ``first_kill`` acknowledged writes, with eight requests in flight."""
         plan = draw(**plan_for(seed, SIZE_BYTES, reads=0.3, hot=0.3))
-        ended = write_plan(engine.client(), plan, acceptance, seed=seed, fua=0.04, stop_after=self.case.first_kill,
-                           on_write=engine.process.kill)
+        ended = write_plan(NbdClient(engine.socket()), plan, acceptance, seed=seed, fua=0.04, stop_after=self.case.first_kill,
+                           on_write=engine.kill)
         assert not ended, "the plan came to its end before the kill"
         assert acceptance.acknowledged_writes() >= self.case.first_kill
         assert acceptance.completed_flushes() > 3
@@ -89,7 +92,7 @@ def format_set(case: Case, directory: Path) -> Handed:
         with path.open("wb") as file:
             file.truncate(size_bytes)
     bcachectl("format", "--cache", cache, "--backing", backing, "--bucket-size", case.bucket,
-              "--block-size", case.block)
+              "--block-size", case.block, directory=directory)
     return Handed(cache, backing, case, directory)
 
 
@@ -120,12 +123,12 @@ def test_t7_t8_three_handovers_in_a_row(case: Case, tmp_path: Path) -> None:
     acceptance = acceptance_of_run(draw(**plan), seed=2, last_acknowledged=seen.last_acknowledged,
                                    size_bytes=SIZE_BYTES, initial=seen.contents[0])
     with handed.engine() as engine:
-        content = engine.client().read_all()
+        content = NbdClient(engine.socket()).read_all()
         assert acceptance.judge(content) == [], "kernel killed, engine reads"
         acceptance = Acceptance(SIZE_BYTES, content)
         handed.engine_writes_until_killed(engine, acceptance, seed=3)
 
-    ours = bcachectl("dump", "btree", "--format=kernel", handed.cache).stdout
+    ours = bcachectl("dump", "btree", "--format=kernel", handed.cache, directory=tmp_path)
     visit = handed.visit("kernel-reads")
     visit.register()
     visit.btree()
@@ -138,5 +141,5 @@ def test_t7_t8_three_handovers_in_a_row(case: Case, tmp_path: Path) -> None:
     assert seen.result.complaints() == []
 
     with handed.engine() as engine:
-        assert engine.client().read_all() == seen.contents[0], "kernel stopped, engine reads"
-        engine.stop()
+        assert NbdClient(engine.socket()).read_all() == seen.contents[0], "kernel stopped, engine reads"
+        assert engine.stop() == 0
