@@ -16,7 +16,7 @@ TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", autocompletion=
 
 def get(
     target: TargetArgument,
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default=False,
                                                       help="Names as in sysfs; by default all.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -17,7 +17,7 @@ from bcachectl.units import format_uuid
 from bcachectl.views import listing, table
 
 DevicesOption = Annotated[list[str] | None, typer.Argument(
-    metavar="[DEVICE...]", autocompletion=complete_device, show_default=False,
+    metavar="DEVICE", autocompletion=complete_device, show_default=False,
     help="Image files, or devices, to look at besides those that are found.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Go on, and print what comes, changes and goes.")]
 

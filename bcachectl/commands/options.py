@@ -31,7 +31,7 @@ Force = Annotated[list[str] | None, typer.Option("--force", metavar="HAZARD",
                                                  help="Override one safety check, by the word that the refusal names.")]
 DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", autocompletion=complete_device, show_default=False,
                                                help="A block device or a file that holds an image.")]
-DevicesArgument = Annotated[list[str], typer.Argument(metavar="DEVICE...", autocompletion=complete_device,
+DevicesArgument = Annotated[list[str], typer.Argument(metavar="DEVICE", autocompletion=complete_device,
                                                       show_default=False,
                                                       help="Block devices or files that hold an image.")]
 SetArgument = Annotated[str, typer.Argument(metavar="SET", autocompletion=complete_device, show_default=False,

@@ -18,7 +18,7 @@ from bcachectl.errors import UsageError
 
 def set_tunables(
     target: TargetArgument,
-    settings: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", show_default=False,
+    settings: Annotated[list[str], typer.Argument(metavar="NAME=VALUE", show_default=False,
                                                   help="Names and values as in sysfs.")],
     dry_run: DryRun = False,
     as_json: Json = False,

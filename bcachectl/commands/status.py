@@ -15,7 +15,7 @@ from bcachectl.views.status import status_page
 
 
 def status(
-    target: Annotated[str | None, typer.Argument(metavar="[SET|VOLUME]", autocompletion=complete_device,
+    target: Annotated[str | None, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_device,
                                                  show_default=False,
                                                  help="What to show; by default the only set that runs.")] = None,
     as_json: Json = False,
