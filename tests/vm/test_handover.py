@@ -78,8 +78,8 @@ class Handed:
     def engine_writes_until_killed(self, engine: Engine, acceptance: Acceptance, seed: int) -> None:
         """The engine is killed after ``first_kill`` acknowledged writes, with eight requests in flight."""
         plan = draw(**plan_for(seed, SIZE_BYTES, reads=0.3, hot=0.3))
-        ended = write_plan(NbdClient(engine.socket()), plan, acceptance, seed=seed, fua=0.04, stop_after=self.case.first_kill,
-                           on_write=engine.kill)
+        ended = write_plan(NbdClient(engine.socket()), plan, acceptance, seed=seed, fua=0.04,
+                           stop_after=self.case.first_kill, on_write=engine.kill)
         assert not ended, "the plan came to its end before the kill"
         assert acceptance.acknowledged_writes() >= self.case.first_kill
         assert acceptance.completed_flushes() > 3
