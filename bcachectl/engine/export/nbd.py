@@ -62,6 +62,7 @@ LARGE_BYTES = 64 << 10
 """From this size on a quick reply's data is page-aligned, which the kernel copies faster, and sent at once."""
 MAX_QUICK_BYTES = 1 << 20
 """A longer read takes the way of all other requests."""
+RECEIVES_PER_TURN = 16
 MAX_IN_FLIGHT = 1024
 MAX_IN_FLIGHT_BYTES = 64 << 20
 MAX_CONNECTIONS = 128
@@ -149,24 +150,28 @@ class Connection:
             self.flush()
 
     def _receive(self) -> None:
+        # One call for requests, since all that has come fits; for the payload of a large write as many as it takes.
         try:
-            if self._payload is not None:
-                pending, data, sector, got = self._payload
-                count = self.sock.recv_into(data[got:])
-                if got + count < len(data):
-                    self._payload = pending, data, sector, got + count
+            for _ in range(RECEIVES_PER_TURN):
+                if self._payload is not None:
+                    pending, data, sector, got = self._payload
+                    count = self.sock.recv_into(data[got:])
+                    if got + count < len(data):
+                        self._payload = pending, data, sector, got + count
+                    else:
+                        self._payload = None
+                        self._submit(REQ_WRITE, pending, sector, data)
                 else:
-                    self._payload = None
-                    self._submit(REQ_WRITE, pending, sector, data)
-            else:
-                count = self.sock.recv_into(self._rx[self._rx_end:])
-                self._rx_end += count
-                self._parse()
+                    count = self.sock.recv_into(self._rx[self._rx_end:])
+                    self._rx_end += count
+                    self._parse()
+                if not count:
+                    self.close()
+                if self._payload is None or not self.is_open:
+                    return
         except BlockingIOError:
             return
         except OSError:
-            count = 0
-        if not count:
             self.close()
 
     def _parse(self) -> None:
