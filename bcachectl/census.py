@@ -21,6 +21,9 @@ INITIAL_PRIO, BTREE_PRIO = 32768, 65535
 
 _COUNTER_BITS = 9
 _COUNTER_MAX = (1 << _COUNTER_BITS) - 1
+_CHUNK = 1 << 16
+"""Buckets looked at at a time: numpy widens what it counts to 64 bits, and that much stays in the processor's cache."""
+
 _DIRTY_SHARE = 4
 """A cell counts as dirty if one in so many of its buckets is: dirty data is what must not be overlooked."""
 
@@ -37,7 +40,13 @@ def census(state: U8, sectors_used: U16, *, bucket_size_sectors: int,
     parts = -(-nbuckets // (wanted * _COUNTER_MAX))
     starts = np.arange(wanted * parts, dtype=np.int64) * nbuckets // (wanted * parts)
     weights = np.left_shift(np.uint64(1), np.arange(7, dtype=np.uint64) * np.uint64(_COUNTER_BITS))
-    packed = np.add.reduceat(np.take(weights, state), starts)
+    packed = np.empty(len(starts), np.uint64)
+    step = max(1, len(starts) * _CHUNK // nbuckets)
+    for first in range(0, len(starts), step):
+        low = int(starts[first])
+        high = int(starts[first + step]) if first + step < len(starts) else nbuckets
+        part = starts[first:first + step] - low
+        packed[first:first + step] = np.add.reduceat(np.take(weights, state[low:high]), part)
     shifts = np.arange(7, dtype=np.uint64) * np.uint64(_COUNTER_BITS)
     counts = ((packed[:, None] >> shifts) & np.uint64(_COUNTER_MAX)).astype(np.int64)
     counts = counts.reshape(wanted, parts, 7).sum(axis=1)
@@ -57,7 +66,10 @@ def census(state: U8, sectors_used: U16, *, bucket_size_sectors: int,
 
 def gen_snapshot(gen: U8, last_gc: U8, *, need_gc: int) -> GenSnapshot:
     """How far gens are ahead of the oldest pointers."""
-    counts = np.bincount(gen - last_gc, minlength=256)
+    distance = gen - last_gc
+    counts = np.zeros(256, np.int64)
+    for first in range(0, len(distance), _CHUNK):
+        counts += np.bincount(distance[first:first + _CHUNK], minlength=256)
     farthest = int(np.flatnonzero(counts)[-1]) if len(gen) else 0
     histogram = [*counts[:GEN_GUARD].tolist(), int(counts[GEN_GUARD:].sum())]
     return GenSnapshot(histogram=tuple(histogram), max=farthest, need_gc=need_gc)
@@ -66,7 +78,9 @@ def gen_snapshot(gen: U8, last_gc: U8, *, need_gc: int) -> GenSnapshot:
 def prio_snapshot(prio: U16, *, bucket_size_sectors: int, min_prio: int | None = None,
                   rescale_sectors: int | None = None) -> PrioSnapshot:
     """Priorities as priority_stats tells them, from a count of each priority instead of a sort (sysfs.c)."""
-    counts = np.bincount(prio, minlength=BTREE_PRIO + 1)
+    counts = np.zeros(BTREE_PRIO + 1, np.int64)
+    for first in range(0, len(prio), 4 * _CHUNK):
+        counts += np.bincount(prio[first:first + 4 * _CHUNK], minlength=BTREE_PRIO + 1)
     # Descending priorities: rank r is in the first group whose running total exceeds r.
     running = np.cumsum(counts[BTREE_PRIO - 1:0:-1])
     count = int(running[-1])
