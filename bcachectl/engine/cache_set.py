@@ -16,6 +16,7 @@ Kernel: super.c.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -128,6 +129,10 @@ class CacheSet:
         if sb.nr_in_set != 1:
             raise WrongState(
                 f"{self.cache.name} is one of {sb.nr_in_set} caches of its set; only sets of one cache are supported"
+            )
+        if sb.geometry.node_blocks < 2 and not self.read_only:
+            raise WrongState(
+                f"{self.cache.name} has btree nodes of one block, which can never be added to (kernels crash on it)"
             )
         if not sb.cache_sync:
             if self.read_only:
@@ -272,7 +277,9 @@ class CacheSet:
         )
         if not await self.uuid_array.write():
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
-        error = await dev.set_superblock(replace(dev.sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid))
+        error = await dev.set_superblock(
+            lambda sb: replace(sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid)
+        )
         if error:
             raise DeviceError(f"{dev.backing.name}: error {error} writing the superblock", errno=error)
         return slot
@@ -457,7 +464,7 @@ class CacheSet:
     def count_io_error(self, error: int, what: str) -> None:
         """Count an error of the cache device; at the limit the set fails (io.c, bch_count_io_errors).
 
-        Counted in fixed point: with io_error_halflife set (in units of 88 I/Os), each unit takes 1/128 of the count away.
+        Counted in fixed point: with io_error_halflife set (in units of 88 I/Os), each unit takes 1/128 of it away.
         """
         self.io_errors_seen += 1
         self.events.emit("bcache_io_error", errno=error, what=what)
@@ -492,11 +499,13 @@ class CacheSet:
 
     # The superblock.
 
-    async def write_superblock(self, sb: Superblock) -> None:
-        """Put ``sb`` in force and write it (super.c, bcache_write_super); sectors that its first one vouches for go
-        first.
+    async def write_superblock(self, change: Callable[[Superblock], Superblock] | None = None) -> None:
+        """Apply a change to the superblock as it is when its turn comes, and write it (super.c, bcache_write_super).
+
+        Sectors that the first one vouches for, the list of journal buckets, go first.
         """
         async with self.sb_lock:
+            sb = self.sb if change is None else change(self.sb)
             version = 3 if sb.version == 0 else sb.version
             self.sb = replace(sb, version=version, seq=sb.seq + 1, last_mount=self.sched.wall_s & 0xFFFFFFFF)
             raw = encode_superblock(self.sb, self.raw)
@@ -515,12 +524,12 @@ class CacheSet:
     async def set_replacement(self, policy: Replacement) -> None:
         """Change the replacement policy, now and in the superblock."""
         self.alloc.replacement = policy
-        await self.write_superblock(self.sb.with_replacement(policy))
+        await self.write_superblock(lambda sb: sb.with_replacement(policy))
 
     async def set_discard(self, enabled: bool) -> None:
         """Turn discard on or off, now and in the superblock."""
         self.alloc.discard = enabled
-        await self.write_superblock(self.sb.with_discard(enabled))
+        await self.write_superblock(lambda sb: sb.with_discard(enabled))
 
     # Running.
 

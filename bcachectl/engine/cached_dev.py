@@ -20,6 +20,7 @@ Invariant: ``has_dirty`` is set whenever a dirty extent of the device exists or 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -300,24 +301,37 @@ class CachedDev:
             await self._pass_through(request)
 
     async def _pass_through(self, request: Request) -> None:
-        # Without a cache: the backing device alone (request.c, detached_dev_do_request).
+        # Without a cache: the backing device alone (request.c, detached_dev_do_request).  Writes are known to be in
+        # flight all the same: an attach may complete meanwhile, and no read miss may then keep what such a write is
+        # about to change.
         sector = request.sector + self.data_offset
         backing = self.backing
+        if request.op in (REQ_READ, REQ_FLUSH, REQ_STATUS):
+            error = 0
+            if request.op == REQ_READ:
+                error = await backing.read(sector, request.buf)
+            elif request.op == REQ_STATUS:
+                request.extents.append((request.nsectors, EXTENT_HOLE))
+            elif not self.read_only:
+                error = await backing.flush()
+            self.give_back(request, self.count_backing_error(error))
+            return
+        claim = await self.ranges.enter(sector, sector + request.nsectors)
+        if self.attached and not self.cset.io_disabled:
+            # It was attached while we waited.
+            self.ranges.leave(claim)
+            await self._handle(request)
+            return
         flags = path.io_flags(request)
         error = 0
-        if request.op == REQ_READ:
-            error = await backing.read(sector, request.buf)
-        elif request.op == REQ_STATUS:
-            request.extents.append((request.nsectors, EXTENT_HOLE))
-        elif request.op == REQ_FLUSH:
-            error = 0 if self.read_only else await backing.flush()
-        elif request.op == REQ_DISCARD:
+        if request.op == REQ_DISCARD:
             if backing.can_discard:
                 await backing.discard(sector, request.nsectors)
         elif request.op == REQ_WRITE_ZEROES:
             error = await backing.write_zeroes(sector, request.nsectors, flags)
         else:
             error = await backing.write(sector, request.buf, flags)
+        self.ranges.leave(claim)
         self.give_back(request, self.count_backing_error(error))
 
     def count_backing_error(self, error: int) -> int:
@@ -348,10 +362,10 @@ class CachedDev:
             self.durable_state = sb.state
         return error
 
-    async def set_superblock(self, sb: Superblock) -> int:
-        """`write_superblock` with the lock taken."""
+    async def set_superblock(self, change: Callable[[Superblock], Superblock]) -> int:
+        """Apply a change to the superblock as it is when its turn comes, and write it; returns an errno."""
         async with self.sb_lock:
-            return await self.write_superblock(sb)
+            return await self.write_superblock(change(self.sb))
 
     async def become_dirty(self) -> int:
         """Before dirty data is acknowledged: the superblock says DIRTY, durably (writeback.h, bch_writeback_add)."""
@@ -381,11 +395,11 @@ class CachedDev:
 
     async def set_cache_mode(self, mode: CacheMode) -> int:
         """Change the cache mode and write the superblock; dirty data stays and is written back in time."""
-        return await self.set_superblock(self.sb.with_cache_mode(mode))
+        return await self.set_superblock(lambda sb: sb.with_cache_mode(mode))
 
     async def set_label(self, label: bytes) -> int:
         """Change the label, at most 32 bytes, in the superblock and in the uuid entry."""
-        error = await self.set_superblock(replace(self.sb, label=label.ljust(32, b"\0")))
+        error = await self.set_superblock(lambda sb: replace(sb, label=label.ljust(32, b"\0")))
         if not error and self.attached:
             entry = self.cset.uuids[self.slot]
             self.cset.uuids[self.slot] = replace(entry, label=label.ljust(32, b"\0"))
@@ -423,7 +437,7 @@ class CachedDev:
         async with self.sb_lock:
             error = await self.backing.flush() or await self.write_superblock(self.sb.with_state(BdevState.CLEAN))
             if not error:
-                error = await self.write_superblock(replace(self.sb.with_state(BdevState.NONE), set_uuid=bytes(16)))
+                error = await self.write_superblock(untied(self.sb))
         if error:
             self.detaching = False
             cset.events.emit("bcache_detach_failed", volume=self.name, errno=error)
@@ -448,11 +462,15 @@ class CachedDev:
             and not self.dirty_sectors
         ):
             # From now on the cached data ages: no one may take it for the device's again.
-            cut = replace(self.sb.with_state(BdevState.NONE), set_uuid=bytes(16))
-            if not self.read_only and await self.set_superblock(cut):
+            if not self.read_only and await self.set_superblock(untied):
                 self.io_disable = True
             else:
                 self.attached = False
         elif self.attached:
             self.io_disable = True
         self.state_changed.wake_all()
+
+
+def untied(sb: Superblock) -> Superblock:
+    """The superblock of a device that belongs to no set."""
+    return replace(sb.with_state(BdevState.NONE), set_uuid=bytes(16))

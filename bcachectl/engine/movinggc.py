@@ -15,6 +15,7 @@ from bcachectl.engine.alloc import Reserve
 from bcachectl.engine.buckets import MARK_METADATA
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.sched import Task
+from bcachectl.errors import Corrupt
 from bcachectl.ondisk.bkey import INODE_SHIFT
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ class MovingGc:
 
     async def run(self) -> None:
         """Move the live data of the chosen buckets, if enabled."""
+        try:
+            await self._run()
+        except Corrupt as bad:
+            self.cset.fail(str(bad))
+
+    async def _run(self) -> None:
         cset = self.cset
         if not self.enabled or cset.io_disabled or cset.stopping or not self.choose_sources():
             return
@@ -69,7 +76,7 @@ class MovingGc:
             for extent in self._keys_to_move(leaf.overlapping(position, leaf.end)):
                 if len(tasks) >= MOVING_IN_FLIGHT:
                     await tasks.pop(0)
-                tasks.append(cset.sched.spawn(self._move(extent), "moving gc"))
+                tasks.append(cset.sched.spawn(self._move_or_fail(extent), "moving gc"))
             if leaf.end == cset.btree.root.end:
                 break
             position = leaf.end
@@ -86,6 +93,12 @@ class MovingGc:
             and not buckets.is_stale(extent.ptr)
             and buckets.move_at[buckets.bucket_of(extent.ptr)]
         ]
+
+    async def _move_or_fail(self, extent: Extent) -> None:
+        try:
+            await self._move(extent)
+        except Corrupt as bad:
+            self.cset.fail(str(bad))
 
     async def _move(self, extent: Extent) -> None:
         cset = self.cset

@@ -67,7 +67,7 @@ async def start_existing(cset: CacheSet) -> None:
     await _replay(cset, entries, pins)
     if cset.failed:
         raise Corrupt(cset.cache.name, cset.failed)
-    await cset.write_superblock(cset.sb)
+    await cset.write_superblock()
 
 
 def _mark_journal(cset: CacheSet, entries: list[Jset]) -> dict[int, JournalPin]:
@@ -160,4 +160,4 @@ async def start_new(cset: CacheSet) -> None:
         raise Corrupt(cset.cache.name, cset.failed or "the first journal entry could not be written")
     cset.run_late_threads()
     # Only now: with CACHE_SYNC before the first entry a crash would leave a set that cannot start.
-    await cset.write_superblock(cset.sb.with_sync(True))
+    await cset.write_superblock(lambda sb: sb.with_sync(True))

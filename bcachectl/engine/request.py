@@ -46,6 +46,7 @@ from bcachectl.engine.front import (
 )
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.sched import FUA, PREFLUSH, Io, WaitQueue
+from bcachectl.errors import Corrupt
 from bcachectl.ondisk.bkey import pack_key
 from bcachectl.ondisk.superblock import CacheMode
 
@@ -86,7 +87,10 @@ class Fill:
 
 
 class Ranges:
-    """What is in flight on one device: writes, which exclude each other where they overlap, and fills."""
+    """What is in flight on one device: writes, which exclude each other where they overlap, and fills.
+
+    Ranges are sectors of the backing device, so they hold across an attach and a detach.
+    """
 
     __slots__ = ("writes", "fills", "queue")
 
@@ -310,7 +314,7 @@ async def read(dev: CachedDev, request: Request) -> None:
         fill = None
         if way == THROUGH and pass_.gaps and not cset.stopping and not cset.read_only:
             low, high, _io = pass_.gaps[0]
-            fill = dev.ranges.begin_fill(low, min(high, low + FILL_SECTORS_MAX))
+            fill = dev.ranges.begin_fill(low - dev.base, min(high, low + FILL_SECTORS_MAX) - dev.base)
         error, raced = await _finish_reads(dev, pass_)
         if raced and not error:
             if fill is not None:
@@ -321,12 +325,16 @@ async def read(dev: CachedDev, request: Request) -> None:
     copy = b""
     if fill is not None and not error and not fill.cancelled:
         # The client gets its buffer back before the cache is written.
-        copy = bytes(view[(fill.start - start) << 9 : (fill.end - start) << 9])
+        copy = bytes(view[(fill.start - sector) << 9 : (fill.end - sector) << 9])
     dev.finish(request, error)
     if fill is None:
         return
     if copy:
-        await _fill(dev, fill, copy, request.stream)
+        try:
+            await _fill(dev, fill, start - sector, copy, request.stream)
+        except Corrupt as bad:
+            # The client has its answer already.
+            cset.fail(str(bad))
     dev.ranges.fills.remove(fill)
 
 
@@ -375,18 +383,19 @@ async def _finish_reads(dev: CachedDev, pass_: _Read) -> tuple[int, bool]:
     return worst, raced
 
 
-async def _fill(dev: CachedDev, fill: Fill, data: bytes, stream: int) -> None:
+async def _fill(dev: CachedDev, fill: Fill, base: int, data: bytes, stream: int) -> None:
     # Puts a read miss into the cache; never waits for room.  Not journaled: if it is lost, the next read is a miss
     # again.
     cset = dev.cset
     view = memoryview(data)
-    position = fill.start
-    while position < fill.end and not cset.io_disabled:
-        piece = cset.sectors.alloc_nowait(position, fill.end - position, write_point=stream, flash=False)
+    first, end = fill.start + base, fill.end + base
+    position = first
+    while position < end and not cset.io_disabled:
+        piece = cset.sectors.alloc_nowait(position, end - position, write_point=stream, flash=False)
         if piece is None:
             return
         stop = position + piece.nsectors
-        part = view[(position - fill.start) << 9 : (stop - fill.start) << 9]
+        part = view[(position - first) << 9 : (stop - first) << 9]
         error = await cset.cache.write((piece.ptr >> 8) & PTR_SECTOR_MASK, part)
         if error:
             cset.count_io_error(error, "filling the cache")
@@ -417,7 +426,7 @@ async def write(dev: CachedDev, request: Request) -> None:
     sector = request.sector + dev.data_offset
     start = dev.base + sector
     end = start + request.nsectors
-    claim = await dev.ranges.enter(start, end)
+    claim = await dev.ranges.enter(sector, sector + request.nsectors)
     try:
         dev.writeback.forget(start, end)
         if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):

@@ -197,6 +197,12 @@ class Writeback:
 
     async def run(self) -> None:
         """Write back until the device is detached or the set stops (writeback.c, bch_writeback_thread)."""
+        try:
+            await self._run()
+        except Corrupt as bad:
+            self.dev.cset.fail(str(bad))
+
+    async def _run(self) -> None:
         dev = self.dev
         sched = dev.cset.sched
         while not self._ended:
@@ -255,7 +261,7 @@ class Writeback:
                     # A write under way has newer data for the backing device, and its key is not in the map yet.
                     # Later writes drop what they overlap from `waiting`; so all that is in there is the newest there
                     # is.
-                    if not dev.ranges.writing(extent.start, extent.end):
+                    if not dev.ranges.writing(extent.start - dev.base, extent.end - dev.base):
                         self.waiting.append(extent)
                     position = extent.end
                     if len(self.waiting) >= KEYBUF_KEYS:
