@@ -40,6 +40,9 @@ crash: setup-dev ## power loss at every point of every story, three times (about
 vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12 for one kernel only
 	$(if $(KERNEL),BCACHECTL_VM_KERNEL=$(KERNEL)) $(PYTEST) -n $(WORKERS) -m vm
 
+docs: setup-dev ## write the manual pages anew from the program's help
+	COLUMNS=100 $(BIN)/python man/generate.py
+
 clean: ## remove the virtual environment and all caches of this tree
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
