@@ -296,7 +296,7 @@ class EngineHost:
 
     def _bdev(self, index: int) -> Bdev:
         medium = self.media[index]
-        return Bdev(self.sched, index, medium.path, size_sectors=medium.size_bytes >> 9,
+        return Bdev(self.sched, index, os.path.abspath(medium.path), size_sectors=medium.size_bytes >> 9,
                     atomic_sectors=medium.logical_block_bytes >> 9, optimal_io_sectors=medium.optimal_io_bytes >> 9,
                     can_discard=medium.can_discard, read_only=medium.read_only)
 

@@ -86,7 +86,7 @@ class LoopExport:
                 await self.loop.sched.sleep_until(self.loop.sched.now_ns + RELEASE_POLL_NS)
         await self.loop.call_in_thread(self.file.unmount)
         self.file.abort()
-        Path(self.path).unlink(missing_ok=True)
+        self._remove_file()
 
     def abort(self) -> None:
         """The same at once, whoever uses the device."""
@@ -95,8 +95,13 @@ class LoopExport:
             detach(self.device, self.path)
             self.device = None
         self.file.unmount()
+        self._remove_file()
+
+    def _remove_file(self) -> None:
+        # The directory goes with its last file; what cannot be removed now is found by the next start.
         with contextlib.suppress(OSError):
-            Path(self.path).unlink()
+            os.unlink(self.path)
+            os.rmdir(os.path.dirname(self.path))
 
 
 def prepare_process() -> None:
