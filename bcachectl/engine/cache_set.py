@@ -341,12 +341,12 @@ class CacheSet:
         dev = self.cached_volume(name)
         self.refuse_read_only()
         dev.begin_detach()
-        while dev.attached and dev.detaching and not self.io_disabled:
+        while dev.attached and dev.detaching and not self.io_disabled and not dev.io_disable:
             await dev.state_changed.wait()
         if dev.attached:
-            raise WrongState(
-                f"{dev.backing.name} could not be detached: {self.failed or 'its superblock could not be written'}"
-            )
+            dev.detaching = False
+            why = self.failed or ("it was disabled after errors" if dev.io_disable else "its superblock was not written")
+            raise WrongState(f"{dev.backing.name} could not be detached: {why}")
 
     async def flush_volume(self, name: str) -> None:
         """Write all dirty data of a volume back, without detaching it; returns when nothing is dirty."""

@@ -345,6 +345,7 @@ class CachedDev:
                 self.io_disable = True
                 self.cset.events.emit("bcache_device_disabled", volume=self.name)
                 self.state_changed.wake_all()
+                self.writeback.wake()
         return error
 
     # The superblock.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.sched import NS_PER_S, WaitQueue
+from bcachectl.errors import Corrupt
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
@@ -193,7 +194,7 @@ class Writeback:
     @property
     def _ended(self) -> bool:
         cset = self.dev.cset
-        return self.stopping or cset.stopping or cset.io_disabled or not self.dev.attached
+        return self.stopping or cset.stopping or cset.io_disabled or self.dev.io_disable or not self.dev.attached
 
     async def run(self) -> None:
         """Write back until the device is detached or the set stops (writeback.c, bch_writeback_thread)."""
