@@ -67,6 +67,8 @@ class Journal:
         "keys",
         "blocks_free",
         "sector",
+        "resume_sector",
+        "resume_blocks",
         "cur_idx",
         "last_idx",
         "durable_last_seq",
@@ -97,6 +99,8 @@ class Journal:
         self.keys = bytearray()
         self.blocks_free = 0
         self.sector = 0
+        self.resume_sector = 0
+        self.resume_blocks = 0
         self.cur_idx = 0
         self.last_idx = 0
         self.durable_last_seq = 0
@@ -223,6 +227,11 @@ class Journal:
             self.blocks_free = geometry.bucket_size_sectors // geometry.block_size_sectors
             self.guarded = self.bucket_seq[self.cur_idx] >= self.durable_last_seq > 0
             self.bucket_seq[self.cur_idx] = 0
+            self.resume_blocks = 0
+        elif self.blocks_free == 0 and self.resume_blocks:
+            # An earlier start was interrupted after it had entered the last bucket there was; a replay that needs a
+            # new root would wait for room, which only the replay can make.  So that bucket is filled up.
+            self.sector, self.blocks_free, self.resume_blocks = self.resume_sector, self.resume_blocks, 0
         if not self.full:
             self.space.wake_all()
 
@@ -346,20 +355,26 @@ class Journal:
     async def read(self) -> list[Jset]:
         """The entries to replay, oldest first, none missing (journal.c, bch_journal_read); raises Corrupt.
 
-        Sets up where writing goes on: in the bucket after the newest entry's.
+        Sets up where writing goes on: in the bucket after the newest entry's, or behind that entry if none is free.
         """
         cset = self.cset
         geometry = cset.geometry
         found: dict[int, Jset] = {}
+        newest_seq = 0
         raw = bytearray(geometry.bucket_bytes)
         for index, bucket in enumerate(self.buckets):
             cset.check_io(await cset.cache.read(geometry.sector_of(bucket), raw, "journal"), f"journal bucket {bucket}")
-            for _offset, jset in walk_journal_bucket(raw, magic=self.magic, block_bytes=geometry.block_bytes):
+            for offset, jset in walk_journal_bucket(raw, magic=self.magic, block_bytes=geometry.block_bytes):
                 found.setdefault(jset.seq, jset)
                 self.bucket_seq[index] = max(self.bucket_seq[index], jset.seq)
+                if jset.seq > newest_seq:
+                    newest_seq = jset.seq
+                    end = offset + jset.blocks * geometry.block_bytes
+                    self.resume_sector = geometry.sector_of(bucket) + (end >> 9)
+                    self.resume_blocks = (geometry.bucket_bytes - end) // geometry.block_bytes
         if not found:
             raise Corrupt("journal", "no journal entries found")
-        newest = found[max(found)]
+        newest = found[newest_seq]
         missing = [seq for seq in range(newest.last_seq, newest.seq + 1) if seq not in found]
         if missing and not (
             cset.sb.discard and missing[-1] - missing[0] + 1 == len(missing) and missing[0] == newest.last_seq
