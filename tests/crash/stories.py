@@ -188,7 +188,7 @@ async def wait_state(w: World, volume: int, *states: BdevState) -> None:
         if w.superblock(volume).state in states or w.cset.failed:
             return
         await w.sleep(200)
-    raise AssertionError(f"the backing device stays {w.superblock(volume).state.name}")
+    assert not w.is_calm, f"the backing device stays {w.superblock(volume).state.name}"
 
 
 async def writeback(w: World) -> None:

@@ -51,6 +51,7 @@ class Set:
         self.events = self.btree = self
         self.prios = SimpleNamespace(current=[9])
         self.root = SimpleNamespace(level=0)
+        self.uuid_array = SimpleNamespace(journal_key=self.root_key)
         self.sync, self.io_disabled, self.stopping, self.read_only = True, False, False, False
         self.meta_sectors_written = 0
         self.leaves = [Leaf(number) for number in range(LEAVES)]
@@ -63,9 +64,6 @@ class Set:
         """No one looks."""
 
     def root_key(self) -> bytes:
-        return ROOT
-
-    def uuid_bucket_key(self) -> bytes:
         return ROOT
 
     def fail(self, text: str) -> None:

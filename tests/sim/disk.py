@@ -29,7 +29,8 @@ Discard
 Errors
     An Io can be told to fail with an errno (EIO unless said otherwise): the n-th Io of the disk, every Io that touches
     a bad sector, or all of them from the n-th on (the disk is gone).  A failed read leaves its buffer scrambled.  A
-    failed write may have written any units of itself, and counts as pending.  A failed flush flushed nothing.
+    failed write may have written any units of itself, and counts as pending.  A failed flush flushed nothing; a write
+    with PREFLUSH fails in its flush, and then nothing of it is written, or after it.
 """
 
 from __future__ import annotations
@@ -136,6 +137,10 @@ class SimDisk:
         if io.op == READ:
             io.buf[:] = b"\xde\xad" * (len(io.buf) // 2)
         elif io.op != FLUSH:
+            if held.flushes is not None:
+                if self.random.random() < 0.5:
+                    return
+                self._make_durable(held.flushes)
             image = memoryview(self.now)
             data = bytearray(image[io.sector * SECTOR:(io.sector + io.nsectors) * SECTOR])
             self._tear(data, held.data)
