@@ -10,7 +10,7 @@ KERNEL ?=
 SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden sim crash vm clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash vm docs clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Write the manual pages, section 8, one a verb, from the program's own help: ``python man/generate.py [DIRECTORY]``.
 
-What the help cannot know is here: examples, and what to read next.  `make docs` runs this; a test asks whether the pages
-are fresh.
+What the help cannot know is here: examples, and what to read next.  `make docs` runs this; a test asks whether the
+pages are fresh.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     "undo": [("bcachectl undo /var/lib/bcachectl/undo/wipe-sdb-1795200755.undo", "Put a wiped superblock back.")],
     "show": [("bcachectl show /dev/sdb", "The superblock, and whether the kernel would take it."),
              ("bcachectl show --format=bcache-super-show /dev/sdb", "As bcache-super-show prints it.")],
-    "dump": [("bcachectl dump btree --format=kernel cache.img", "Every live key, as the kernel's debugfs file has them."),
+    "dump": [("bcachectl dump btree --format=kernel cache.img", "Every live key, as the kernel's debugfs file has it."),
              ("bcachectl dump extents cache.img", "What is cached of each volume, and what of it is dirty."),
              ("bcachectl dump journal --json cache.img", "The journal with its keys, for programs.")],
     "where": [("bcachectl where /dev/sdb 0 2048 --cache /dev/nvme0n1p3", "The first MiB of a volume."),
@@ -64,7 +64,8 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
          "Try something out: all writes go to a file of their own.")],
     "engine list": [("bcachectl engine list", "What runs here.")],
     "engine stop": [("bcachectl engine stop", "Stop the only engine that runs.")],
-    "demo": [("bcachectl demo", "Twelve seconds of it."), ("bcachectl demo --seconds 60 --seed 7", "Longer, other load.")],
+    "demo": [("bcachectl demo", "Twelve seconds of it."),
+             ("bcachectl demo --seconds 60 --seed 7", "Longer, and another load.")],
 }
 
 
@@ -117,7 +118,8 @@ def _page(verb: str, command: Any) -> str:
     if arguments:
         lines.append(".SH ARGUMENTS")
         for argument in arguments:
-            lines += [".TP", f"\\fI{_text(argument.metavar or argument.name.upper())}\\fR", _sentence(argument.help or "")]
+            name_shown = _text(argument.metavar or argument.name.upper())
+            lines += [".TP", f"\\fI{name_shown}\\fR", _sentence(argument.help or "")]
     lines += _options(command, "OPTIONS")
     lines += [".SH EXIT STATUS"]
     for status, meaning in EXIT_STATUS:
@@ -131,7 +133,8 @@ def _page(verb: str, command: Any) -> str:
 
 def _head(name: str, summary: str) -> list[str]:
     return [".\\\" SPDX-License-Identifier: GPL-2.0-only", ".\\\" Made by man/generate.py; do not edit.",
-            f'.TH {name.upper()} 8 "" "bcachectl {__version__}" "bcachectl"', ".SH NAME", f"{name} \\- {_text(summary)}"]
+            f'.TH {name.upper()} 8 "" "bcachectl {__version__}" "bcachectl"',
+            ".SH NAME", f"{name} \\- {_text(summary)}"]
 
 
 def _options(command: Any, title: str) -> list[str]:
