@@ -20,7 +20,7 @@ import pytest
 from tests.require import all_required, need, need_root, need_tool
 
 TESTS = Path(__file__).resolve().parent
-GROUPS = ("unit", "property", "sim", "crash", "golden", "cli", "export", "vm")
+GROUPS = ("unit", "property", "sim", "crash", "golden", "cli", "export", "system", "vm")
 _HOLE_BYTES = 64 << 10
 
 # Machines differ in speed, and a run must be repeatable: no deadlines, and the same examples every time.
@@ -138,8 +138,8 @@ def loop_device() -> Generator[Callable[..., str], None, None]:
     need(os.path.exists("/dev/loop-control"), "loop devices")
     attached: list[str] = []
 
-    def attach(path: Path | str, *, read_only: bool = False, sector_bytes: int = 512) -> str:
-        command = [losetup, "--show", "--find", "--sector-size", str(sector_bytes)]
+    def attach(path: Path | str, *, read_only: bool = False, sector_bytes: int = 512, offset_bytes: int = 0) -> str:
+        command = [losetup, "--show", "--find", "--sector-size", str(sector_bytes), "--offset", str(offset_bytes)]
         if read_only:
             command.append("--read-only")
         # Two processes may be given the same free device; losetup then says so, and the next try finds another.
