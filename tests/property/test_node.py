@@ -49,7 +49,8 @@ class LeafMachine(RuleBasedStateMachine):
         self.next_sector = 1 << 20
 
     def fresh(self) -> Node:
-        return Node(ptr=SEED, bucket=3, level=0, end=MAX_POS, seq=77, nblocks=GEOMETRY.node_blocks)
+        return Node(ptr=SEED, bucket=3, level=0, end=MAX_POS, seq=77, nblocks=GEOMETRY.node_blocks,
+                    bucket_shift=GEOMETRY.bucket_shift)
 
     @rule(start=st.integers(0, SPACE - 1), size=st.integers(1, 24), kind=st.sampled_from(["clean", "dirty", "hole"]),
           sequential=st.booleans())
@@ -58,6 +59,9 @@ class LeafMachine(RuleBasedStateMachine):
             return
         if not sequential:
             self.next_sector += 1000
+        left = GEOMETRY.bucket_size_sectors - self.next_sector % GEOMETRY.bucket_size_sectors
+        if left < size:
+            self.next_sector += left
         first, last = self.base + start, self.base + start + size
         flags = {"clean": HAS_PTR, "dirty": HAS_PTR | DIRTY, "hole": 0}[kind]
         ptr = self.next_sector << 8 | 5 if flags else 0
@@ -112,6 +116,9 @@ class LeafMachine(RuleBasedStateMachine):
             assert end <= extent.start < extent.end
             assert meta & SIZE_MASK == extent.end - extent.start
             end = extent.end
+            if meta & HAS_PTR:
+                inside = (extent.ptr >> 8) % GEOMETRY.bucket_size_sectors
+                assert inside + extent.end - extent.start <= GEOMETRY.bucket_size_sectors, "an extent crosses a bucket"
             if meta & PENDING:
                 words += 3 if meta & HAS_PTR else 2
         assert words == self.node.pending_words
