@@ -174,6 +174,8 @@ class Allocator:
 
     def available_nowait(self, reserve: Reserve) -> int:
         """How many `alloc_nowait` calls for the reserve would succeed now."""
+        if self.cset.io_disabled:
+            return 0
         return len(self.free[Reserve.NONE]) + len(self.free[reserve])
 
     # Making buckets free.

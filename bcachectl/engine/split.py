@@ -281,6 +281,8 @@ class Splitter:
         geometry = cset.geometry
         root = new[0]
         if len(new) > 1:
+            if self.cset.alloc.available_nowait(Reserve.BTREE) == 0:
+                return False
             root = self._take(old.level + 1, MAX_POS)
             root.set_children([(node.end, node.ptr, node) for node in new])
             keys = b"".join(pack_key(node.end, geometry.node_sectors, False, node.ptr) for node in new)
