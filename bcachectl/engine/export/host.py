@@ -99,7 +99,7 @@ class EngineHost:
         self.stop_wait = WaitQueue(self.sched, "stop")
         self.loop.exports.append(self)
         self.cset.events.recording = self.trace is not None
-        self._volumes_seen = 0
+        self._volumes_seen = -1         # not yet exported
         self._is_failure_seen = False
 
     # Life
@@ -137,7 +137,7 @@ class EngineHost:
         if options.use_loop:
             for volume in self.cset.volumes:
                 await self._start_loop(volume)
-        self._volumes_seen = len(self.cset.volumes)
+        self._volumes_seen = self._volume_count()
 
     def ready(self) -> list[Ready]:
         """Where the volumes are."""
@@ -209,8 +209,10 @@ class EngineHost:
         if self.failed is not None and not self._is_failure_seen:
             self._is_failure_seen = True
             self.stop_wait.wake_all()
-        if self._volumes_seen and self._volumes_seen != len(self.cset.volumes):
-            self._volumes_seen = len(self.cset.volumes)
+        if self._volumes_seen >= 0 and self._volumes_seen != self._volume_count():
+            self._volumes_seen = self._volume_count()
+            if self.nbd is not None:
+                self.nbd.volumes = self.cset.volumes
             self.sched.spawn(self._follow_volumes(), "follow volumes")
 
     # What the control server asks of us
@@ -299,6 +301,10 @@ class EngineHost:
         return Bdev(self.sched, index, os.path.abspath(medium.path), size_sectors=medium.size_bytes >> 9,
                     atomic_sectors=medium.logical_block_bytes >> 9, optimal_io_sectors=medium.optimal_io_bytes >> 9,
                     can_discard=medium.can_discard, read_only=medium.read_only)
+
+    def _volume_count(self) -> int:
+        # Looked at once a turn, so without making the list of volumes.
+        return len(self.cset.devices) + len(self.cset.flash)
 
     async def _set_tunable(self, name: str, text: str) -> None:
         # A name belongs to the set, or to every volume that has it.

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Volumes that come and go while the engine runs are exported, and taken away, at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.export.engine import ROOT, Engine
+from tests.export.test_engine_run import make_set
+from tests.export.test_loop import is_left_behind
+from tests.nbd_client import NbdClient, list_exports
+from tests.require import need, need_root
+
+
+def run(engine: Engine, *words: str | Path) -> str:
+    done = subprocess.run([sys.executable, "-m", "bcachectl", *map(str, words)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "XDG_RUNTIME_DIR": engine.runtime.name}, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_over_nbd(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    second = tmp_path / "second.img"
+    with second.open("wb") as file:
+        file.truncate(16 << 20)
+    with Engine(tmp_path, *options, "--export", "nbd") as engine:
+        uuid = Path(engine.socket()).stem
+        run(engine, "volume", "create", uuid, "8M")
+        assert len(list_exports(engine.socket())) == 2
+        name = list_exports(engine.socket())[1]
+        with NbdClient(engine.socket(), name) as client:
+            assert client.size_bytes == 8 << 20
+            client.write(4096, b"f" * 8192)
+            client.flush()
+            run(engine, "volume", "remove", name, "--force=data")
+            with pytest.raises(OSError):
+                client.read(4096, 8192)
+        assert len(list_exports(engine.socket())) == 1
+        run(engine, "format", "--backing", second)
+        run(engine, "attach", second, uuid)
+        name = list_exports(engine.socket())[1]
+        with NbdClient(engine.socket(), name) as client:
+            client.write(0, b"s" * 4096, fua=True)
+        run(engine, "set", "bcache0", "cache_mode=writeback")
+        run(engine, "detach", name, "--wait")
+        with NbdClient(engine.socket(), name) as client:
+            assert client.read(0, 4096) == b"s" * 4096
+    assert (engine.status, engine.errors) == (0, "")
+    with second.open("rb") as file:
+        file.seek(8192)
+        assert file.read(4096) == b"s" * 4096
+
+
+def test_as_loop_devices(tmp_path: Path) -> None:
+    need_root()
+    need(os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"), "FUSE and loop devices")
+    options = make_set(tmp_path, backings=2)
+    with Engine(tmp_path, *options, "--export", "loop") as engine:
+        runtime = Path(engine.runtime.name)
+        assert len({volume["device"] for volume in engine.volumes}) == 2
+
+        def loops() -> int:
+            return len([left for left in is_left_behind(runtime) if left.startswith("loop")])
+
+        (uuid,) = (path.stem for path in runtime.rglob("*.sock"))
+        run(engine, "volume", "create", uuid, "8M")
+        wait_until(lambda: loops() == 3)
+        run(engine, "volume", "remove", "bcache2", "--force=data")
+        wait_until(lambda: loops() == 2)
+        assert engine.stop() == 0
+        assert engine.errors == ""
+        assert is_left_behind(runtime) == [str(runtime / "bcachectl")]
