@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -26,7 +27,9 @@ def attach(
         print(f"would ask the {live.source} of set {live.uuid} to attach {volume}; it would write the backing device's "
               "superblock (byte 4096, 4096 bytes) and, for a new slot, the uuid array and a journal entry")
         return
-    job = live.start("attach", volume=volume, set=live.uuid)
+    # The engine may run in another directory.
+    named = os.path.abspath(volume) if os.path.exists(volume) else volume
+    job = live.start("attach", volume=named, set=live.uuid)
     wait_for(live, job, f"attaching {volume}")
     if as_json:
         print_json("attach", {"volume": job.result, "set": live.uuid})

@@ -107,7 +107,7 @@ class NbdClient:
                 raise DeviceError(f"the NBD server has no export {export}")
 
     def _exactly(self, count: int) -> bytes:
-        data = self._reader.read(count)
+        data: bytes = self._reader.read(count)
         if len(data) < count:
             raise DeviceError("the NBD server has closed the connection")
         return data

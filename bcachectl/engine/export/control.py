@@ -34,8 +34,11 @@ from bcachectl.control import (
     parse_set_uuid,
 )
 from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.cached_dev import NO_SLOT
 from bcachectl.engine.front import Volume
+from bcachectl.engine.node import DIRTY, Extent
 from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
+from bcachectl.ondisk.bkey import ptr_gen, ptr_sector
 from bcachectl.snapshot import SetSnapshot, to_json
 from bcachectl.units import format_uuid, parse_size
 
@@ -51,6 +54,9 @@ MAX_BACKLOG_BYTES = 1 << 20
 
 _PARAM_TYPES: dict[str, Any] = {"cells": int, "since": int, "target": str, "names": list, "values": dict,
                                 "volume": str, "set": str, "size": (int, str), "sector": int, "count": int}
+
+MAX_WHERE_SECTORS = 1 << 18
+"""How much of a volume `where` tells about at once; the answer has to fit."""
 
 MAX_CELLS = 65536
 """Cells of a bucket map."""
@@ -338,13 +344,39 @@ class ControlServer:
                              "`detach` takes it out of the set")
         return self.cset.volume_remove(found.name)
 
+    def _do_where(self, volume: str, sector: int, count: int) -> Any:
+        if sector < 0 or not 0 < count <= MAX_WHERE_SECTORS:
+            raise UsageError(f"a sector is not negative, and a count is from 1 to {MAX_WHERE_SECTORS}")
+        return self._where(self._volume(volume).name, sector, count)
+
+    async def _where(self, name: str, sector: int, count: int) -> dict[str, Any]:
+        volume, buckets = self.cset.volume(name), self.cset.buckets
+        if sector + count > volume.size_sectors:
+            raise UsageError(f"{name}: has {volume.size_sectors} sectors; {sector}+{count} is behind its end")
+        base = volume.base + volume.data_offset
+        found = await self.cset.btree.lookup(base + sector, base + sector + count) if volume.slot != NO_SLOT else []
+        pieces: list[dict[str, Any]] = []
+        elsewhere = (("hole", "zeros") if volume.is_flash else ("uncached", "backing"))
+        at = base + sector
+        for start, end, flags, ptr in [*found, Extent(base + sector + count, base + sector + count, 0, 0)]:
+            if start > at:
+                pieces.append({"start": at - base, "end": start - base, "state": elsewhere[0], "device": elsewhere[1],
+                               "device_sector": None if volume.is_flash else at - volume.base})
+            at = end
+            if end > start:
+                bucket = buckets.bucket_of(ptr)
+                pieces.append({
+                    "start": start - base, "end": end - base, "state": "dirty" if flags & DIRTY else "clean",
+                    "device": "cache", "device_sector": ptr_sector(ptr), "bucket": bucket, "gen": ptr_gen(ptr),
+                    "prio": buckets.prio_at[bucket], "key": f"{volume.slot}:{start - volume.base} len {end - start}"})
+        return {"volume": name, "uuid": format_uuid(volume.uuid), "pieces": pieces}
+
     async def _set(self, target: str, values: dict[str, str]) -> dict[str, str]:
         return {name: await self.cset.tunables.set(target, name, text) for name, text in values.items()}
 
     async def _create(self, size_bytes: int) -> str:
         created = await self.cset.volume_create(size_bytes)
-        self.host.publish(created)
-        return created.name
+        return self._publish(created)
 
     async def _attach_volume(self, name: str) -> str:
         await self.cset.attach(name)
@@ -357,10 +389,16 @@ class ControlServer:
         except BcachectlError:
             self.host.close_backing(bdev)
             raise
-        self.host.publish(device)
-        if not _is_attached(self._snapshot(0), device.name):
-            await self.cset.attach(device.name)
-        return device.name
+        name = self._publish(device)
+        if not device.attached:
+            await self.cset.attach(name)
+        return name
+
+    def _publish(self, volume: Volume) -> str:
+        # A volume gets its name when the volumes are listed for the first time.
+        assert any(one is volume for one in self.cset.volumes)
+        self.host.publish(volume)
+        return volume.name
 
     def _check_set(self, text: str | None) -> None:
         # A volume is attached to the set that was asked; the text must name this one.
@@ -393,7 +431,8 @@ def _listen(path: str) -> socket.socket:
             pass
         else:
             raise WrongState(f"an engine runs this set already and listens at {path}")
-    new_path = f"{path}.{os.getpid()}"
+    # Short, since the name of a Unix socket has at most 107 bytes.
+    new_path = os.path.join(os.path.dirname(path), f".{os.getpid()}")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.setblocking(False)
     try:
@@ -446,7 +485,3 @@ def _error_of(number: Any, error: BcachectlError) -> dict[str, Any]:
 
 def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
-
-
-def _is_attached(snapshot: SetSnapshot, name: str) -> bool:
-    return any(volume.name == name and volume.attached for volume in snapshot.volumes)
