@@ -312,6 +312,13 @@ async def interior(w: World) -> None:
     await w.cset.run_gc()
 
 
+async def fills_and_gc(w: World) -> None:
+    dice = rng(w)
+    for _ in range(5):
+        await w.together(*[w.read(0, dice.randrange(0, 500), dice.randrange(1, 9), nowait=False) for _ in range(4)])
+        await w.together(w.cset.run_gc(), w.read(0, dice.randrange(0, 500), 20))
+
+
 async def leaf_sets(w: World) -> None:
     dice = rng(w)
     for _ in range(5):
@@ -340,6 +347,7 @@ STORIES = {story.name: story for story in (
     Story("interior", Setup(nbuckets=1200, backings=()), interior, interior_prepare),
     Story("small_node_cache", Setup(nbuckets=1200, backings=(), options={"node_cache_bytes": 3 * 4096}), interior,
           interior_prepare),
+    Story("fills_and_gc", WRITETHROUGH, fills_and_gc),
     Story("leaf_sets", Setup(), leaf_sets),
     Story("moving_gc", Setup(nbuckets=1200), moving_gc, moving_prepare),
     Story("writeback", Setup(), writeback, writeback_prepare),

@@ -79,7 +79,7 @@ def no_flags_on_backing(io: Io) -> bool:
 def head_first(patch: pytest.MonkeyPatch) -> None:
     """A set of a node is written in one piece: torn, its head may be there without the rest."""
     async def write(self: Bdev, sector: int, buf: memoryview, what: str) -> int:
-        return await self.write(sector, buf, FUA, what)
+        return await self.write(sector, buf, PREFLUSH | FUA, what)
     patch.setattr(Bdev, "write_head_last", write)
 
 
@@ -103,7 +103,7 @@ def old_nodes_freed_early(patch: pytest.MonkeyPatch) -> None:
 
     async def early(self: Splitter, old: list[Any], new: list[Any]) -> bool:
         for node in old:
-            self.cset.cache.write(node.sector, bytes(512), FUA, "reused")
+            await self.cset.cache.write(node.sector, bytes(512), FUA, "reused")
         return await publish(self, old, new)
     patch.setattr(Splitter, "publish", early)
 
@@ -127,6 +127,7 @@ MUTATIONS = (
     Mutation("journal without FUA", ("overwrite",), without("journal", FUA)),
     Mutation("journal not awaited", ("overwrite",), not_awaited("journal")),
     Mutation("nodes without PREFLUSH and FUA", ("interior", "split"), without("btree", FUA | PREFLUSH)),
+    Mutation("leaf set without PREFLUSH", ("moving_gc", "fills_and_gc"), without("btree", PREFLUSH)),
     Mutation("nodes not awaited", ("interior", "leaf_sets"), not_awaited("btree")),
     Mutation("node set head first", ("leaf_sets",), patch=head_first),
     Mutation("prio sets not awaited", ("prio_write", "reuse"), not_awaited("prio")),
