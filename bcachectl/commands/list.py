@@ -28,13 +28,17 @@ def list_devices(devices: DevicesOption = None, watch: WatchOption = False, as_j
     Block devices are found through sysfs and read; DEVICEs are read as well. One that cannot be read is listed with the
     reason; if it was named, the exit status is 1.
     """
+    engines = _engines()
     named = [discovery.named(path) for path in devices or ()]
     found = [node for node in discovery.enumerate_devices() if all(node.path != other.path for other in named)]
+    # Image files that an engine runs are nowhere in sysfs.
+    known = {os.path.realpath(node.path) for node in (*found, *named)}
+    found += [discovery.named(path) for path in _files_of(engines) if os.path.realpath(path) not in known]
     probes = [discovery.probe(node) for node in (*found, *named)]
     body: dict[str, Any] = {
         "devices": [_describe(probe) for probe in probes if probe.superblock is not None],
         "kernel_devices": [_node(node) for node in found if node.kind == "bcache"],
-        "engines": _engines(),
+        "engines": engines,
         "unreadable": [{**_node(probe.node), "problem": probe.problem} for probe in probes
                        if probe.superblock is None and probe.problem is not None],
         "others": [_node(probe.node) for probe in probes[len(found):]
@@ -79,6 +83,12 @@ def _describe(probe: Probe) -> dict[str, Any]:
                          "data_offset_sectors": sb.data_offset}
     return record | {"state": "ordered" if sb.cache_sync else "new", "bucket_size_bytes": sb.bucket_size << 9,
                      "nbuckets": sb.nbuckets, "replacement": describe.replacement_text(sb)}
+
+
+def _files_of(engines: list[dict[str, Any]]) -> list[str]:
+    paths = [path for engine in engines
+             for path in (engine["cache"], *(volume["backing"] for volume in engine["volumes"])) if path is not None]
+    return list(dict.fromkeys(path for path in paths if os.path.exists(path)))
 
 
 def _engines() -> list[dict[str, Any]]:

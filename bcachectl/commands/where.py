@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from bcachectl import offline
+from bcachectl import control, offline
 from bcachectl.blockdev import open_device
 from bcachectl.commands.options import Json, VolumeArgument, print_json
 from bcachectl.errors import UsageError, WrongState
@@ -24,8 +24,11 @@ from bcachectl.views import table
 SectorArgument = Annotated[int, typer.Argument(metavar="SECTOR", min=0, show_default=False,
                                                help="First sector on the volume, of 512 bytes.")]
 CountArgument = Annotated[int, typer.Argument(metavar="COUNT", min=1, help="Number of sectors.")]
-CacheOption = Annotated[str, typer.Option("--cache", metavar="DEVICE", show_default=False,
-                                          help="The cache device of the volume's set.")]
+CacheOption = Annotated[str | None, typer.Option(
+    "--cache", metavar="DEVICE", show_default=False,
+    help="The cache device of the volume's set, which does not run. Without it the set's engine is asked.")]
+
+ANSWER_TIMEOUT_S = 30.0
 
 
 class Volume(NamedTuple):
@@ -36,12 +39,42 @@ class Volume(NamedTuple):
     size_sectors: int | None
 
 
-def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument = 1, *, cache: CacheOption,
+def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument = 1, cache: CacheOption = None,
           as_json: Json = False) -> int:
     """Tell for each of COUNT sectors of a VOLUME whether the cache or the backing device has the valid copy.
 
-    The set must not run; ask its engine with `bcachectl status` otherwise.
+    A set that runs is asked, one that does not is read: name its cache device with --cache.
     """
+    status = 0
+    if cache is None:
+        found = _ask_engine(volume, sector, count)
+    else:
+        found, status = _read_cache(cache, volume, sector, count)
+    if as_json:
+        print_json("where", found)
+    else:
+        rows = ((piece["start"], piece["end"], piece["state"], piece["device"], piece["device_sector"],
+                 piece.get("bucket"), piece.get("gen"), piece.get("prio"), piece.get("key"))
+                for piece in found["pieces"])
+        lines = table.table(("START", "END", "STATE", "ON", "AT_SECTOR", "BUCKET", "GEN", "PRIO", "KEY"), rows,
+                            color=table.wants_color(sys.stdout, os.environ))
+        print("\n".join(lines))
+    return status
+
+
+def _ask_engine(volume: str, sector: int, count: int) -> dict[str, Any]:
+    found = control.find_volume(volume)
+    try:
+        job = found.live.start("where", volume=found.target, sector=sector, count=count)
+        if not job.wait(ANSWER_TIMEOUT_S):
+            raise WrongState(f"the set {found.live.uuid} has not answered for {ANSWER_TIMEOUT_S:.0f} s")
+        answer: dict[str, Any] = job.result
+        return answer
+    finally:
+        found.live.close()
+
+
+def _read_cache(cache: str, volume: str, sector: int, count: int) -> tuple[dict[str, Any], int]:
     with offline.walk_cache(cache) as walked:
         serious = [damage for damage in walked.damages if not damage.is_harmless]
         for damage in serious:
@@ -50,15 +83,7 @@ def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument =
         if found.size_sectors is not None and sector + count > found.size_sectors:
             raise UsageError(f"{volume}: has {found.size_sectors} sectors; {sector}+{count} is behind its end")
         pieces = list(_pieces(walked.walk, found, start=sector, end=sector + count))
-    if as_json:
-        print_json("where", {"volume": found.slot.name, "uuid": format_uuid(found.slot.entry.uuid), "pieces": pieces})
-    else:
-        rows = ((piece["start"], piece["end"], piece["state"], piece["device"], piece["device_sector"],
-                 piece.get("bucket"), piece.get("gen"), piece.get("prio"), piece.get("key")) for piece in pieces)
-        lines = table.table(("START", "END", "STATE", "ON", "AT_SECTOR", "BUCKET", "GEN", "PRIO", "KEY"), rows,
-                            color=table.wants_color(sys.stdout, os.environ))
-        print("\n".join(lines))
-    return 1 if serious else 0
+    return {"volume": found.slot.name, "uuid": format_uuid(found.slot.entry.uuid), "pieces": pieces}, int(bool(serious))
 
 
 def _find_volume(walk: Walk, cache: str, volume: str) -> Volume:
