@@ -119,20 +119,27 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A stretch [start, end) of the address space and the leaf that covers it; None where the tree is damaged."""
+    """A stretch [start, end) of the address space and the leaf that covers it; None where the tree is damaged.
+
+    There ``lost`` is the pointer to the node of ``level`` that could not be read, if there is a pointer at all.
+    """
 
     start: int
     end: int
     leaf: Ptr | None
     nsectors: int
+    lost: Ptr | None = None
+    level: int = 0
 
 
 class Walk:
     """One walk over one device.  Exhaust `structures` before asking for anything else."""
 
-    def __init__(self, read: Read, size_sectors: int) -> None:
+    def __init__(self, read: Read, size_sectors: int, *, instead: Superblock | None = None) -> None:
+        """``instead`` is what to go by if the superblock is not to be believed."""
         self.read = read
         self.size_sectors = size_sectors
+        self._instead = instead
         self.superblock: Superblock | None = None
         self.geometry = Geometry(8, 1024, 0, 1)
         self.gens: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
@@ -148,7 +155,8 @@ class Walk:
         self.nodes = 0
         self._gen_known: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._visited: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._journal_map = extent.empty()
+        self.journal_map = extent.empty()
+        """The keys of the journal as a flat map, holes included."""
 
     @property
     def newest(self) -> Jset | None:
@@ -176,6 +184,7 @@ class Walk:
             sb = decode_superblock(raw)
         except BcachectlError as error:
             yield self._damage(error, "superblock", SB_SECTOR, SB_BYTES >> 9)
+            self._adopt(self._instead)
             return
         yield Record("superblock", SB_SECTOR, SB_BYTES >> 9, sb)
         try:
@@ -183,9 +192,13 @@ class Walk:
         except Corrupt as error:
             yield Damage(error.where, error.why, SB_SECTOR, SB_BYTES >> 9)
             if not _is_usable(sb, self.size_sectors):
+                self._adopt(self._instead)
                 return
+        self._adopt(sb)
+
+    def _adopt(self, sb: Superblock | None) -> None:
         self.superblock = sb
-        if sb.is_cache:
+        if sb is not None and sb.is_cache:
             self.geometry = sb.geometry
             self.gens = np.zeros(sb.nbuckets, np.uint8)
             self.prios = np.zeros(sb.nbuckets, np.uint16)
@@ -303,17 +316,17 @@ class Walk:
             node, damages = self._read_node(level, key.ptrs[0], key.size, start=start, end=end)
             yield from damages
             if node is None:
-                self.slots.append(Slot(start, end, None, key.size))
+                self.slots.append(Slot(start, end, None, key.size, key.ptrs[0], level))
                 continue
             ptr = key.ptrs[0]
             yield Record(f"btree node at bucket {node.bucket}, level {level}", ptr.sector, key.size, node)
             if level == 0:
                 self.slots.append(Slot(start, end, ptr, key.size))
                 yield from self._judge_leaf(node)
-                self._mark_columns([image.keys for image in node.sets], level)
+                self.mark_columns([image.keys for image in node.sets], level)
             else:
-                self._mark_columns([image.keys for image in node.sets], level)
-                children, damages = self._children(node)
+                self.mark_columns([image.keys for image in node.sets], level)
+                children, damages = self.children(node)
                 yield from damages
                 todo.extend(reversed(children))
 
@@ -347,7 +360,8 @@ class Walk:
             damages.append(Damage(where, "keys out of order", ptr.sector, nsectors))
         return node, damages
 
-    def _children(self, node: Node) -> tuple[list[tuple[int, Bkey, int, int]], list[Damage]]:
+    def children(self, node: Node) -> tuple[list[tuple[int, Bkey, int, int]], list[Damage]]:
+        """What an interior node leads to (level, key, start, end), and what is wrong with its pointers."""
         # In key order, the newer set first at equal positions; each child covers what follows the one before it.
         # The kernel's iterator likewise skips what is bad (bset.c, bch_btree_iter_next_filter).
         where = f"btree node at bucket {node.bucket}, level {node.level}"
@@ -391,7 +405,8 @@ class Walk:
         if ptr.dev == 0:
             self._mark(np.array([self.geometry.bucket_of(ptr.sector)], np.intp), np.array([ptr.gen], np.uint8))
 
-    def _mark_columns(self, sets: list[KeyColumns], level: int) -> None:
+    def mark_columns(self, sets: list[KeyColumns], level: int) -> None:
+        """Raise the gens of the buckets that the keys of a node of ``level`` point to."""
         for keys in sets:
             usable = validity.columns_available(keys) & ~validity.columns_out_of_range(keys, self.geometry)
             usable &= (keys.size > 0) if level else ~validity.extents_fatal(keys, self.geometry)
@@ -423,9 +438,9 @@ class Walk:
             fatal = validity.extents_fatal(keys, self.geometry)
             for row in np.flatnonzero(fatal):
                 yield Damage(where, f"bad key {text(_leaf_key(keys, int(row)))}", 0, 0)
-            self._mark_columns([keys], 0)
+            self.mark_columns([keys], 0)
             parts.append(extent.from_keys(_sound(keys, fatal)))
-        self._journal_map = extent.flatten(extent.concatenate(parts))
+        self.journal_map = extent.flatten(extent.concatenate(parts))
 
     # The live map.
 
@@ -449,12 +464,12 @@ class Walk:
                 fatal = validity.extents_fatal(image.keys, self.geometry)
                 merged = extent.overlay(merged, extent.flatten(extent.from_keys(_sound(image.keys, fatal))))
         if with_journal:
-            merged = extent.overlay(merged, extent.clip(self._journal_map, start=slot.start, end=slot.end))
+            merged = extent.overlay(merged, extent.clip(self.journal_map, start=slot.start, end=slot.end))
         return merged.take(~self._is_dead(merged))
 
     def too_stale(self, extents: Extents) -> npt.NDArray[np.bool_]:
         """Which extents are so far behind their bucket that the kernel would fail the set: "key too stale"."""
-        return self._staleness(extents) > validity.BUCKET_GC_GEN_MAX
+        return self.staleness(extents) > validity.BUCKET_GC_GEN_MAX
 
     def _slots_and_gaps(self) -> Iterator[Slot]:
         at = 0
@@ -479,14 +494,15 @@ class Walk:
             return []
         return sets
 
-    def _staleness(self, extents: Extents) -> npt.NDArray[np.uint8]:
+    def staleness(self, extents: Extents) -> npt.NDArray[np.uint8]:
+        """How many generations each extent's pointer is behind its bucket; 0 for holes and check keys."""
         bucket = (PTR_OFFSET.get(extents.ptr) // self.geometry.bucket_size_sectors).astype(np.intp)
         ahead = self.gens[np.minimum(bucket, len(self.gens) - 1)] - PTR_GEN.get(extents.ptr).astype(np.uint8)
         ahead[(ahead > 128) | (extents.nptrs == 0) | _no_cache(extents)] = 0
         return ahead
 
     def _is_dead(self, extents: Extents) -> npt.NDArray[np.bool_]:
-        dead: npt.NDArray[np.bool_] = (extents.nptrs == 0) | _no_cache(extents) | (self._staleness(extents) > 0)
+        dead: npt.NDArray[np.bool_] = (extents.nptrs == 0) | _no_cache(extents) | (self.staleness(extents) > 0)
         return dead
 
     # Small things.
