@@ -34,11 +34,9 @@ from bcachectl.control import (
     parse_set_uuid,
 )
 from bcachectl.engine.bdev import Bdev
-from bcachectl.engine.cached_dev import NO_SLOT
 from bcachectl.engine.front import Volume
-from bcachectl.engine.node import DIRTY, Extent
+from bcachectl.engine.where import where
 from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
-from bcachectl.ondisk.bkey import ptr_gen, ptr_sector
 from bcachectl.snapshot import SetSnapshot, to_json
 from bcachectl.units import format_uuid, parse_size
 
@@ -54,9 +52,6 @@ MAX_BACKLOG_BYTES = 1 << 20
 
 _PARAM_TYPES: dict[str, Any] = {"cells": int, "since": int, "target": str, "names": list, "values": dict,
                                 "volume": str, "set": str, "size": (int, str), "sector": int, "count": int}
-
-MAX_WHERE_SECTORS = 1 << 18
-"""How much of a volume `where` tells about at once; the answer has to fit."""
 
 MAX_CELLS = 65536
 """Cells of a bucket map."""
@@ -334,6 +329,9 @@ class ControlServer:
     def _do_flush(self, volume: str) -> Any:
         return self.cset.flush_volume(self._volume(volume).name)
 
+    def _do_where(self, volume: str, sector: int, count: int = 1) -> Any:
+        return self._where(self._volume(volume).name, sector, count)
+
     def _do_volume_create(self, size: int | str) -> Any:
         return self._create(size if isinstance(size, int) else parse_size(size))
 
@@ -344,35 +342,13 @@ class ControlServer:
                              "`detach` takes it out of the set")
         return self.cset.volume_remove(found.name)
 
-    def _do_where(self, volume: str, sector: int, count: int) -> Any:
-        if sector < 0 or not 0 < count <= MAX_WHERE_SECTORS:
-            raise UsageError(f"a sector is not negative, and a count is from 1 to {MAX_WHERE_SECTORS}")
-        return self._where(self._volume(volume).name, sector, count)
-
-    async def _where(self, name: str, sector: int, count: int) -> dict[str, Any]:
-        volume, buckets = self.cset.volume(name), self.cset.buckets
-        if sector + count > volume.size_sectors:
-            raise UsageError(f"{name}: has {volume.size_sectors} sectors; {sector}+{count} is behind its end")
-        base = volume.base + volume.data_offset
-        found = await self.cset.btree.lookup(base + sector, base + sector + count) if volume.slot != NO_SLOT else []
-        pieces: list[dict[str, Any]] = []
-        elsewhere = (("hole", "zeros") if volume.is_flash else ("uncached", "backing"))
-        at = base + sector
-        for start, end, flags, ptr in [*found, Extent(base + sector + count, base + sector + count, 0, 0)]:
-            if start > at:
-                pieces.append({"start": at - base, "end": start - base, "state": elsewhere[0], "device": elsewhere[1],
-                               "device_sector": None if volume.is_flash else at - volume.base})
-            at = end
-            if end > start:
-                bucket = buckets.bucket_of(ptr)
-                pieces.append({
-                    "start": start - base, "end": end - base, "state": "dirty" if flags & DIRTY else "clean",
-                    "device": "cache", "device_sector": ptr_sector(ptr), "bucket": bucket, "gen": ptr_gen(ptr),
-                    "prio": buckets.prio_at[bucket], "key": f"{volume.slot}:{start - volume.base} len {end - start}"})
-        return {"volume": name, "uuid": format_uuid(volume.uuid), "pieces": pieces}
-
     async def _set(self, target: str, values: dict[str, str]) -> dict[str, str]:
         return {name: await self.cset.tunables.set(target, name, text) for name, text in values.items()}
+
+    async def _where(self, name: str, sector: int, count: int) -> dict[str, Any]:
+        found = self.cset.volume(name)
+        pieces = await where(self.cset, found, sector=sector, count=count)
+        return {"volume": name, "uuid": format_uuid(found.uuid), "pieces": pieces}
 
     async def _create(self, size_bytes: int) -> str:
         created = await self.cset.volume_create(size_bytes)

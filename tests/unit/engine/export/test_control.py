@@ -27,7 +27,7 @@ from bcachectl.engine.export.control import ControlServer
 from bcachectl.engine.front import Volume
 from bcachectl.errors import BcachectlError, DeviceError, Refused, UsageError, WrongState
 from bcachectl.units import format_uuid
-from tests.sim.world import Backing, Setup, World
+from tests.sim.world import SECTOR, Backing, Setup, World
 
 
 class Served:
@@ -241,6 +241,39 @@ def test_get_and_set_on_the_command_line(served: Served, capsys: pytest.CaptureF
     for wrong in ("novalue", "=5"):
         with pytest.raises(UsageError, match="write NAME=VALUE"):
             set_tunables("bcache0", [wrong])
+
+
+def test_where(served: Served) -> None:
+    world = served.world
+
+    async def story() -> None:
+        await world.tune("bcache0", "writeback_running", "0")
+        await world.write(0, 8, 16, fua=True)
+        await world.write(0, 12, 4, fua=True)
+        await world.read(0, 64, 8, nowait=False)
+        await world.sleep(100)
+
+    world.run(story())
+    found = ask(served, "where", volume="bcache0", sector=0, count=128)
+    assert found["uuid"] == format_uuid(world.cset.volumes[0].uuid)
+    pieces = found["pieces"]
+    assert [piece["start"] for piece in pieces[1:]] == [piece["end"] for piece in pieces[:-1]]
+    assert (pieces[0]["start"], pieces[-1]["end"]) == (0, 128)
+    states = {sector: piece for piece in pieces for sector in range(piece["start"], piece["end"])}
+    assert {states[sector]["state"] for sector in range(8, 24)} == {"dirty"}
+    assert {states[sector]["state"] for sector in range(64, 72)} == {"clean"}
+    assert states[0]["state"] == "uncached"
+    assert (states[0]["device"], states[0]["device_sector"]) == ("backing", 16)
+    here = states[12]
+    at = here["device_sector"] * SECTOR
+    byte = world.volumes[0].read_nowait(12, 1)
+    assert byte == at
+    assert here["gen"] == world.cset.buckets.gen_at[here["bucket"]]
+    name = ask(served, "volume_create", size="64k")
+    assert ask(served, "where", volume=name, sector=0)["pieces"] == [
+        {"start": 0, "end": 1, "state": "hole", "device": "zeros", "device_sector": None}]
+    with pytest.raises(UsageError, match="behind its end"):
+        ask(served, "where", volume="bcache0", sector=1 << 40)
 
 
 def test_flash_volumes_come_and_go(served: Served) -> None:
