@@ -62,7 +62,7 @@ def engine_run(
     debug_checks: Annotated[bool, typer.Option("--debug-checks", help="Check invariants all the time; slow.")] = False,
     io_backend: Annotated[IoBackend, typer.Option("--io", help="How the engine does its own I/O.")] = IoBackend.AUTO,
 ) -> int:
-    """Run a cache set in the foreground: open its devices, export its volumes, until SIGINT or SIGTERM.
+    """Run a cache set in the foreground: open its devices, export its volumes, until SIGINT, SIGTERM or SIGHUP.
 
     For each volume one JSON line on stdout says where it is. A second signal does not wait for devices in use.
     """
@@ -88,6 +88,16 @@ def engine_run(
 
 async def _life(host: EngineHost, *, live: bool, ready_fd: int | None) -> None:
     await host.start()
+    try:
+        await _serve(host, live=live, ready_fd=ready_fd)
+    except OSError:
+        # Nobody reads what we print, or the terminal is gone: no reason to leave the set in disorder.
+        await host.stop()
+        raise
+    await host.stop()
+
+
+async def _serve(host: EngineHost, *, live: bool, ready_fd: int | None) -> None:
     for ready in host.ready():
         print(json.dumps({"volume": ready.volume, "uuid": ready.uuid, "size": ready.size_bytes,
                           "device": ready.device, "uri": ready.uri}), flush=True)
@@ -99,7 +109,6 @@ async def _life(host: EngineHost, *, live: bool, ready_fd: int | None) -> None:
     else:
         await _report(host)
     await _wait_until_unused(host)
-    await host.stop()
 
 
 async def _show(host: EngineHost) -> None:

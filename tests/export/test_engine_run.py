@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -276,3 +277,38 @@ def test_block_devices_as_cache_and_backing(tmp_path: Path, loop_device: Callabl
     with Engine(tmp_path, *options, "--read-only") as engine, NbdClient(engine.socket()) as client:
         assert client.read(4096, len(data)) == data
         assert client.read(512, 512) == b"x" * 512
+
+
+@pytest.mark.usefixtures("_loops")
+def test_devices_with_large_sectors(tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    for name in ("cache.img", "back0.img"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(64 << 20)
+    cache, backing = (loop_device(tmp_path / name, sector_bytes=4096) for name in ("cache.img", "back0.img"))
+    subprocess.run([sys.executable, "-m", "bcachectl", "format", "--cache", cache, "--backing", backing,
+                    "--bucket-size", "32k", "--writeback"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    data = os.urandom(2 << 20)
+    with Engine(tmp_path, "--cache", cache, "--backing", backing, "--export", "nbd", "--debug-checks") as engine:
+        with NbdClient(engine.socket()) as client:
+            assert client.block_sizes == (4096, 4096, 32 << 20)
+            client.write(8192, data)
+            client.flush()
+            with pytest.raises(OSError):
+                client.read(512, 512)
+            assert client.read(8192, len(data)) == data
+    assert (engine.status, engine.errors) == (0, "")
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    # Standard output is closed before the ready lines are written: the engine still ends in good order.
+    options = make_set(tmp_path)
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    with tempfile.TemporaryDirectory(prefix="bcachectl-") as runtime:
+        done = subprocess.run([sys.executable, "-m", "bcachectl", "engine", "run", "--no-live", "--export", "nbd",
+                               *map(str, options)], stdout=write_fd, stderr=subprocess.PIPE, cwd=ROOT, timeout=30,
+                              env={**os.environ, "XDG_RUNTIME_DIR": runtime})
+        assert list(Path(runtime).rglob("*.sock")) == []
+    os.close(write_fd)
+    assert done.returncode != 0
+    assert done.stderr == b""

@@ -217,6 +217,13 @@ def raw(path: Path) -> socket.socket:
     return wire
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def is_hung_up(wire: socket.socket) -> bool:
     try:
         while wire.recv(65536):
@@ -320,3 +327,24 @@ def test_buffers_are_used_again_and_bounded() -> None:
     for buffer in [pool.take(16 << 20) for _ in range(6)]:
         pool.release(buffer)
     assert pool.pooled_bytes <= 64 << 20
+
+
+def test_nothing_is_leaked_by_any_mix_of_requests(image: Path, socket_path: Path) -> None:
+    draw = random.Random(12)
+    with serve([image], socket_path, is_quick=False) as served:
+        for _ in range(30):
+            client = NbdClient(socket_path, structured=draw.random() < 0.5)
+            for _ in range(draw.randrange(60)):
+                command = draw.randrange(9)
+                length = draw.choice((0, 100, 512, 4096, 65536, 1 << 20))
+                offset = draw.choice((0, 512, 7, SIZE_BYTES - 4096, 1 << 60))
+                client.send(command if command != nbd_client.CMD_DISC else 3, offset, length,
+                            bytes(length) if command == nbd_client.CMD_WRITE else b"", draw.choice((0, 0, 0, 1, 4, 16)))
+            if draw.random() < 0.5:
+                while client.in_flight:
+                    client.receive()
+                # The server may still be between the last byte and its books.
+                connections = list(served.server.connections.values())
+                wait_until(lambda held=connections: not any(each.in_flight or each.in_flight_bytes for each in held))
+            client._socket.close()
+        wait_until(lambda: not served.server.connections)

@@ -133,7 +133,8 @@ class EngineHost:
             await self._set_tunable(name, text)
         if options.use_nbd:
             path = options.nbd_socket or os.path.join(os.path.dirname(socket_path(uuid)), f"{uuid}.nbd")
-            self.nbd = NbdServer(self.loop, self.cset.volumes, self.media[0], os.path.abspath(path))
+            self.nbd = NbdServer(self.loop, self.cset.volumes, self.media[0], os.path.abspath(path),
+                                 block_bytes=max(medium.logical_block_bytes for medium in self.media))
         if options.use_loop:
             for volume in self.cset.volumes:
                 await self._start_loop(volume)

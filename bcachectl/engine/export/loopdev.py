@@ -24,6 +24,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import struct
 from pathlib import Path
 
@@ -111,7 +112,9 @@ def prepare_process() -> None:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
-    libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+    # Under a limit MCL_FUTURE would not lock memory but refuse it.
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
 
 
 def attach(path: str, block_bytes: int, *, read_only: bool) -> str:

@@ -63,6 +63,8 @@ LARGE_BYTES = 64 << 10
 MAX_QUICK_BYTES = 1 << 20
 """A longer read takes the way of all other requests."""
 RECEIVES_PER_TURN = 16
+PARSES_PER_TURN = 8
+"""So one client that asks for much and takes it quickly does not keep the others waiting."""
 MAX_IN_FLIGHT = 1024
 MAX_IN_FLIGHT_BYTES = 64 << 20
 MAX_CONNECTIONS = 128
@@ -119,7 +121,7 @@ class Connection:
         self.sock = sock
         self.fd = sock.fileno()
         self.stream = serial & 0xFFFF
-        self.handshake = Handshake(server.volumes)
+        self.handshake = Handshake(server.volumes, server.block_bytes)
         self.volume: Volume | None = None
         self.size_bytes = 0
         self.is_open = True
@@ -209,7 +211,7 @@ class Connection:
         # The hot loop: everything it needs is a local variable.
         volume, rx, arena = self.volume, self._rx, self._arena
         assert volume is not None
-        read_nowait, quick_fd = volume.read_nowait, self.server.quick_fd
+        read_nowait, quick_fd, unaligned = volume.read_nowait, self.server.quick_fd, self.server.block_bytes - 1
         unpack_request, preadv, nowait = wire.REQUEST.unpack_from, os.preadv, os.RWF_NOWAIT
         structured = self.handshake.structured
         pack_chunk, pack_simple = wire.DATA_CHUNK.pack_into, wire.SIMPLE_REPLY.pack_into
@@ -218,7 +220,7 @@ class Connection:
         start += self._skip(end - start)
         while end - start >= 28:
             magic, flags, command, cookie, offset, length = unpack_request(rx, start)
-            if command == 0 and not flags and not (offset | length) & 511 and magic == 0x25609513 \
+            if command == 0 and not flags and not (offset | length) & unaligned and magic == 0x25609513 \
                     and 0 < length <= MAX_QUICK_BYTES and offset + length <= size_bytes and quick_fd >= 0:
                 data_start = filled + header_bytes
                 if length >= LARGE_BYTES:
@@ -306,7 +308,7 @@ class Connection:
             return errno.EPERM
         if command == wire.CMD_FLUSH:
             return errno.EINVAL if offset or length else 0
-        if (offset | length) & 511 or not length:
+        if (offset | length) & (self.server.block_bytes - 1) or not length:
             return errno.EINVAL
         if offset + length > self.size_bytes:
             return errno.ENOSPC if command in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES) else errno.EINVAL
@@ -393,8 +395,9 @@ class Connection:
 
     def flush(self) -> None:
         """Send what there is; parse what waited for room; then wait for the events that matter now."""
-        while self.is_open and self._send() and self.blocked and not self.is_leaving \
-                and self.in_flight < MAX_IN_FLIGHT and self.in_flight_bytes < MAX_IN_FLIGHT_BYTES:
+        for _ in range(PARSES_PER_TURN):
+            if not (self.is_open and self._send() and self.blocked and self._may_go_on()):
+                break
             self._parse()
         if not self.is_open:
             return
@@ -403,11 +406,16 @@ class Connection:
             self.close()
             return
         events = 0 if self.blocked or self.is_leaving else select.EPOLLIN
-        if not is_sent:
+        if not is_sent or (self.blocked and self._may_go_on()):
+            # Nothing to send, but requests to parse: the socket is writable at once, and the next turn goes on here.
             events |= select.EPOLLOUT
         if events != self._events:
             self._events = events
             self.server.loop.modify(self.fd, events)
+
+    def _may_go_on(self) -> bool:
+        return (not self.is_leaving and self.in_flight < MAX_IN_FLIGHT
+                and self.in_flight_bytes < MAX_IN_FLIGHT_BYTES)
 
     def _send(self) -> bool:
         # True if everything has left.
@@ -479,8 +487,11 @@ class Connection:
 class NbdServer:
     """Listens on a Unix socket; `Loop.exports` calls `flush` once a turn."""
 
-    def __init__(self, loop: Loop, volumes: Sequence[Volume], cache: Medium, path: str) -> None:
+    def __init__(self, loop: Loop, volumes: Sequence[Volume], cache: Medium, path: str, *,
+                 block_bytes: int = wire.MIN_BLOCK_BYTES) -> None:
+        """``block_bytes``: the largest logical block of the devices; a smaller request could not be served."""
         self.loop = loop
+        self.block_bytes = block_bytes
         self.volumes = volumes
         self.path = path
         self.pool = BufferPool()

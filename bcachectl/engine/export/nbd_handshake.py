@@ -25,8 +25,9 @@ class Malformed(Exception):
 class Handshake:
     """One client's negotiation."""
 
-    def __init__(self, volumes: Sequence[Volume]) -> None:
+    def __init__(self, volumes: Sequence[Volume], block_bytes: int = wire.MIN_BLOCK_BYTES) -> None:
         self.volumes = volumes
+        self.block_bytes = block_bytes
         self.out = bytearray(wire.GREETING.pack(wire.NBD_MAGIC, wire.OPTION_MAGIC,
                                                 wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES))
         self.volume: Volume | None = None
@@ -133,7 +134,7 @@ class Handshake:
         if wire.INFO_DESCRIPTION in wanted and volume.label:
             self._reply(option, wire.REP_INFO, struct.pack(">H", wire.INFO_DESCRIPTION) + volume.label.encode())
         self._reply(option, wire.REP_INFO, struct.pack(
-            ">HIII", wire.INFO_BLOCK_SIZE, wire.MIN_BLOCK_BYTES,
+            ">HIII", wire.INFO_BLOCK_SIZE, self.block_bytes,
             max(wire.PREFERRED_BLOCK_BYTES, volume.block_size_sectors << 9), wire.MAX_PAYLOAD_BYTES))
         self._reply(option, wire.REP_ACK)
         if option == wire.OPT_GO:

@@ -10,7 +10,7 @@ One turn of the loop:
 4. the loop sleeps in epoll until a descriptor is ready or the next timer of the scheduler is due.  With nothing to do
    it sleeps for ever: an idle engine uses no CPU.
 
-Descriptors are registered with a `Handler`.  SIGINT and SIGTERM make `Loop.signalled` true and wake `Loop.signal_wait`;
+Descriptors are registered with a `Handler`.  `STOP_SIGNALS` make `Loop.signalled` true and wake `Loop.signal_wait`;
 what follows from it is the business of the task that waits there.
 """
 
@@ -33,6 +33,8 @@ from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import NS_PER_S, Io, Sched, Task, WaitQueue
 
 T = TypeVar("T")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 PASSES_PER_TURN = 8
 """How often the scheduler runs before descriptors are looked at again; clients must not wait for a long gc."""
@@ -122,10 +124,12 @@ class Loop:
         self._epoll.unregister(fd)
 
     def catch_signals(self) -> None:
-        """From now on SIGINT and SIGTERM set ``signalled`` instead of ending the program; main thread only."""
+        """From now on `STOP_SIGNALS` set ``signalled`` instead of ending the program; main thread only."""
         self._signal_fds = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._old_wakeup_fd = signal.set_wakeup_fd(self._signal_fds[1], warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue                        # nohup
             self._old_signals.append((number, signal.signal(number, _ignore)))
         self.register(self._signal_fds[0], self)
 
@@ -142,7 +146,7 @@ class Loop:
 
     def on_ready(self, fd: int, events: int) -> None:
         """A signal came in."""
-        if any(number in (signal.SIGINT, signal.SIGTERM) for number in os.read(fd, 4096)):
+        if any(number in STOP_SIGNALS for number in os.read(fd, 4096)):
             self.signalled = True
             self.signal_wait.wake_all()
 
@@ -165,6 +169,8 @@ class Loop:
             signal.set_wakeup_fd(self._old_wakeup_fd)
             for fd in self._signal_fds:
                 os.close(fd)
+        for task in self.sched.ready:
+            task.coro.close()                   # never begun; Python would complain
         self._old_signals.clear()
         self._signal_fds = (-1, -1)
         self._epoll.close()
