@@ -13,7 +13,7 @@ counts. It knows nothing of caches, and shares no code with the engine.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +87,20 @@ class Acceptance:
     def settle_all(self) -> None:
         """An orderly stop: as if a flush had covered every acknowledged write."""
         self.acknowledge_flush(self.send_flush())
+
+    def carry_over(self, content: bytes | memoryview) -> Acceptance:
+        """The judge of the next run, which begins with ``content``; what was not settled in this one may still appear.
+
+        A cache that served the old data after a crash may later drop it and read the backing device, where the new
+        data had arrived before: unflushed writes are the old or the new, and not for ever the same.  The kernel's
+        driver is no different.  Only a newer write that is settled ends that.
+        """
+        following = Acceptance(self.size_bytes, content)
+        covered = max((flush.sent_at for flush in self._flushes if flush.is_done), default=0)
+        for write in self._writes:
+            if write.acknowledged_at is None or not (write.fua or write.acknowledged_at < covered):
+                following._writes.append(replace(write, fua=False, acknowledged_at=None))
+        return following
 
     def judge(self, content: bytes | memoryview, *, limit: int = 10) -> list[str]:
         """Complaints about a content, at most ``limit`` of them; an empty list is acceptance."""
