@@ -12,8 +12,10 @@ from bcachectl.engine import request as path
 from bcachectl.engine.front import REQ_DISCARD, REQ_FUA, REQ_META, REQ_RAHEAD, REQ_READ, REQ_SYNC, REQ_WRITE, Request
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, OP_NAMES, PREFLUSH, READ, WRITE, Io
 from bcachectl.errors import Corrupt, Refused
-from bcachectl.ondisk.superblock import BdevState
+from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState, encode_superblock
 from tests.sim import image
+from tests.sim.disk import SECTOR
+from tests.sim.oracle import Oracle
 from tests.sim.power import Tally, crash, drain, stop_and_start
 from tests.sim.world import FLASH, Backing, Setup, World
 
@@ -271,6 +273,32 @@ def test_t13_a_crash_between_uuid_array_and_superblock_retires_the_slot() -> Non
     w.on_point = point
     w.run(w.up())
     assert (1, True) in found
+
+
+# T14
+
+def test_t14_a_device_that_ran_without_its_set_gets_a_new_slot_and_its_old_cached_data_is_gone() -> None:
+    w = world(seed="t14")
+    w.run(w.tune("bcache0", "writeback_running", "0"))
+    w.run(w.write(0, 0, 16, fua=True))
+    w.run(w.cset.stop())
+    drain(w)
+    assert w.superblock(0).state == BdevState.DIRTY
+    # What a forced `running` does: the state says so, and then data is written without the cache.
+    images = [bytearray(disk.now) for disk in w.disks]
+    start = SB_SECTOR * SECTOR
+    stale = w.superblock(0).with_state(BdevState.STALE)
+    images[1][start:start + SB_BYTES] = encode_superblock(stale, bytes(images[1][start:start + SB_BYTES]))
+    judge = Oracle()
+    judge.add_volume(0, 2048, initial=0, settles=False)
+    after = World(w.setup, "t14/after", images=images, oracle=judge)
+    after.run(after.up())
+    dev = after.cset.devices[0]
+    assert (dev.slot, dev.sb.state) == (1, BdevState.CLEAN)
+    assert after.cset.uuids[0].is_retired
+    after.run(after.verify(everything=True, twice=True))
+    again = stop_and_start(after, "t14")
+    assert again.cset.devices[0].slot == 1
 
 
 # T15
