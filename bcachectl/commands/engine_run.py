@@ -83,7 +83,9 @@ def engine_run(
         host.loop.run(_life(host, live=sys.stdout.isatty() if live is None else live, ready_fd=ready_fd))
     finally:
         host.close()
-    return 1 if host.failed is not None else 0
+    if host.trace_error is not None:
+        print(f"bcachectl: {host.trace_error}", file=sys.stderr)
+    return 1 if host.failed is not None or host.trace_error is not None else 0
 
 
 async def _life(host: EngineHost, *, live: bool, ready_fd: int | None) -> None:

@@ -312,3 +312,15 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     os.close(write_fd)
     assert done.returncode != 0
     assert done.stderr == b""
+
+
+def test_a_record_that_cannot_be_written(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    need(os.path.exists("/dev/full"), "/dev/full")
+    with Engine(tmp_path, *options, "--export", "nbd", "--trace", "/dev/full") as engine:
+        with NbdClient(engine.socket()) as client:
+            client.write(0, bytes(4096), fua=True)
+            assert client.read(0, 4096) == bytes(4096)
+        assert engine.stop() == 1
+        assert engine.errors == "bcachectl: /dev/full: recording has stopped: No space left on device\n"
+    refused(tmp_path, *options, "--export", "nbd", "--trace", tmp_path, status=1, word="directory")

@@ -19,6 +19,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from typing import TextIO
+from urllib.parse import quote
 
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.control import socket_path
@@ -77,6 +78,7 @@ class EngineHost:
         self.nbd: NbdServer | None = None
         self.control: ControlServer | None = None
         self.trace: TextIO | None = None
+        self.trace_error: str | None = None
         if options.use_loop and os.geteuid():
             raise Refused("a loop device needs root; run the engine as root, or use --export nbd")
         with contextlib.ExitStack() as undo:
@@ -145,7 +147,7 @@ class EngineHost:
         found = []
         for volume in self.cset.volumes:
             export = self.loops.get(volume.name)
-            uri = None if self.nbd is None else f"nbd+unix:///{volume.name}?socket={self.nbd.path}"
+            uri = None if self.nbd is None else f"nbd+unix:///{volume.name}?socket={quote(self.nbd.path)}"
             found.append(Ready(volume.name, format_uuid(volume.uuid), volume.size_sectors << 9,
                                None if export is None else export.device, uri))
         return found
@@ -202,9 +204,8 @@ class EngineHost:
     def flush(self) -> None:
         """Once a turn: record events, pass signals and failures on, follow volumes that appear and vanish."""
         events = self.cset.events
-        if self.trace is not None and events.recorded and not self.trace.closed:
-            recorded, events.recorded = events.recorded, []
-            self.trace.writelines(f"{json.dumps(event)}\n" for event in recorded)
+        if events.recorded and self.trace is not None and not self.trace.closed:
+            self._record(self.trace)
         if self.loop.signalled and not self.wants_stop:
             self.request_stop()
         if self.failed is not None and not self._is_failure_seen:
@@ -302,6 +303,20 @@ class EngineHost:
         return Bdev(self.sched, index, os.path.abspath(medium.path), size_sectors=medium.size_bytes >> 9,
                     atomic_sectors=medium.logical_block_bytes >> 9, optimal_io_sectors=medium.optimal_io_bytes >> 9,
                     can_discard=medium.can_discard, read_only=medium.read_only)
+
+    def _record(self, trace: TextIO) -> None:
+        events = self.cset.events
+        recorded, events.recorded = events.recorded, []
+        try:
+            trace.writelines(f"{json.dumps(event)}\n" for event in recorded)
+            trace.flush()
+        except OSError as error:
+            # A full disk under the record is no reason to stop serving.
+            self.trace_error = f"{trace.name}: recording has stopped: {error.strerror}"
+            events.recording = False
+            self.trace = None
+            with contextlib.suppress(OSError):
+                trace.close()
 
     def _volume_count(self) -> int:
         # Looked at once a turn, so without making the list of volumes.

@@ -120,8 +120,12 @@ class Ring:
             if sent < 0:
                 code = ctypes.get_errno()
                 if code in (errno.EBUSY, errno.EAGAIN):
-                    return                          # the completion ring is full, or memory is short: later
-                if code != errno.EINTR:
+                    # Completions must be taken first, or memory is short.  If something completed the ring is polled
+                    # readable and `enter` is called again after the reaping; otherwise nobody would come back here.
+                    if self._u32[self._cq_head] != self._u32[self._cq_tail]:
+                        return
+                    os.sched_yield()
+                elif code != errno.EINTR:
                     raise OSError(code, os.strerror(code))
             elif sent == unsent:
                 return
@@ -198,7 +202,7 @@ class RingBackend:
                 again = self._landed(index, result) or again
             if again or self.waiting:
                 self._push_waiting()
-                self.ring.enter()
+            self.ring.enter()
         done, self.done = self.done, []
         return done
 
