@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,9 @@ from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK, decode_keys, ptr_gen
 from bcachectl.ondisk.prio import PrioSet
 from bcachectl.views import superblock, table
 from bcachectl.views.table import Cell
+
+
+LINES_AT_ONCE = 4096
 
 
 class Structure(StrEnum):
@@ -219,5 +223,7 @@ def _run(names: dict[int, str], start: int, end: int, is_dirty: bool, keys: int)
 
 
 def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(line)
+    # A write for every line would cost more than making it.
+    every = iter(lines)
+    while batch := list(islice(every, LINES_AT_ONCE)):
+        sys.stdout.write("\n".join(batch) + "\n")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
 
 JSON_SCHEMA = 1
 """The schema version in every ``--json`` output; raised when a field changes its meaning or goes away."""
+
+ITEMS_AT_ONCE = 4096
 
 
 def complete_device(incomplete: str) -> Iterator[str]:
@@ -59,8 +62,9 @@ def print_json_list(kind: str, head: dict[str, Any], name: str, items: Iterable[
     """
     start = json.dumps({"schema": JSON_SCHEMA, "kind": kind, **head}, ensure_ascii=False)
     sys.stdout.write(f"{start[:-1]}, {json.dumps(name)}: [")
+    every = (json.dumps(item, ensure_ascii=False) for item in items)
     separator = "\n"
-    for item in items:
-        sys.stdout.write(separator + json.dumps(item, ensure_ascii=False))
+    while batch := list(islice(every, ITEMS_AT_ONCE)):
+        sys.stdout.write(separator + ",\n".join(batch))
         separator = ",\n"
     sys.stdout.write(f"\n], {json.dumps(tail(), ensure_ascii=False)[1:]}\n")
