@@ -1,0 +1,500 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`Check`: the rules across all structures of a set, over one walk, as `Finding`s with what they cost.
+
+1. `Check.stages` walks the device and yields its `Progress`; each `Damage` becomes a finding by the table `DAMAGE_CODES`.
+   Nodes are judged as they come and not kept.
+2. Rules that need one structure whole: superblock, journal, prio sets, uuid array.
+3. Who claims which bucket: superblock, journal, prio sets, uuid array, btree nodes; then data.
+4. Every leaf once more with the journal on top (`salvage`): extents against buckets, against each other, against the
+   uuid array; what is lost where something is damaged.
+5. Backing devices against all that (`check_backing`).
+6. Each finding gets its losses: those in the range of positions that it makes unreadable.
+
+No rule may fire on what a power failure leaves behind; the tests hold hundreds of such images against this file.
+Limits: at most `FINDINGS_LIMIT` findings are kept; of the data one number per extent is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bcachectl.errors import BcachectlError
+from bcachectl.fsck import extents as extent
+from bcachectl.fsck.check_backing import Backing, check_backings, read_backing, slot_of
+from bcachectl.fsck.check_journal import check_journal
+from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.findings import Finding, Loss, Severity
+from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, bucket_of, expand, has_lost_set, leaf_map
+from bcachectl.fsck.walk import Damage, Node, Read, Slot, Walk
+from bcachectl.ondisk import validity
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
+from bcachectl.ondisk.magic import bset_magic
+from bcachectl.ondisk.superblock import NBUCKETS_MIN_RUN, SB_SECTOR, Superblock
+from bcachectl.ondisk.uuids import UUID_FLASH_ONLY
+
+FINDINGS_LIMIT = 10_000
+RANGES_LIMIT = 1_000
+PRIO_INITIAL, PRIO_BTREE = 32768, 65535
+
+DAMAGE_CODES: tuple[tuple[str, str, str], ...] = (
+    # Start of `Damage.where`, part of `Damage.why`, code.  The first that fits.
+    ("superblock", "IO error", "SB_IO"),
+    ("superblock", "bad offset", "SB_OFFSET"),
+    ("superblock", "bad magic", "SB_MAGIC"),
+    ("superblock", "Bad checksum", "SB_CSUM"),
+    ("superblock", "Bad UUID", "SB_UUID"),
+    ("superblock", "feature", "SB_FEATURE"),
+    ("superblock", "block size", "SB_BLOCK_SIZE"),
+    ("superblock", "bucket size", "SB_BUCKET_SIZE"),
+    ("superblock", "ournal buckets", "SB_JOURNAL_BUCKETS"),
+    ("superblock", "buckets", "SB_NBUCKETS"),
+    ("superblock", "device too small", "SB_DEVICE_SIZE"),
+    ("superblock", "number in set", "SB_NR_IN_SET"),
+    ("superblock", "first bucket", "SB_FIRST_BUCKET"),
+    ("superblock", "version", "SB_VERSION"),
+    ("journal", "no journal entries", "JOURNAL_EMPTY"),
+    ("journal", "missing!", "JOURNAL_GAP"),
+    ("journal", "IO error", "JOURNAL_IO"),
+    ("journal entry", "bad key", "JOURNAL_KEY"),
+    ("journal entry", "", "JOURNAL_KEYS"),
+    ("journal bucket", "", "JOURNAL_TORN"),
+    ("prio set", "bad prio bucket", "PRIO_PTR"),
+    ("prio set", "bad csum", "PRIO_CSUM"),
+    ("prio set", "bad magic", "PRIO_MAGIC"),
+    ("prio set", "", "PRIO_IO"),
+    ("uuid array", "bad uuid pointer", "UUID_PTR"),
+    ("uuid array", "multiple", "UUID_LENGTH"),
+    ("uuid array", "", "UUID_IO"),
+    ("btree root", "", "BTREE_ROOT_PTR"),
+    ("btree node", "two pointers", "BTREE_NODE_TWICE"),
+    ("btree node", "bad btree header", "BTREE_HEADER"),
+    ("btree node", "unsupported bset version", "BTREE_VERSION"),
+    ("btree node", "bad magic", "BTREE_MAGIC"),
+    ("btree node", "bad checksum", "BTREE_CSUM"),
+    ("btree node", "empty set", "BTREE_EMPTY_SET"),
+    ("btree node", "corrupted btree", "BTREE_CORRUPTED"),
+    ("btree node", "short btree key", "BTREE_SHORT_KEY"),
+    ("btree node", "several pointers", "BTREE_PTRS"),
+    ("btree node", "out of order", "BTREE_ORDER"),
+    ("btree node", "spotted btree ptr", "BTREE_PTR"),
+    ("btree node", "two children", "BTREE_CHILD_TWICE"),
+    ("btree node", "no child", "BTREE_CHILD_GAP"),
+    ("btree node", "length too big", "EXTENT_CROSSES_BUCKET"),
+    ("btree node", "short offset", "EXTENT_IN_RESERVED"),
+    ("btree node", "past end", "EXTENT_BEYOND_DEVICE"),
+    ("btree node", "larger than its offset", "EXTENT_SIZE"),
+    ("btree node", "IO error", "BTREE_IO"),
+    ("btree node", "", "BTREE_KEYS"),
+)
+
+
+class Progress(NamedTuple):
+    """How far a check is: what it does, how much of it is done, of how much (0: unknown)."""
+
+    what: str
+    done: int
+    total: int
+
+
+class _Pending(NamedTuple):
+    # A finding and the positions that it makes unreadable.
+    finding: Finding
+    start: int
+    end: int
+
+
+class Totals(NamedTuple):
+    """What a set holds and what is lost of it, in sectors."""
+
+    nodes: int
+    extents: int
+    dirty_sectors: int
+    clean_sectors: int
+    lost_dirty_sectors: int
+    lost_clean_sectors: int
+
+
+class Check:
+    """One check of one set.  Exhaust `stages`; then `findings` and `totals` are complete."""
+
+    def __init__(self, read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
+                 instead: Superblock | None = None) -> None:
+        self.walk = Walk(read, size_sectors, instead=instead)
+        self.backings = tuple(backings)
+        self.findings: list[Finding] = []
+        self.slots: list[Slot] = []
+        self.dirty: dict[int, Extents] = {}
+        """Live dirty extents by device number."""
+        self.overlapping: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
+        """First sectors of extents that share sectors of the cache with another one."""
+        self.claims: dict[int, str] = {}
+        """Buckets of metadata, and whose they are."""
+        self.used: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Buckets that live data is in."""
+        self.totals = Totals(0, 0, 0, 0, 0, 0)
+        self._pending: list[_Pending] = []
+        self._lost: list[Extents] = []
+        self._taken: list[npt.NDArray[np.uint64]] = []
+        self._max_ahead: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self._disk_gens: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+
+    @property
+    def known_buckets(self) -> int:
+        """Buckets, from 0 on, whose generation the prio sets tell."""
+        walk = self.walk
+        return min(len(walk.prio_buckets) * walk.geometry.prios_per_bucket, walk.geometry.nbuckets)
+
+    @property
+    def worst(self) -> Severity:
+        """The severity of the worst finding."""
+        return max((finding.severity for finding in self.findings), default=Severity.NOTE)
+
+    def stages(self) -> Iterator[Progress]:
+        """Do all of it, telling how far it is."""
+        yield from self._structures()
+        sb = self.walk.superblock
+        if sb is not None and sb.is_cache:
+            self._superblock(sb)
+            if sb.cache_sync and self.walk.newest is not None:
+                self._add_all(check_journal(self.walk))
+                self._prios()
+                self._uuids()
+                self._claim_fixed()
+                yield from self._leaves()
+                self._overlaps()
+                self._gens()
+                self._owners()
+        self._add_all(check_backings(self.walk, self.backings, self.dirty))
+        self._settle()
+
+    # Findings.
+
+    def _add(self, finding: Finding, start: int = 0, end: int = 0) -> None:
+        if len(self._pending) < FINDINGS_LIMIT:
+            self._pending.append(_Pending(finding, start, end))
+
+    def _add_all(self, findings: Iterator[Finding]) -> None:
+        for finding in findings:
+            self._add(finding)
+
+    def _damage(self, damage: Damage) -> None:
+        code = next((code for where, why, code in DAMAGE_CODES
+                     if damage.where.startswith(where) and why in damage.why), "BTREE_KEYS")
+        bucket = self.walk.geometry.bucket_of(damage.sector) if damage.sector and self.walk.superblock else None
+        key = damage.why.partition("spotted extent ")[2].partition(": bad")[0]
+        self._add(Finding(code, damage.where, damage.why, bucket, damage.sector, key), damage.start, damage.end)
+
+    def _settle(self) -> None:
+        lost = extent.concatenate(self._lost)
+        lost = lost.take(np.argsort(lost.start, kind="stable"))
+        size = lost.size.astype(np.int64)
+        self.totals = self.totals._replace(lost_dirty_sectors=int(size[lost.dirty].sum()),
+                                           lost_clean_sectors=int(size[~lost.dirty].sum()))
+        unsure = lost.csum == TAG_UNKNOWN_GEN
+        is_first_prio = True
+        for finding, start, end in self._pending:
+            losses: tuple[Loss, ...] = ()
+            unknown: tuple[tuple[int, int], ...] = ()
+            if start < end:
+                rows = (lost.start < np.uint64(end)) & (lost.end > np.uint64(start)) & ~unsure
+                losses = self._losses(lost.take(rows))
+                unknown = tuple((max(slot.start, start), min(slot.end, end)) for slot in self.unknown_slots
+                                if slot.start < end and start < slot.end)
+            elif finding.code.startswith("PRIO_") and finding.severity is Severity.ERROR and is_first_prio:
+                losses, is_first_prio = self._losses(lost.take(unsure)), False
+            self.findings.append(replace(finding, losses=losses, unknown=unknown))
+        self.findings.sort(key=lambda finding: -finding.severity)
+
+    @property
+    def unknown_slots(self) -> list[Slot]:
+        """Ranges of positions that nothing at all is known about."""
+        return [slot for slot in self.slots if slot.leaf is None and slot.nsectors == 0 and slot.lost is None]
+
+    def _losses(self, lost: Extents) -> tuple[Loss, ...]:
+        inodes = lost.start >> np.uint64(INODE_SHIFT)
+        return tuple(self._loss(int(inode), lost.take(inodes == inode)) for inode in np.unique(inodes))
+
+    def _loss(self, inode: int, lost: Extents) -> Loss:
+        size = lost.size.astype(np.int64)
+        offset = self.data_offset(inode)
+        dirty = lost.take(lost.dirty)
+        ranges: list[tuple[int, int]] = []
+        for start, end in zip((dirty.start & np.uint64(SECTOR_MASK)).tolist(),
+                              ((dirty.end - np.uint64(inode << INODE_SHIFT))).tolist(), strict=True):
+            first, last = (start - offset) << 9, (end - offset) << 9
+            if ranges and ranges[-1][1] == first:
+                ranges[-1] = (ranges[-1][0], last)
+            elif len(ranges) < RANGES_LIMIT:
+                ranges.append((first, last))
+        return Loss(inode, self.volume_name(inode), int(size[lost.dirty].sum()), int(size[~lost.dirty].sum()),
+                    tuple(ranges))
+
+    def volume_name(self, inode: int) -> str:
+        """The name of a volume as the other verbs say it, ``slot N`` for a device that the set no longer knows."""
+        live = [slot for slot, entry in enumerate(self.walk.uuids) if not entry.is_free and not entry.is_retired]
+        return f"bcache{live.index(inode)}" if inode in live else f"slot {inode}"
+
+    def data_offset(self, inode: int) -> int:
+        """The sector of a backing device at which its volume begins; 16 if the device was not given."""
+        entries = self.walk.uuids
+        if inode < len(entries) and entries[inode].is_flash_only:
+            return 0
+        for backing in self.backings:
+            sb, _found = read_backing(backing)
+            if sb is not None and slot_of(self.walk, sb.uuid) == inode:
+                return sb.data_offset
+        return 16
+
+    # One structure at a time.
+
+    def _structures(self) -> Iterator[Progress]:
+        walk = self.walk
+        for item in walk.structures():
+            if isinstance(item, Damage):
+                self._damage(item)
+            elif isinstance(item.value, Node):
+                if not len(self._disk_gens):
+                    self._disk_gens = walk.gens.copy()
+                self._node(item.value)
+                if walk.nodes % 64 == 0:
+                    yield Progress("btree", walk.nodes, 0)
+        yield Progress("btree", walk.nodes, walk.nodes)
+
+    def _superblock(self, sb: Superblock) -> None:
+        def say(code: str, why: str) -> None:
+            self._add(Finding(code, "superblock", why, sector=SB_SECTOR))
+
+        if sb.unknown_flags:
+            say("SB_FLAGS", f"unknown flag bits {sb.unknown_flags:#x}")
+        if sb.replacement is None:
+            say("SB_REPLACEMENT", f"flags {sb.flags:#x}")
+        if sb.is_obso_large_bucket:
+            say("SB_OBSO_LARGE_BUCKET", f"feature_incompat {sb.feature_incompat:#x}")
+        if sb.discard:
+            say("SB_DISCARD", "discard is on")
+        if self.walk.geometry.node_sectors < 2 * sb.block_size:
+            say("SB_NODE_BLOCKS", f"node of {self.walk.geometry.node_sectors} sectors, block of {sb.block_size}")
+        if sb.nbuckets < NBUCKETS_MIN_RUN:
+            say("SB_TOO_FEW_TO_RUN", f"{sb.nbuckets} buckets")
+        if not sb.cache_sync:
+            say("SB_NEVER_RUN", "CACHE_SYNC is 0")
+
+    def _prios(self) -> None:
+        walk = self.walk
+        journal = set(walk.superblock.d) if walk.superblock is not None else set()
+        for number, bucket in enumerate(walk.prio_buckets):
+            where = f"prio set {number} at bucket {bucket}"
+            if bucket in walk.prio_buckets[:number]:
+                self._add(Finding("PRIO_LOOP", where, f"bucket {bucket} is in the chain already", bucket))
+            if bucket in journal:
+                self._add(Finding("PRIO_INTO_JOURNAL", where, f"bucket {bucket} belongs to the journal", bucket))
+        prios = walk.prios[:self.known_buckets]
+        wrong = np.flatnonzero((prios > PRIO_INITIAL) & (prios < PRIO_BTREE))
+        if len(wrong):
+            self._add(Finding("PRIO_VALUE", "prio sets", f"{len(wrong)} buckets, the first with priority "
+                                                         f"{int(prios[wrong[0]])}", int(wrong[0])))
+
+    def _uuids(self) -> None:
+        seen: dict[bytes, int] = {}
+        for slot, entry in enumerate(self.walk.uuids):
+            where = f"uuid array, slot {slot}"
+            if entry.is_free or entry.is_retired:
+                if entry.is_free and (entry.sectors or entry.flags or any(entry.label)):
+                    self._add(Finding("UUID_FREE_DIRTY", where, "uuid is zero, other fields are not"))
+                continue
+            if entry.uuid in seen:
+                self._add(Finding("UUID_TWICE", where, f"uuid of slot {seen[entry.uuid]}"))
+            seen.setdefault(entry.uuid, slot)
+            if entry.is_flash_only and not entry.sectors:
+                self._add(Finding("UUID_FLASH_SIZE", where, "flash-only volume of 0 sectors"))
+            if entry.sectors and not entry.is_flash_only:
+                self._add(Finding("UUID_SECTORS", where, f"{entry.sectors} sectors"))
+            if entry.flags & ~UUID_FLASH_ONLY.mask:
+                self._add(Finding("UUID_FLAGS", where, f"flags {entry.flags:#x}"))
+
+    def _node(self, node: Node) -> None:
+        walk = self.walk
+        assert walk.superblock is not None
+        where, sector = f"btree node at bucket {node.bucket}, level {node.level}", walk.geometry.sector_of(node.bucket)
+        self._claim(node.bucket, where)
+        magic = bset_magic(walk.superblock.set_uuid)
+        if node.written_blocks * walk.geometry.block_size_sectors < node.nsectors:
+            try:
+                buf = walk.read(sector, node.nsectors)
+            except BcachectlError:
+                buf = b""
+            if buf and has_lost_set(buf, written_blocks=node.written_blocks, magic=magic,
+                                    seed=ptr_make(sector, node.gen), block_bytes=walk.geometry.block_bytes):
+                self._add(Finding("BTREE_SET_LOST", f"{where}, block {node.written_blocks}", "bad seq or magic",
+                                  node.bucket, sector), node.start, node.end)
+        for image in node.sets:
+            keys = image.keys
+            self._note_gens(keys.ptr[validity.columns_available(keys)
+                                     & ~validity.columns_out_of_range(keys, walk.geometry)])
+            if node.level:
+                self._interior(node, image.keys, where)
+                continue
+            rows = keys.size > 0
+            start, end = keys.pos[rows] - keys.size[rows], keys.pos[rows]
+            if bool((start[1:] < end[:-1]).any()) and bool((end[1:] >= end[:-1]).all()):
+                self._add(Finding("BTREE_SET_OVERLAP", f"{where}, block {image.block}", "keys overlap", node.bucket,
+                                  sector), node.start, node.end)
+            if bool((start < np.uint64(node.start)).any()) and not validity.extents_fatal(keys, walk.geometry).any():
+                self._add(Finding("BTREE_KEY_BEFORE", f"{where}, block {image.block}", "keys before the leaf's range",
+                                  node.bucket, sector), int(start.min()), node.start)
+
+    def _interior(self, node: Node, keys: object, where: str) -> None:
+        # Pointers must lead to the start of a bucket; one that is bad takes what its child held with it.
+        walk = self.walk
+        for level, key, start, end in walk.children(node)[0]:
+            del level
+            if key.ptrs[0].sector % walk.geometry.bucket_size_sectors:
+                self._add(Finding("BTREE_PTR_OFFSET", where, f"sector {key.ptrs[0].sector}", node.bucket,
+                                  key.ptrs[0].sector), start, end)
+
+    def _note_gens(self, ptr: npt.NDArray[np.uint64]) -> None:
+        walk = self.walk
+        if not len(self._max_ahead):
+            self._max_ahead = np.zeros(walk.geometry.nbuckets, np.uint8)
+        bucket = (PTR_OFFSET.get(ptr) // np.uint64(walk.geometry.bucket_size_sectors)).astype(np.intp)
+        ahead = PTR_GEN.get(ptr).astype(np.uint8) - self._disk_gens[bucket]
+        ahead[ahead >= 128] = 0
+        np.maximum.at(self._max_ahead, bucket, ahead)
+
+    def _gens(self) -> None:
+        far = np.flatnonzero(self._max_ahead[:self.known_buckets] > validity.BUCKET_GC_GEN_MAX)
+        for bucket in far.tolist():
+            self._add(Finding("PRIO_GEN", f"prio sets, bucket {bucket}",
+                              f"a pointer is {int(self._max_ahead[bucket])} generations ahead", bucket))
+
+    # Buckets.
+
+    def _claim(self, bucket: int, what: str) -> None:
+        other = self.claims.setdefault(bucket, what)
+        if other == what:
+            return
+        is_journal = "journal" in other or "journal" in what
+        kind = "UUID" if "uuid" in what else "BTREE_PTR" if "btree" in f"{what} {other}" else "PRIO"
+        code = f"{kind}_INTO_JOURNAL" if is_journal else "BUCKET_TWICE"
+        if code != "PRIO_INTO_JOURNAL":
+            self._add(Finding(code, f"bucket {bucket}", f"{what}; and {other}", bucket))
+
+    def _claim_fixed(self) -> None:
+        walk = self.walk
+        assert walk.superblock is not None and walk.newest is not None
+        for index, bucket in enumerate(walk.superblock.d):
+            self._claim(bucket, f"journal bucket {index}")
+        for number, bucket in enumerate(dict.fromkeys(walk.prio_buckets)):
+            self._claim(bucket, f"prio set {number}")
+        for ptr in walk.newest.uuid_bucket.ptrs if walk.uuids else ():
+            self._claim(walk.geometry.bucket_of(ptr.sector), "uuid array")
+        self.used = np.zeros(walk.geometry.nbuckets, np.bool_)
+
+    # Data.
+
+    def _leaves(self) -> Iterator[Progress]:
+        walk = self.walk
+        self.slots = expand(walk)
+        for slot in self.slots:
+            if slot.leaf is None and slot.lost is not None:
+                self.claims.setdefault(walk.geometry.bucket_of(slot.lost.sector), "damaged btree node")
+        metadata = np.zeros(walk.geometry.nbuckets, np.bool_)
+        metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
+        dirty: dict[int, list[Extents]] = {}
+        for number, slot in enumerate(self.slots):
+            found = leaf_map(walk, slot, known_buckets=self.known_buckets)
+            self._lost.append(found.lost)
+            self._count(found.kept, metadata)
+            for inode in np.unique(found.kept.start[found.kept.dirty] >> np.uint64(INODE_SHIFT)).tolist():
+                rows = found.kept.dirty & (found.kept.start >> np.uint64(INODE_SHIFT) == inode)
+                dirty.setdefault(inode, []).append(found.kept.take(rows))
+            self._judge_stale(slot, found.stale_dirty, found.too_stale)
+            if number % 64 == 0:
+                yield Progress("extents", number, len(self.slots))
+        self.dirty = {inode: extent.concatenate(parts) for inode, parts in dirty.items()}
+        yield Progress("extents", len(self.slots), len(self.slots))
+
+    def _count(self, kept: Extents, metadata: npt.NDArray[np.bool_]) -> None:
+        if not len(kept.start):
+            return
+        size, bucket = kept.size, bucket_of(self.walk, kept).astype(np.intp)
+        self._taken.append(PTR_OFFSET.get(kept.ptr) << np.uint64(16) | size)
+        self.used[bucket] = True
+        dirty = int(size[kept.dirty].sum())
+        totals = self.totals
+        self.totals = Totals(self.walk.nodes, totals.extents + len(size), totals.dirty_sectors + dirty,
+                             totals.clean_sectors + int(size.sum()) - dirty, 0, 0)
+        for row in np.flatnonzero(metadata[bucket]).tolist():
+            what = self.claims[int(bucket[row])]
+            code = "EXTENT_INTO_JOURNAL" if "journal" in what else "EXTENT_IN_METADATA"
+            self._add(self._extent_finding(code, kept, row, f"the bucket is that of the {what}"))
+
+    def _extent_finding(self, code: str, extents: Extents, row: int, why: str) -> Finding:
+        start, end = int(extents.start[row]), int(extents.end[row])
+        sector, gen = int(PTR_OFFSET.get(extents.ptr)[row]), int(PTR_GEN.get(extents.ptr)[row])
+        inode = start >> INODE_SHIFT
+        key = f"{inode}:{start & SECTOR_MASK} len {end - start} -> [0:{sector} gen {gen}]"
+        return Finding(code, "btree leaf", why, self.walk.geometry.bucket_of(sector), sector,
+                       key + (" dirty" if extents.dirty[row] else ""))
+
+    def _judge_stale(self, slot: Slot, stale_dirty: Extents, too_stale: Extents) -> None:
+        del slot
+        behind = self.walk.staleness(stale_dirty)
+        for row in range(len(stale_dirty.start)):
+            self._add(self._extent_finding("BTREE_PTR_STALE_DIRTY", stale_dirty, row, f"stale by {int(behind[row])}"))
+        behind = self.walk.staleness(too_stale)
+        for row in range(len(too_stale.start)):
+            self._add(self._extent_finding("BTREE_PTR_TOO_STALE", too_stale, row, f"stale by {int(behind[row])}"))
+
+    def _overlaps(self) -> None:
+        if not self._taken:
+            return
+        taken = np.concatenate(self._taken)
+        self._taken.clear()
+        taken.sort()
+        sector = taken >> np.uint64(16)
+        rows = np.flatnonzero(sector[:-1] + (taken[:-1] & np.uint64(0xFFFF)) > sector[1:])
+        if not len(rows):
+            return
+        self.overlapping = np.unique(np.concatenate([sector[rows], sector[rows + 1]]))
+        for row in rows.tolist():
+            first, second = int(sector[row]), int(sector[row + 1])
+            self._add(Finding("EXTENT_OVERLAP", "btree leaf", f"extents at sectors {first} and {second} of the cache "
+                              "overlap", self.walk.geometry.bucket_of(first), first))
+
+    # Whose the data is.
+
+    def _owners(self) -> None:
+        walk = self.walk
+        if not walk.uuids:
+            return
+        for inode, dirty in sorted(self.dirty.items()):
+            sectors = int(dirty.size.sum())
+            if inode >= len(walk.uuids):
+                self._add(Finding("EXTENT_INODE", "btree", f"{sectors} dirty sectors of device number {inode}; there are "
+                                                           f"{len(walk.uuids)} slots"))
+                continue
+            entry = walk.uuids[inode]
+            if entry.is_free or entry.is_retired:
+                state = "free" if entry.is_free else "retired"
+                self._add(Finding("ORPHAN_DIRTY", f"uuid array, slot {inode}", f"{sectors} dirty sectors, the slot is "
+                                                                               f"{state}"))
+            elif entry.is_flash_only and int(dirty.end.max()) - (inode << INODE_SHIFT) > entry.sectors:
+                self._add(Finding("EXTENT_BEYOND_VOLUME", f"uuid array, slot {inode}",
+                                  f"volume of {entry.sectors} sectors"))
+
+
+def run(check: Check) -> Check:
+    """Do all of ``check`` without looking at its progress."""
+    for _progress in check.stages():
+        pass
+    return check
+
+
+ALL_POSITIONS = (0, MAX_POS)
+"""The range of a finding that makes everything unknown."""

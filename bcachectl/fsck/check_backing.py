@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Rules between a set and its backing devices: superblock, membership, state against the dirty keys.
+
+A backing device that says *clean* must hold everything.  The kernel marks a device clean before the cleared dirty bits
+of the last keys are on the cache device, so a dirty key alone proves nothing: `check_backing` compares the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bcachectl.errors import BcachectlError
+from bcachectl.fsck import extents as extent
+from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.findings import Finding
+from bcachectl.fsck.walk import Read, Walk
+from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
+from bcachectl.ondisk.magic import BCACHE_MAGIC
+from bcachectl.ondisk.superblock import (
+    BDEV_DATA_START_DEFAULT,
+    SB_BYTES,
+    SB_SECTOR,
+    BdevState,
+    Superblock,
+    judge_csum,
+    parse_superblock,
+)
+from bcachectl.units import format_uuid
+
+COMPARE_SECTORS = 2048
+"""Dirty data is compared in pieces of this length."""
+
+
+class Backing(NamedTuple):
+    """A backing device that fsck was given."""
+
+    name: str
+    read: Read
+    size_sectors: int
+
+
+def read_backing(backing: Backing) -> tuple[Superblock | None, list[Finding]]:
+    """The superblock if anything can be done with it, and what is wrong with it."""
+    name = backing.name
+    try:
+        raw = backing.read(SB_SECTOR, SB_BYTES >> 9)
+    except BcachectlError as error:
+        return None, [Finding("BACKING_IO", "backing superblock", str(error), sector=SB_SECTOR, device=name)]
+    sb = parse_superblock(raw)
+    found: list[Finding] = []
+
+    def add(code: str, why: str) -> None:
+        found.append(Finding(code, "backing superblock", why, sector=SB_SECTOR, device=name))
+
+    if sb.magic != BCACHE_MAGIC:
+        add("BACKING_MAGIC", "Not a bcache superblock (bad magic)")
+        return None, found
+    stored, expected = judge_csum(raw)
+    if stored != expected:
+        add("BACKING_CSUM", f"Bad checksum: {stored:#x}, expected {expected:#x}")
+    if sb.offset != SB_SECTOR:
+        add("BACKING_OFFSET", "Not a bcache superblock (bad offset)")
+    if not sb.is_backing:
+        add("BACKING_KIND" if sb.is_cache else "BACKING_VERSION", f"version {sb.version}")
+        return None, found
+    if sb.uuid == bytes(16):
+        add("BACKING_UUID", "Bad UUID")
+    if sb.data_offset < BDEV_DATA_START_DEFAULT or sb.data_offset >= backing.size_sectors:
+        add("BACKING_DATA_OFFSET", f"Bad data offset {sb.data_offset}")
+    if not sb.block_size:
+        add("BACKING_BLOCK_SIZE", "block size 0")
+    if sb.cache_mode is None:
+        add("BACKING_MODE", f"flags {sb.flags:#x}")
+    if sb.unknown_flags:
+        add("BACKING_FLAGS", f"unknown flag bits {sb.unknown_flags:#x}")
+    return sb, found
+
+
+def check_backings(walk: Walk, backings: Sequence[Backing], dirty: Mapping[int, Extents]) -> Iterator[Finding]:
+    """Every rule for every backing device; ``dirty`` is the live dirty data by device number."""
+    seen: dict[bytes, str] = {}
+    for backing in backings:
+        sb, found = read_backing(backing)
+        yield from found
+        if sb is None:
+            continue
+        if sb.uuid in seen:
+            yield Finding("BACKING_TWICE", "backing superblock", f"uuid {format_uuid(sb.uuid)} is that of "
+                          f"{seen[sb.uuid]}", device=backing.name)
+        seen[sb.uuid] = backing.name
+        if walk.superblock is not None and walk.superblock.cache_sync and walk.uuids:
+            yield from _check_member(walk, backing, sb, dirty)
+
+
+def slot_of(walk: Walk, uuid: bytes) -> int | None:
+    """The device number under which the set knows a backing device."""
+    return next((slot for slot, entry in enumerate(walk.uuids)
+                 if entry.uuid == uuid and not entry.is_free and not entry.is_flash_only), None)
+
+
+def _check_member(walk: Walk, backing: Backing, sb: Superblock, dirty: Mapping[int, Extents]) -> Iterator[Finding]:
+    assert walk.superblock is not None
+    name, cache = backing.name, walk.superblock
+    slot = slot_of(walk, sb.uuid)
+    own = dirty.get(slot, extent.empty()) if slot is not None else extent.empty()
+    sectors = int(own.size.sum())
+
+    def say(code: str, why: str) -> Finding:
+        return Finding(code, "backing superblock", why, sector=SB_SECTOR, device=name)
+
+    if sb.set_uuid not in (cache.set_uuid, bytes(16)):
+        yield say("BACKING_OTHER_SET", f"set {format_uuid(sb.set_uuid)}")
+        return
+    if sb.block_size and sb.block_size < cache.block_size:
+        yield say("BACKING_BLOCK_SIZE", f"block size {sb.block_size} sectors, the set's is {cache.block_size}")
+    if sb.state is BdevState.NONE:
+        if sectors:
+            yield say("BACKING_DETACHED_DIRTY", f"{sectors} dirty sectors in slot {slot}")
+        elif slot is None:
+            yield say("BACKING_NOT_ATTACHED", "state none")
+    elif sb.state is BdevState.STALE:
+        yield say("BACKING_INCONSISTENT", "state inconsistent")
+    elif slot is None:
+        yield say("BACKING_FORGOTTEN", f"state {sb.state.name.lower()}, uuid {format_uuid(sb.uuid)}")
+    elif sb.state is BdevState.CLEAN and sectors:
+        differs = differing_sectors(walk, backing, own)
+        yield (say("BACKING_CLEAN_DIRTY", f"{differs} of {sectors} dirty sectors differ") if differs
+               else say("BACKING_CLEAN_KEYS", f"{sectors} dirty sectors, equal on both devices"))
+    elif sb.state is BdevState.DIRTY and not sectors:
+        yield say("BACKING_DIRTY_CLEAN", "no dirty key")
+    if slot is None or not sectors:
+        return
+    base = slot << INODE_SHIFT
+    if int(own.end.max()) - base > backing.size_sectors:
+        yield say("BACKING_SMALL", f"a dirty extent ends at sector {int(own.end.max()) - base}, the device at "
+                                   f"{backing.size_sectors}")
+    if int(own.start.min()) - base < sb.data_offset:
+        yield say("BACKING_BEFORE_DATA", f"a dirty extent begins at sector {int(own.start.min()) - base}, the data at "
+                                         f"{sb.data_offset}")
+
+
+def differing_sectors(walk: Walk, backing: Backing, dirty: Extents) -> int:
+    """How many sectors of dirty extents have other content on the backing device; unreadable ones count."""
+    differs = 0
+    for start, end, ptr in zip(dirty.start.tolist(), dirty.end.tolist(), PTR_OFFSET.get(dirty.ptr).tolist(), strict=True):
+        sector = start & (1 << INODE_SHIFT) - 1
+        for done in range(0, end - start, COMPARE_SECTORS):
+            count = min(COMPARE_SECTORS, end - start - done)
+            try:
+                ours = np.frombuffer(walk.read(ptr + done, count), np.uint8).reshape(count, 512)
+                theirs = np.frombuffer(backing.read(sector + done, count), np.uint8).reshape(count, 512)
+            except BcachectlError:
+                differs += count
+                continue
+            differs += int((ours != theirs).any(axis=1).sum())
+    return differs

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`Finding`: what fsck concludes, where it is, what it means and which data it costs.
+
+A finding has a stable `Finding.code`, one of `CODES`; scripts may rely on the codes, never on the texts.  `CODES` also
+holds the severity, the plain sentence and whether a repair is safe, that is, loses nothing that only the cache has.
+
+Severities: a `Severity.NOTE` is what a power failure leaves behind, or worth knowing; it does not change the exit
+status.  A `Severity.WARNING` lets the kernel run the set, but not as it should.  A `Severity.ERROR` is damage.
+
+`Loss` is the cost on one volume: dirty sectors exist nowhere else and are lost with the damage; clean sectors are on
+the backing device too, and are merely dropped from the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Severity(IntEnum):
+    """How bad a finding is."""
+
+    NOTE = 0
+    WARNING = 1
+    ERROR = 2
+
+
+class Meaning(NamedTuple):
+    """What all findings of one code share; ``safe`` is whether repairing costs nothing that only the cache has."""
+
+    severity: Severity
+    text: str
+    safe: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What is lost on one volume; ``ranges`` are half-open byte ranges on the volume, dirty ones."""
+
+    inode: int
+    volume: str
+    dirty_sectors: int
+    clean_sectors: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One conclusion.  ``why`` is what was seen, in the kernel's words where it has some."""
+
+    code: str
+    structure: str
+    why: str
+    bucket: int | None = None
+    sector: int | None = None
+    key: str = ""
+    device: str = ""
+    losses: tuple[Loss, ...] = ()
+    unknown: tuple[tuple[int, int], ...] = ()
+    """Ranges of positions whose keys nothing is known about."""
+
+    @property
+    def severity(self) -> Severity:
+        """How bad it is."""
+        return CODES[self.code].severity
+
+    @property
+    def meaning(self) -> str:
+        """What it means, in one sentence."""
+        return CODES[self.code].text
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether repairing it loses nothing that only the cache has."""
+        return CODES[self.code].safe and not self.unknown and not any(loss.dirty_sectors for loss in self.losses)
+
+    @property
+    def dirty_sectors(self) -> int:
+        """Sectors lost that only the cache had."""
+        return sum(loss.dirty_sectors for loss in self.losses)
+
+    @property
+    def clean_sectors(self) -> int:
+        """Sectors dropped that the backing devices have too."""
+        return sum(loss.clean_sectors for loss in self.losses)
+
+
+_N, _W, _E = Severity.NOTE, Severity.WARNING, Severity.ERROR
+
+CODES: dict[str, Meaning] = {
+    # The cache device's superblock.
+    "SB_IO": Meaning(_E, "The superblock cannot be read; fsck goes on with what the rest of the device tells."),
+    "SB_OFFSET": Meaning(_E, "The superblock does not say that it stands at sector 8; the kernel does not know the device."),
+    "SB_MAGIC": Meaning(_E, "The superblock's magic is damaged; the kernel does not know the device as bcache's."),
+    "SB_CSUM": Meaning(_E, "The superblock's checksum is wrong; the kernel refuses the device."),
+    "SB_VERSION": Meaning(_E, "The superblock has a version that no kernel knows."),
+    "SB_UUID": Meaning(_E, "The superblock has no device uuid or no set uuid; the kernel refuses the device."),
+    "SB_FEATURE": Meaning(_E, "The superblock asks for features that no kernel has."),
+    "SB_BLOCK_SIZE": Meaning(_E, "The block size is one that the kernel refuses."),
+    "SB_BUCKET_SIZE": Meaning(_E, "The bucket size is one that the kernel refuses."),
+    "SB_NBUCKETS": Meaning(_E, "The number of buckets is one that the kernel refuses."),
+    "SB_DEVICE_SIZE": Meaning(_E, "The device is smaller than the superblock says; was it, or an image of it, cut short?"),
+    "SB_NR_IN_SET": Meaning(_E, "The device's number in its set makes no sense; the kernel refuses it."),
+    "SB_JOURNAL_BUCKETS": Meaning(_E, "The list of journal buckets makes no sense; the kernel refuses the device."),
+    "SB_FIRST_BUCKET": Meaning(_E, "The first bucket would overwrite the superblock; the kernel refuses the device."),
+    "SB_GUESSED": Meaning(_N, "The superblock is unusable; what follows goes by geometry found on the device or given."),
+    "SB_UNUSABLE": Meaning(_E, "Neither the superblock nor the rest of the device tells the geometry; give --bucket-size "
+                               "and --set-uuid.", safe=False),
+    "SB_FLAGS": Meaning(_N, "The superblock has flag bits that no kernel gives a meaning to."),
+    "SB_REPLACEMENT": Meaning(_W, "The replacement policy is none; the allocator of a kernel would never free a bucket."),
+    "SB_OBSO_LARGE_BUCKET": Meaning(_W, "The large buckets are in the form of kernel 5.9; later kernels make every volume "
+                                        "of this set read-only.", safe=False),
+    "SB_DISCARD": Meaning(_N, "Discard is on; it has cost users their priorities (kernel bug 197377)."),
+    "SB_NEVER_RUN": Meaning(_N, "The set never ran; there is nothing on the device but the superblock."),
+    "SB_NODE_BLOCKS": Meaning(_W, "A btree node has room for one block only; this crashes kernels.", safe=False),
+    "SB_TOO_FEW_TO_RUN": Meaning(_W, "The kernel's allocator refuses to run fewer than 513 buckets.", safe=False),
+    # The journal.
+    "JOURNAL_TORN": Meaning(_N, "The journal ends in an entry that was not written whole; any power failure leaves that."),
+    "JOURNAL_IO": Meaning(_E, "A journal bucket cannot be read."),
+    "JOURNAL_EMPTY": Meaning(_E, "There is no journal entry, and only the journal knows where everything else is.",
+                             safe=False),
+    "JOURNAL_GAP": Meaning(_E, "Journal entries that a start must replay are missing; the kernel refuses the set. What "
+                               "they held is unknown.", safe=False),
+    "JOURNAL_CSUM": Meaning(_E, "A journal entry is damaged, and newer ones behind it are out of reach; the kernel would "
+                                "go back in time without a word.", safe=False),
+    "JOURNAL_LAST_SEQ": Meaning(_E, "A journal entry names an oldest entry that is newer than itself, or goes back."),
+    "JOURNAL_SEQ_TWICE": Meaning(_E, "Two different journal entries have one number.", safe=False),
+    "JOURNAL_RING": Meaning(_E, "The journal's entries are not in the order of the ring; the kernel's search may miss the "
+                                "newest."),
+    "JOURNAL_VERSION": Meaning(_W, "A journal entry has a version that no kernel writes."),
+    "JOURNAL_KEY": Meaning(_E, "A key in the journal points outside the device; the kernel refuses the set.", safe=False),
+    "JOURNAL_KEYS": Meaning(_E, "The keys of a journal entry cannot be taken apart.", safe=False),
+    "JOURNAL_KEY_INODE": Meaning(_E, "A key in the journal belongs to a device number that the set cannot have."),
+    # Prio sets.
+    "PRIO_PTR": Meaning(_E, "The chain of priorities leads outside the device; the kernel refuses the set. Priorities can "
+                            "be rebuilt."),
+    "PRIO_CSUM": Meaning(_E, "A prio set fails its checksum; the kernel refuses the set. Priorities can be rebuilt."),
+    "PRIO_MAGIC": Meaning(_E, "A prio set has a wrong magic; the kernel refuses the set. Priorities can be rebuilt."),
+    "PRIO_IO": Meaning(_E, "A prio set cannot be read. Priorities can be rebuilt."),
+    "PRIO_LOOP": Meaning(_E, "The chain of priorities comes back to itself."),
+    "PRIO_INTO_JOURNAL": Meaning(_E, "The chain of priorities leads into the journal."),
+    "PRIO_VALUE": Meaning(_W, "A bucket has a priority that no kernel gives."),
+    "PRIO_GEN": Meaning(_W, "A bucket's generation on the device is far behind the pointers to it."),
+    # The uuid array.
+    "UUID_PTR": Meaning(_E, "The pointer to the uuid array is bad; the kernel refuses the set."),
+    "UUID_IO": Meaning(_E, "The uuid array cannot be read."),
+    "UUID_LENGTH": Meaning(_E, "The uuid array has an impossible length."),
+    "UUID_INTO_JOURNAL": Meaning(_E, "The pointer to the uuid array leads into the journal."),
+    "UUID_TWICE": Meaning(_E, "Two slots of the uuid array hold one uuid; a backing device finds only the first."),
+    "UUID_FLASH_SIZE": Meaning(_E, "A flash-only volume has 0 sectors; volumes behind it vanish at the next start."),
+    "UUID_SECTORS": Meaning(_N, "A backing device's slot has a size, which only flash-only volumes have."),
+    "UUID_FLAGS": Meaning(_N, "A slot of the uuid array has flags that no kernel gives a meaning to."),
+    "UUID_FREE_DIRTY": Meaning(_N, "A free slot of the uuid array is not all zeros."),
+    "ORPHAN_DIRTY": Meaning(_W, "There is dirty data of a device that the set no longer knows; `writeback --orphans` can "
+                                "bring it back. A repair keeps it."),
+    # Btree nodes and sets.
+    "BTREE_ROOT_PTR": Meaning(_E, "The pointer to the root of the btree is bad; the kernel refuses the set.", safe=False),
+    "BTREE_IO": Meaning(_E, "A btree node cannot be read.", safe=False),
+    "BTREE_HEADER": Meaning(_E, "A set of keys in a btree node has a damaged header; the kernel refuses the set."),
+    "BTREE_VERSION": Meaning(_E, "A set of keys has a version that no kernel knows; the kernel refuses the set."),
+    "BTREE_MAGIC": Meaning(_E, "A set of keys has a wrong magic; the kernel refuses the set."),
+    "BTREE_CSUM": Meaning(_E, "A set of keys fails its checksum; the kernel refuses the set."),
+    "BTREE_EMPTY_SET": Meaning(_E, "A set of keys behind the first is empty; the kernel refuses the set."),
+    "BTREE_CORRUPTED": Meaning(_E, "A set of keys stands behind the end of its node's log: one between was lost."),
+    "BTREE_SET_LOST": Meaning(_E, "The last set of keys of a node does not carry the node's number, and its checksum says "
+                                  "that it should; the kernel would miss it without a word."),
+    "BTREE_SHORT_KEY": Meaning(_E, "A node holds keys behind the end of its range; the kernel refuses the set."),
+    "BTREE_KEY_BEFORE": Meaning(_E, "A leaf holds keys before the start of its range, where no lookup finds them."),
+    "BTREE_PTRS": Meaning(_E, "A key has several pointers; sets have had one cache since kernel 5.10."),
+    "BTREE_ORDER": Meaning(_E, "Keys of a set are out of order; lookups go wrong."),
+    "BTREE_SET_OVERLAP": Meaning(_E, "Keys within one set overlap."),
+    "BTREE_KEYS": Meaning(_E, "The keys of a set cannot be taken apart."),
+    "BTREE_NODE_TWICE": Meaning(_E, "Two pointers lead to one node."),
+    "BTREE_PTR": Meaning(_E, "A pointer to a btree node is bad; the kernel refuses the set."),
+    "BTREE_PTR_OFFSET": Meaning(_W, "A pointer to a btree node does not lead to the start of a bucket."),
+    "BTREE_PTR_INTO_JOURNAL": Meaning(_E, "A pointer to a btree node leads into the journal."),
+    "BTREE_CHILD_TWICE": Meaning(_E, "Two children of a node end at one position."),
+    "BTREE_CHILD_GAP": Meaning(_E, "No child covers the end of a node's range; lookups there find nothing, or crash."),
+    # Extents.
+    "EXTENT_CROSSES_BUCKET": Meaning(_E, "An extent leaves its bucket; the kernel refuses the set."),
+    "EXTENT_IN_RESERVED": Meaning(_E, "An extent lies in the buckets reserved for the superblock; the kernel refuses the set."),
+    "EXTENT_BEYOND_DEVICE": Meaning(_E, "An extent lies beyond the end of the device; the kernel refuses the set."),
+    "EXTENT_SIZE": Meaning(_E, "An extent is longer than its own end; the kernel refuses the set."),
+    "EXTENT_INTO_JOURNAL": Meaning(_E, "An extent lies in the journal."),
+    "EXTENT_IN_METADATA": Meaning(_E, "A bucket is used for metadata and for data; the kernel fails the set at its next gc."),
+    "EXTENT_OVERLAP": Meaning(_E, "Two extents use the same sectors of the cache; one of them has the other's data."),
+    "EXTENT_INODE": Meaning(_E, "Extents belong to a device number that the set cannot have."),
+    "EXTENT_BEYOND_VOLUME": Meaning(_W, "Extents lie beyond the end of their flash-only volume."),
+    "BTREE_PTR_STALE_DIRTY": Meaning(_W, "Dirty extents whose bucket was used again since: their data is gone."),
+    "BTREE_PTR_TOO_STALE": Meaning(_E, "A pointer is more than 96 generations behind its bucket; the kernel fails the set."),
+    "BUCKET_TWICE": Meaning(_E, "One bucket is claimed by two structures."),
+    # Backing devices.
+    "BACKING_IO": Meaning(_E, "The superblock of a backing device cannot be read.", safe=False),
+    "BACKING_OFFSET": Meaning(_E, "A backing superblock does not say that it stands at sector 8."),
+    "BACKING_MAGIC": Meaning(_E, "A backing device has no bcache superblock.", safe=False),
+    "BACKING_CSUM": Meaning(_E, "The checksum of a backing superblock is wrong; the kernel refuses the device."),
+    "BACKING_VERSION": Meaning(_E, "A backing superblock has a version that no kernel knows.", safe=False),
+    "BACKING_KIND": Meaning(_E, "This is a cache device, not a backing device.", safe=False),
+    "BACKING_UUID": Meaning(_E, "A backing superblock has no uuid; the kernel refuses the device.", safe=False),
+    "BACKING_DATA_OFFSET": Meaning(_E, "The data of a backing device would start inside its superblock.", safe=False),
+    "BACKING_BLOCK_SIZE": Meaning(_E, "The block size of a backing device is 0 or smaller than its set's; it cannot attach.",
+                                  safe=False),
+    "BACKING_FLAGS": Meaning(_N, "A backing superblock has flag bits that no kernel gives a meaning to."),
+    "BACKING_MODE": Meaning(_W, "A backing superblock has a cache mode that does not exist."),
+    "BACKING_TWICE": Meaning(_E, "Two backing devices have one uuid; one is a copy of the other.", safe=False),
+    "BACKING_OTHER_SET": Meaning(_W, "A backing device belongs to another set.", safe=False),
+    "BACKING_NOT_ATTACHED": Meaning(_N, "A backing device is attached to no set, and this cache holds no dirty data for it."),
+    "BACKING_FORGOTTEN": Meaning(_E, "A backing device says that it is attached, but the set does not know it.", safe=False),
+    "BACKING_DETACHED_DIRTY": Meaning(_E, "A backing device says that it is detached, but the cache holds dirty data of it."),
+    "BACKING_CLEAN_DIRTY": Meaning(_E, "A backing device is marked clean, but the cache holds dirty data that differs from "
+                                       "what is on it: the kernel would never write it back."),
+    "BACKING_CLEAN_KEYS": Meaning(_N, "A backing device is marked clean while keys are still dirty; their data is on both."),
+    "BACKING_DIRTY_CLEAN": Meaning(_N, "A backing device is marked dirty, and no key is; the next start settles that."),
+    "BACKING_INCONSISTENT": Meaning(_E, "A backing device was run without its dirty cache; `bcachectl resolve` tells what "
+                                        "each choice loses.", safe=False),
+    "BACKING_SMALL": Meaning(_E, "The cache holds dirty data beyond the end of a backing device.", safe=False),
+    "BACKING_BEFORE_DATA": Meaning(_E, "The cache holds data before the start of a backing device's data.", safe=False),
+}
+"""Every code that fsck knows."""

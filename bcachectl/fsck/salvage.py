@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What can still be known where the btree is damaged: `salvage_sets`, `expand`, `leaf_map`.
+
+Whoever judges the cost of damage and whoever repairs it must agree, so both ask here.  The rules:
+
+* A set whose checksum holds is believed.  A set that fails is believed about what it *hides*, never about where data
+  is: its keys mask what older sets say, and count as lost.
+* Clean extents of sets older than a damaged one are dropped: the lost set may have said that they are out of date, and
+  the backing device has the data.  Dirty ones are kept, they exist nowhere else.
+* Pointers in a damaged interior node are hints.  A hint is followed if the node that it leads to has a good checksum,
+  which is seeded with the very pointer.
+* An extent that no kernel accepts hides its range and counts as lost.
+* Where a prio set is lost the generations of its buckets are unknown, so nobody can tell whether a clean extent is out
+  of date: it is dropped.  Buckets with dirty data are never used again, so dirty extents are kept.
+* The journal's keys come on top of everything.
+
+Rows of the maps made here carry a tag in the ``csum`` column, whose own meaning no kernel ever used.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bcachectl.errors import BcachectlError, Corrupt
+from bcachectl.fsck import extents as extent
+from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.walk import Slot, Walk
+from bcachectl.ondisk import validity
+from bcachectl.ondisk.bkey import (
+    INODE_SHIFT,
+    MAX_INODE,
+    MAX_OFFSET,
+    MAX_POS,
+    PTR_DEV,
+    PTR_OFFSET,
+    SECTOR_MASK,
+    Bkey,
+    KeyColumns,
+    Ptr,
+    decode_key_columns,
+    ptr_make,
+)
+from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BSET_VERSION, decode_node
+from bcachectl.ondisk.crc64 import crc64, crc64_seeded
+from bcachectl.ondisk.magic import bset_magic
+
+TAG_NONE, TAG_JOURNAL, TAG_UNKNOWN_GEN, TAG_LOST = 0, 5, 6, 7
+DEPTH_LIMIT = 16
+"""Levels of a btree that are followed below a damaged node."""
+
+_HEADER = struct.Struct("<QQQII")
+_ONES = (1 << 64) - 1
+
+
+class SalvagedSet(NamedTuple):
+    """One set of a node: the block it starts at, its keys as far as they can be read, whether its checksum holds."""
+
+    block: int
+    keys: KeyColumns
+    is_valid: bool
+
+
+class LeafMap(NamedTuple):
+    """A leaf with the journal on top: what is live, what is lost, and dirty extents whose bucket was used again.
+
+    ``too_stale`` are raw keys that the kernel would fail the set for; ``is_unknown`` says that the leaf told nothing.
+    """
+
+    kept: Extents
+    lost: Extents
+    stale_dirty: Extents
+    too_stale: Extents
+    is_unknown: bool
+
+
+class _Node:
+    # The bytes of a node and how its sets are judged.
+
+    def __init__(self, buf: bytes, magic: int, seed: int, block_bytes: int) -> None:
+        self.view = memoryview(buf)
+        self.magic, self.seed, self.block_bytes = magic, seed, block_bytes
+        self.blocks = len(buf) // block_bytes
+        self.seq = self.header(0)[2]
+
+    def header(self, block: int) -> tuple[int, int, int, int, int]:
+        csum, magic, seq, version, keys = _HEADER.unpack_from(self.view, block * self.block_bytes)
+        return csum, magic, seq, version, keys
+
+    def set_blocks(self, keys: int) -> int:
+        return -(-(BSET_HEADER_BYTES + keys * 8) // self.block_bytes)
+
+    def is_valid(self, block: int, *, seq: int | None = None, magic: int | None = None) -> bool:
+        """The set at ``block`` has a good checksum; with ``seq`` or ``magic`` as if it said that."""
+        csum, found_magic, found_seq, version, keys = self.header(block)
+        if version > BSET_VERSION or block + self.set_blocks(keys) > self.blocks:
+            return False
+        if (found_magic if magic is None else magic) != self.magic:
+            return False
+        start = block * self.block_bytes
+        body: bytes | memoryview = self.view[start + 8:start + BSET_HEADER_BYTES + keys * 8]
+        if seq is not None or magic is not None:
+            head = struct.pack("<QQ", self.magic, found_seq if seq is None else seq)
+            body = head + bytes(body[16:])
+        return csum == (crc64_seeded(body, self.seed) if version else crc64(body))
+
+    def vote(self) -> None:
+        """Settle which number the node has, if set 0 cannot be believed."""
+        # The number that most sets with a good checksum agree on; set 0's own word counts if there is none.
+        votes = Counter(self.header(block)[2] for block in range(self.blocks)
+                        if self.header(block)[1] == self.magic and self.is_valid(block))
+        first = self.header(0)[2]
+        if votes and first not in votes:
+            self.seq = max(votes, key=lambda seq: votes[seq])
+
+    def next_valid(self, block: int) -> int | None:
+        for later in range(block + 1, self.blocks):
+            if self.header(later)[2] == self.seq and self.is_valid(later):
+                return later
+        return None
+
+
+def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list[SalvagedSet]:
+    """Every set of a node, oldest first, damaged ones with the keys that still look like keys."""
+    node = _Node(buf, magic, seed, block_bytes)
+    node.vote()
+    found: list[SalvagedSet] = []
+    block = 0
+    while block < node.blocks:
+        _csum, _magic, seq, _version, keys = node.header(block)
+        start = block * block_bytes + BSET_HEADER_BYTES
+        if seq == node.seq and node.is_valid(block):
+            try:
+                found.append(SalvagedSet(block, decode_key_columns(node.view[start:start + keys * 8], keys), True))
+            except Corrupt:
+                found.append(SalvagedSet(block, plausible_keys(node.view[start:start + keys * 8]), False))
+            block += node.set_blocks(keys)
+            continue
+        later = node.next_valid(block)
+        is_member = block == 0 or seq == node.seq or later is not None or node.is_valid(block, seq=node.seq)
+        if not is_member:
+            break
+        end = (later or node.blocks) * block_bytes
+        if start + keys * 8 <= end:
+            end = start + keys * 8
+        found.append(SalvagedSet(block, plausible_keys(node.view[start:end]), False))
+        if later is None:
+            break
+        block = later
+    return found
+
+
+def has_lost_set(buf: bytes, *, written_blocks: int, magic: int, seed: int, block_bytes: int) -> bool:
+    """Behind the log of a good node stands a set of its own with a wrong number or magic, by its checksum."""
+    node = _Node(buf, magic, seed, block_bytes)
+    if written_blocks >= node.blocks or not written_blocks:
+        return False
+    return node.header(written_blocks)[4] > 0 and node.is_valid(written_blocks, seq=node.header(0)[2])
+
+
+def plausible_keys(words: bytes | memoryview) -> KeyColumns:
+    """The keys at the start of ``words`` that look like keys in order; junk in between is stepped over."""
+    values = struct.unpack(f"<{len(words) // 8}Q", words[:len(words) // 8 * 8])
+    good: list[tuple[int, int, int]] = []
+    at = last = 0
+    while at + 1 < len(values):
+        high, low = values[at], values[at + 1]
+        nptrs = high >> 60 & 7
+        if not high >> 63 or nptrs > 1 or at + 2 + nptrs > len(values):
+            break
+        is_max = high & MAX_INODE == MAX_INODE and low == MAX_OFFSET
+        pos = MAX_POS if is_max else (high & MAX_INODE) << INODE_SHIFT | low & SECTOR_MASK
+        if pos >= last and (low <= SECTOR_MASK or is_max):
+            good.append((high, pos, values[at + 2] if nptrs else 0))
+            last = pos
+        at += 2 + nptrs
+    high_column = np.array([row[0] for row in good], np.uint64)
+    return KeyColumns(
+        np.array([row[1] for row in good], np.uint64),
+        (high_column >> np.uint64(20) & np.uint64(0xFFFF)).astype(np.uint32),
+        (high_column >> np.uint64(36) & np.uint64(1)).astype(np.bool_),
+        (high_column >> np.uint64(60) & np.uint64(7)).astype(np.uint8), np.array([row[2] for row in good], np.uint64),
+        np.zeros(len(good), np.uint8), high_column)
+
+
+def read_sets(walk: Walk, ptr: Ptr, nsectors: int) -> list[SalvagedSet] | None:
+    """The sets of the node at ``ptr``; None if it cannot be read."""
+    assert walk.superblock is not None
+    try:
+        buf = walk.read(ptr.sector, nsectors)
+    except BcachectlError:
+        return None
+    magic, seed = bset_magic(walk.superblock.set_uuid), ptr_make(ptr.sector, ptr.gen, ptr.dev)
+    block_bytes = walk.geometry.block_bytes
+    try:
+        sets, written_blocks = decode_node(buf, magic=magic, seed=seed, block_bytes=block_bytes,
+                                     node_blocks=len(buf) // block_bytes, where="")
+    except Corrupt:
+        return salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
+    if has_lost_set(buf, written_blocks=written_blocks, magic=magic, seed=seed, block_bytes=block_bytes):
+        return salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
+    return [SalvagedSet(image.block, image.keys, True) for image in sets]
+
+
+# Interior nodes.
+
+def expand(walk: Walk) -> list[Slot]:
+    """The leaves in key order, with those below damaged interior nodes that can still be found.
+
+    Raises gens by what those nodes and damaged leaves say, so it comes before any `leaf_map`.
+    """
+    slots: list[Slot] = []
+    at = 0
+    for slot in sorted(walk.slots, key=lambda each: each.start):
+        if slot.start > at:
+            slots.append(Slot(at, slot.start, None, 0))
+        if slot.leaf is None and slot.lost is not None:
+            slots.extend(_below(walk, slot, {walk.geometry.bucket_of(slot.lost.sector)}, DEPTH_LIMIT))
+        else:
+            slots.append(slot)
+        at = max(at, slot.end)
+    if at < MAX_POS:
+        slots.append(Slot(at, MAX_POS, None, 0))
+    return slots
+
+
+def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
+    # The leaves below one pointer, whatever state the nodes between are in.
+    assert slot.lost is not None
+    sets = read_sets(walk, slot.lost, slot.nsectors)
+    if not sets:
+        return [slot]
+    walk.mark_columns([image.keys for image in sets if image.is_valid], slot.level)
+    if slot.level == 0 or not depth:
+        return [slot]
+    slots: list[Slot] = []
+    start = slot.start
+    rows = sorted((int(pos), -number, row) for number, image in enumerate(sets)
+                  for row, pos in enumerate(image.keys.pos))
+    for pos, minus_number, row in rows:
+        image = sets[-minus_number]
+        key = interior_key(image.keys, row)
+        if not start < pos <= slot.end or validity.btree_ptr_bad(key, walk.geometry, walk.gens):
+            continue
+        bucket = walk.geometry.bucket_of(key.ptrs[0].sector)
+        child = read_sets(walk, key.ptrs[0], key.size)
+        is_node = bool(child) and any(each.is_valid for each in child or [])
+        if bucket in seen or not (is_node or image.is_valid):
+            continue
+        seen.add(bucket)
+        slots.extend(_below(walk, Slot(start, pos, None, key.size, key.ptrs[0], slot.level - 1), seen, depth - 1))
+        start = pos
+    if start < slot.end:
+        slots.append(Slot(start, slot.end, None, 0))
+    return slots
+
+
+def interior_key(keys: KeyColumns, row: int) -> Bkey:
+    """A row of an interior node as a key."""
+    pos, size, ptr = int(keys.pos[row]), int(keys.size[row]), int(keys.ptr[row])
+    inode, end = (MAX_INODE, MAX_OFFSET) if pos == MAX_POS else (pos >> INODE_SHIFT, pos & SECTOR_MASK)
+    ptrs = (Ptr(ptr >> 51 & 0xFFF, ptr >> 8 & (1 << 43) - 1, ptr & 0xFF),) if keys.nptrs[row] else ()
+    return Bkey(inode, end - size, end, bool(keys.dirty[row]), 0, ptrs)
+
+
+# Leaves.
+
+def leaf_map(walk: Walk, slot: Slot, *, known_buckets: int) -> LeafMap:
+    """The extents of one leaf by the rules above; the gens of buckets from ``known_buckets`` on are not known."""
+    ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
+    sets = read_sets(walk, ptr, slot.nsectors) if ptr is not None else None
+    merged = too_stale = outside = extent.empty()
+    for image in sets or []:
+        rows = _tagged(walk, image)
+        behind = walk.staleness(rows) > validity.BUCKET_GC_GEN_MAX
+        if image.is_valid:
+            too_stale = extent.concatenate([too_stale, rows.take(behind & (rows.csum == TAG_NONE))])
+        else:
+            merged = _retag(merged, ~merged.dirty & (merged.nptrs > 0), TAG_LOST)
+        merged = extent.overlay(merged, extent.flatten(rows))
+    if len(merged.start) and (int(merged.start[0]) < slot.start or int(merged.end[-1]) > slot.end):
+        before = extent.clip(merged, start=0, end=slot.start)
+        outside = extent.concatenate([before, extent.clip(merged, start=slot.end, end=MAX_POS)])
+        outside = _retag(outside, np.ones(len(outside.start), np.bool_), TAG_LOST)
+        merged = extent.clip(merged, start=slot.start, end=slot.end)
+    is_unsure = ~merged.dirty & (merged.nptrs > 0) & (bucket_of(walk, merged) >= known_buckets)
+    merged = _retag(merged, is_unsure & (merged.csum == TAG_NONE), TAG_UNKNOWN_GEN)
+    journal = extent.clip(walk.journal_map, start=slot.start, end=slot.end)
+    journal = _retag(journal, np.ones(len(journal.start), np.bool_), TAG_JOURNAL)
+    merged = extent.concatenate([extent.overlay(merged, journal), outside])
+    has_data = (merged.nptrs > 0) & ((PTR_DEV.get(merged.ptr) == 0) | (merged.csum == TAG_LOST))
+    stale = (walk.staleness(merged) > 0) & (bucket_of(walk, merged) < walk.geometry.nbuckets)
+    kept = has_data & ~stale & (merged.csum <= TAG_JOURNAL)
+    lost = has_data & ~stale & (merged.csum > TAG_JOURNAL)
+    stale_dirty = has_data & stale & merged.dirty & (merged.csum == TAG_NONE)
+    return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, not sets)
+
+
+def bucket_of(walk: Walk, extents: Extents) -> npt.NDArray[np.uint64]:
+    """The bucket of each extent's pointer, whatever it says."""
+    bucket: npt.NDArray[np.uint64] = PTR_OFFSET.get(extents.ptr) // np.uint64(walk.geometry.bucket_size_sectors)
+    return bucket
+
+
+def _tagged(walk: Walk, image: SalvagedSet) -> Extents:
+    # The keys of a set as extents; what a kernel refuses is lost and hides its range.
+    keys = image.keys
+    fatal = validity.extents_fatal(keys, walk.geometry)
+    tags = np.where(fatal | (not image.is_valid), TAG_LOST, TAG_NONE).astype(np.uint8)
+    size = np.minimum(keys.size, keys.pos & np.uint64(SECTOR_MASK)).astype(np.uint32)
+    return extent.from_keys(keys._replace(size=size, csum=tags))
+
+
+def _retag(extents: Extents, rows: npt.NDArray[np.bool_], tag: int) -> Extents:
+    return extents._replace(csum=np.where(rows, tag, extents.csum).astype(np.uint8))
