@@ -24,7 +24,6 @@ from bcachectl.ondisk.prio import PrioSet
 from bcachectl.views import superblock, table
 from bcachectl.views.table import Cell
 
-
 LINES_AT_ONCE = 4096
 
 
