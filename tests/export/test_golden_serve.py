@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from tests.export.engine import Engine
 from tests.nbd_client import NbdClient
+from tests.require import need, need_root
 
 STORIES = ("attached_clean", "dirty_crash", "deep_crash", "thrash_crash", "two_backing", "flash_volume",
            "fifo_discard", "gen_churn")
@@ -53,6 +55,20 @@ def test_read_only(story: str, golden: Callable[..., Path], tmp_path: Path) -> N
         check_content(engine, truths(directory))
     assert engine.status == 0
     assert engine.errors == ""
+    assert [digest(image) for image in images] == before
+
+
+@pytest.mark.parametrize("story", ["dirty_crash", "flash_volume"])
+def test_read_only_as_loop_devices(story: str, golden: Callable[..., Path], tmp_path: Path) -> None:
+    need_root()
+    need(os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"), "FUSE and loop devices")
+    directory = golden(story)
+    images = sorted(directory.glob("*.img"))
+    before = [digest(image) for image in images]
+    with Engine(tmp_path, *options_for(directory), "--read-only", "--export", "loop") as engine:
+        for volume, truth in zip(engine.volumes, truths(directory), strict=True):
+            assert digest(Path(volume["device"])) == truth["sha256"]
+    assert (engine.status, engine.errors) == (0, "")
     assert [digest(image) for image in images] == before
 
 

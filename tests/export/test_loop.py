@@ -111,6 +111,14 @@ def test_ext4_lives_on_it(image: Path, tmp_path: Path, require_tool: Callable[[s
     assert is_left_behind(directory) == []
 
 
+def test_the_kernel_looks_for_partitions(image: Path, tmp_path: Path) -> None:
+    # Which tables it knows is its own affair; the kernel's /dev/bcacheN may be partitioned, so this one may be.
+    with serve([image], tmp_path / "s", loop_directory=tmp_path / "run") as served:
+        (device,) = served.devices
+        assert Path("/sys/block", Path(device).name, "loop/partscan").read_text() == "1\n"
+    assert is_left_behind(tmp_path / "run") == []
+
+
 def test_a_read_only_volume_is_a_read_only_device(image: Path, tmp_path: Path) -> None:
     before = image.read_bytes()
     with serve([image], tmp_path / "s", read_only=True, loop_directory=tmp_path / "run") as served:

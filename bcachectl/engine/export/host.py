@@ -117,7 +117,7 @@ class EngineHost:
             raise _naming(options.cache, corrupt) from corrupt
         try:
             await self._start_exports()
-        except BcachectlError:
+        except (BcachectlError, OSError):
             await self.stop()
             raise
 

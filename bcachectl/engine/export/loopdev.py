@@ -42,7 +42,7 @@ RELEASE_POLL_NS = 200 * NS_PER_MS
 MAX_BLOCK_BYTES = 4096
 
 _LOOP_CLR_FD, _LOOP_CONFIGURE, _LOOP_CTL_GET_FREE = 0x4C01, 0x4C0A, 0x4C82
-_FLAG_READ_ONLY, _FLAG_DIRECT_IO = 1, 16
+_FLAG_READ_ONLY, _FLAG_PARTITIONS, _FLAG_DIRECT_IO = 1, 8, 16
 _LOOP_CONFIG = struct.Struct("<II5Q4I64s64s32s2Q64x")
 _PR_SET_IO_FLUSHER = 57
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -118,8 +118,8 @@ def prepare_process() -> None:
 
 
 def attach(path: str, block_bytes: int, *, read_only: bool) -> str:
-    """Set up a loop device with direct I/O on a file; its name."""
-    flags = _FLAG_DIRECT_IO | (_FLAG_READ_ONLY if read_only else 0)
+    """Set up a loop device with direct I/O and partitions on a file; its name."""
+    flags = _FLAG_DIRECT_IO | _FLAG_PARTITIONS | (_FLAG_READ_ONLY if read_only else 0)
     fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
     try:
         config = _LOOP_CONFIG.pack(fd, min(block_bytes, MAX_BLOCK_BYTES), 0, 0, 0, 0, 0, 0, 0, 0, flags,
