@@ -129,7 +129,7 @@ class EngineSet:
             greeting = self._read_line(GREETING_TIMEOUT_S)
         except OSError as error:
             self._socket.close()
-            raise WrongState(f"{path}: no engine answers there ({os.strerror(error.errno or 0)})") from None
+            raise WrongState(f"{path}: no engine answers there ({error.strerror or error})") from None
         except BcachectlError:
             self._socket.close()
             raise

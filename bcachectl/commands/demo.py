@@ -184,13 +184,16 @@ class Demo:
 
     def _print(self, engine: EngineSet, deadline: float, is_over: threading.Event) -> None:
         history = self.history
-        next_page = time.monotonic() + min(PAGE_S, (deadline - time.monotonic()) * 0.9)
-        while not is_over.is_set() and time.monotonic() < deadline:
+        next_page = time.monotonic() + PAGE_S
+        while not is_over.is_set():
+            is_last = time.monotonic() >= deadline
             snapshot = engine.snapshot(PAGE_WIDTH * PAGE_MAP_ROWS)
             history.add(snapshot)
-            if time.monotonic() >= next_page:
+            if is_last or time.monotonic() >= next_page:
                 next_page += PAGE_S
                 _say(f"\n{page(snapshot, history, width=PAGE_WIDTH).plain}")
+            if is_last:
+                return
             is_over.wait(min(0.5, max(0.0, deadline - time.monotonic())))
 
     def _verify(self) -> int:

@@ -2,7 +2,7 @@
 """`where`: for a range of a running volume, which device has the valid copy of each piece, and where it lies there.
 
 The answer is that of one moment for each leaf of the btree; requests that go on meanwhile may change what comes later.
-It has the form that an offline walk gives too (`bcachectl where --cache`): one dict a piece, in order, without gaps.
+It has the form that an offline walk gives too (``bcachectl where --cache``): one dict a piece, in order, without gaps.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ Kernel: writeback.c, bch_writeback_thread, read_dirty, refill_dirty, __update_wr
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
@@ -35,7 +36,7 @@ GROUP_SECTORS = 5000
 RATE_MAX = 1_000_000_000
 RATE_IDLE = (1 << 31) - 1
 SHARE_SHIFT = 14
-RETRY_NS = NS_PER_S
+RETRY_NS = NS_PER_S // 4
 
 
 def quotient(value: int, divisor: int) -> int:
@@ -146,7 +147,7 @@ class Writeback:
         self.queue = WaitQueue(dev.cset.sched, "writeback")
         self.settled = WaitQueue(dev.cset.sched, "writeback settled")
         self.position = dev.base
-        self.waiting: list[Extent] = []
+        self.waiting: deque[Extent] = deque()
         self.in_flight: list[Extent] = []
         self.writeback_running = True
         self.writeback_percent = 10
@@ -166,16 +167,12 @@ class Writeback:
         """Dirty data, a tunable or the state changed: look again."""
         self.queue.wake_all()
 
-    def forget(self, start: int, end: int) -> None:
-        """Drop extents that are collected but not started and overlap a write (request.c,
-        bch_keybuf_check_overlapping).
-        """
-        if self.waiting:
-            self.waiting = [here for here in self.waiting if here.end <= start or end <= here.start]
-
     def overlaps(self, start: int, end: int) -> bool:
         """Whether something in [start, end) is being written back now."""
-        return any(here.start < end and start < here.end for here in self.in_flight)
+        for here in self.in_flight:
+            if here.start < end and start < here.end:
+                return True
+        return False
 
     async def settle(self, start: int, end: int) -> None:
         """Wait until nothing in [start, end) is being written back."""
@@ -190,6 +187,11 @@ class Writeback:
             self.queue.wake_all()
 
     # The thread.
+
+    @property
+    def _wanted(self) -> bool:
+        # A detach and a flush write back even while writeback is paused; without that they would wait for ever.
+        return self.writeback_running or self.dev.detaching or self.dev.flushing > 0
 
     @property
     def _ended(self) -> bool:
@@ -210,7 +212,7 @@ class Writeback:
             if dev.detaching and not dev.has_dirty and not dev.dirty_writers:
                 await dev.finish_detach()
                 return
-            if not dev.has_dirty or not (self.writeback_running or dev.detaching):
+            if not dev.has_dirty or not self._wanted:
                 await self.queue.wait()
                 continue
             full = await self._refill()
@@ -273,49 +275,67 @@ class Writeback:
         return False
 
     async def _write_out(self) -> bool:
-        # Copies all that is waiting; True if something could not be copied.
+        # Copies all that is waiting; True if something could not be copied and should be tried again later.
         failed = False
-        while self.waiting and not self._ended and (self.writeback_running or self.dev.detaching):
-            group = self._next_group()
-            batch = list(group)
-            tasks = [self.dev.cset.sched.spawn(self._copy(group), "write back")]
-            await self._limit(group)
-            while self.waiting and len(batch) < IN_FLIGHT and not self._ended:
+        dev = self.dev
+        buckets = dev.cset.buckets
+        copied = False
+        while self.waiting and not self._ended and (self.writeback_running or dev.detaching):
+            batch: list[Extent] = []
+            tasks: list[Task[list[Extent]]] = []
+            delay = 0
+            while self.waiting and len(batch) < IN_FLIGHT and not delay:
                 group = self._next_group()
-                batch += group
-                tasks.append(self.dev.cset.sched.spawn(self._copy(group), "write back"))
-                if await self._limit(group):
-                    break
+                if group:
+                    batch += group
+                    tasks.append(dev.cset.sched.spawn(self._copy(group), "write back"))
+                    delay = self._delay_ns(group)
+            deadline = dev.cset.sched.now_ns + delay
             done: list[Extent] = []
             for task in tasks:
                 done += await task
             failed = len(done) < len(batch) or failed
-            if done and self.dev.count_backing_error(await self.dev.backing.flush()):
+            if done and dev.count_backing_error(await dev.backing.flush()):
                 failed, done = True, []
             await self._clean(done, len(batch) - len(done))
             for extent in batch:
                 self.in_flight.remove(extent)
-                if not self.dev.cset.io_disabled:
-                    self.dev.cset.buckets.unpin(self.dev.cset.buckets.bucket_of(extent.ptr))
+                buckets.unpin(buckets.bucket_of(extent.ptr))
+            copied = copied or bool(batch)
             self.settled.wake_all()
-        return failed
+            await self._pace(deadline)
+        return failed or not copied
 
     def _next_group(self) -> list[Extent]:
-        # Neighbours on the backing device, to be written in one go (writeback.c, read_dirty).
-        group = [self.waiting.pop(0)]
-        sectors = group[0].end - group[0].start
-        while (
-            self.waiting
-            and len(group) < GROUP_KEYS
-            and sectors < GROUP_SECTORS
-            and self.waiting[0].start == group[-1].end
-        ):
-            group.append(self.waiting.pop(0))
-            sectors += group[-1].end - group[-1].start
+        # Neighbours on the backing device, to be written in one go (writeback.c, read_dirty); empty if what was first is
+        # not to be copied now.
+        group: list[Extent] = []
+        sectors = 0
+        while self.waiting and len(group) < GROUP_KEYS and sectors < GROUP_SECTORS:
+            extent = self.waiting[0]
+            if group and extent.start != group[-1].end:
+                break
+            self.waiting.popleft()
+            if not self._is_current(extent):
+                break
+            group.append(extent)
+            sectors += extent.end - extent.start
         for extent in group:
             self.in_flight.append(extent)
             self.dev.cset.buckets.pin_at[self.dev.cset.buckets.bucket_of(extent.ptr)] += 1
         return group
+
+    def _is_current(self, extent: Extent) -> bool:
+        # Whether the map still says what it said when the extent was collected, and no write under way is about to change
+        # that.  Later writes see the extent in `in_flight`.  One that is not current is found again in the next pass.
+        dev = self.dev
+        if dev.ranges.writing(extent.start - dev.base, extent.end - dev.base):
+            return False
+        leaf = dev.cset.btree.leaf_nowait(extent.start)
+        if leaf is None:
+            return False
+        index = leaf.first_index(extent.start)
+        return index < len(leaf.ends) and leaf.extent(index) == extent
 
     async def _copy(self, group: list[Extent]) -> list[Extent]:
         # Reads a group from the cache and writes it to the backing device; returns what arrived there.
@@ -346,22 +366,21 @@ class Writeback:
             else:
                 self.keys_failed += 1
 
-    async def _limit(self, group: list[Extent]) -> bool:
-        # Waits as the rate limiter says; True if it did.
+    def _delay_ns(self, group: list[Extent]) -> int:
+        # How long the rate limiter wants to wait after a group.
+        if self.dev.detaching or not self.writeback_percent or self.dev.flushing:
+            return 0
+        return self.rate.delay_ns(sum(extent.end - extent.start for extent in group), self.dev.cset.sched.now_ns)
+
+    async def _pace(self, deadline_ns: int) -> None:
+        # Waits as the rate limiter said, unless there is a reason to hurry.
         dev = self.dev
-        if dev.detaching or not self.writeback_percent or dev.flushing:
-            return False
-        sched = dev.cset.sched
-        delay = self.rate.delay_ns(sum(extent.end - extent.start for extent in group), sched.now_ns)
-        if delay:
-            deadline = sched.now_ns + delay
-            while (
-                sched.now_ns < deadline
-                and not (self._ended or dev.detaching or dev.flushing)
-                and self.rate.rate != RATE_IDLE
-            ):
-                await self.queue.wait(deadline_ns=deadline)
-        return delay > 0
+        while (
+            dev.cset.sched.now_ns < deadline_ns
+            and not (self._ended or dev.detaching or dev.flushing)
+            and self.rate.rate != RATE_IDLE
+        ):
+            await self.queue.wait(deadline_ns=deadline_ns)
 
     # The controller.
 

@@ -16,8 +16,8 @@ from bcachectl.snapshot import MAP_STATES, MapSnapshot
 
 STATE_NAMES = dict(zip(MAP_STATES, ("unused", "free", "open", "clean", "dirty", "metadata", "reserved"), strict=True))
 
-STATE_STYLES = {"u": "bright_black", "f": "cyan", "o": "bright_green", "c": "blue", "d": "bright_yellow",
-                "m": "magenta", "r": "white"}
+STATE_STYLES = {"u": "bright_black", "f": "cyan", "o": "green", "c": "blue", "d": "yellow",
+                "m": "magenta", "r": "bold"}
 """One colour a state, told apart by people who confuse red and green as well."""
 
 STATE_LETTERS = {"u": ".", "f": "f", "o": "o", "c": "c", "d": "D", "m": "M", "r": "J"}

@@ -223,11 +223,11 @@ def requests(history: History, width: int, *, more: bool = False) -> list[Text]:
     rows: list[tuple[str, list[float | None], str, float | None, str]] = [
         ("reads", [sample.reads for sample in samples], "green", None,
          f"{newest.reads:.0f}/s {format_size(int(newest.read_bytes))}/s"),
-        ("writes", [sample.writes for sample in samples], "bright_yellow", None,
+        ("writes", [sample.writes for sample in samples], "yellow", None,
          f"{newest.writes:.0f}/s {format_size(int(newest.written_bytes))}/s"),
         ("hits", [sample.hit_ratio_percent for sample in samples], "cyan", 100.0,
          "no lookups" if newest.hit_ratio_percent is None else f"{newest.hit_ratio_percent:.0f} %"),
-        ("dirty", [float(sample.dirty_bytes) for sample in samples], "bright_yellow", None,
+        ("dirty", [float(sample.dirty_bytes) for sample in samples], "yellow", None,
          f"{format_size(newest.dirty_bytes)}, back {format_size(int(newest.writeback_bytes))}/s"),
     ]
     if more:
@@ -316,7 +316,7 @@ def _rate(history: History, name: str) -> str:
 
 
 def _volume(volume: VolumeSnapshot, width: int) -> Text:
-    style = {"dirty": "bright_yellow", "inconsistent": "bold red", "clean": "green"}.get(volume.state, "")
+    style = {"dirty": "yellow", "inconsistent": "bold red", "clean": "green"}.get(volume.state, "")
     size = format_size(volume.size_bytes) if volume.size_bytes else ""
     line = Text.assemble((f"{volume.name:<8} ", LABEL), f"{size:>8} ",
                          f"{volume.mode if volume.kind == 'cached' else 'flash-only':<12} ")

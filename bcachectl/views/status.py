@@ -70,7 +70,7 @@ def _volume(volume: VolumeSnapshot) -> list[Text]:
     label = f", label {volume.label}" if volume.label else ""
     lines = [_row(volume.name, f"{format_size(volume.size_bytes)}, {kind}{label}"), _row("", f"uuid {volume.uuid}")]
     if volume.kind == "cached":
-        style = {"dirty": "bright_yellow", "inconsistent": "bold red"}.get(volume.state, "")
+        style = {"dirty": "yellow", "inconsistent": "bold red"}.get(volume.state, "")
         state = _row("", "state ")
         state.append(volume.state, style)
         state.append(f", mode {volume.mode}")
