@@ -78,9 +78,11 @@ def page(snapshot: SetSnapshot, history: History, *, width: int) -> Text:
 
 
 def _small(snapshot: SetSnapshot, history: History, width: int, height: int) -> list[Text]:
-    lines = [panels.headline(snapshot), *panels.verdict(snapshot, lines=1)]
+    # A second alert is worth more than a line of the map.
+    lines = [panels.headline(snapshot), *panels.verdict(snapshot, lines=2)]
     map_rows = map_size(width=width, height=height)[1]
     room = height - _SMALL_FIXED_LINES - map_rows
+    map_rows -= len(lines) - 2
     volume_rows = max(1, min(len(snapshot.volumes), room - 1))
     parts = _parts(snapshot, history, width, letters=False, map_rows=map_rows, volume_rows=volume_rows,
                    event_rows=max(1, room - volume_rows))

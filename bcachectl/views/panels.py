@@ -54,10 +54,11 @@ def verdict(snapshot: SetSnapshot, *, lines: int) -> list[Text]:
         dirty_sectors = sum(volume.dirty_sectors for volume in snapshot.volumes)
         dirty = f"{format_sectors(dirty_sectors)} exist only in the cache" if dirty_sectors else "nothing dirty"
         return [Text.assemble(("ok", "bold green"), f"  no alert; {dirty}")]
-    shown = [Text.assemble((f" {alert.level} ", _ALERT_STYLES[alert.level]), " ", alert.text)
-             for alert in found[:lines]]
-    if len(found) > lines:
-        shown[-1].append(f"  (and {len(found) - lines} more)", "bright_black")
+    shown = []
+    for index, alert in enumerate(found[:lines]):
+        # The number stands in front, where no narrow screen cuts it off.
+        number = f" {index + 1} of {len(found)}:" if len(found) > lines else ""
+        shown.append(Text.assemble((f" {alert.level} ", _ALERT_STYLES[alert.level]), f"{number} {alert.text}"))
     return shown
 
 
