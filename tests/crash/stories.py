@@ -103,6 +103,18 @@ async def reuse(w: World) -> None:
     await w.flush(0)
 
 
+async def gen_wrap_prepare(w: World) -> None:
+    """Buckets that hold nothing were used 250 times before."""
+    buckets = w.cset.buckets
+    busy = set(w.cset.alloc.on_lists())
+    for bucket in range(buckets.first_bucket, buckets.nbuckets):
+        if bucket not in busy and buckets.mark_at[bucket] == 0 and buckets.pin_at[bucket] == 0:
+            buckets.gen_at[bucket] = buckets.last_gc_at[bucket] = 250
+    for _ in range(6):
+        await scatter(w, 0, list(range(0, 4800, 8)), 8, at_once=2)
+    await w.flush(0)
+
+
 # 5. Prio writes: the chain has two sets, and free_inc is emptied again and again.
 
 async def prio_write(w: World) -> None:
@@ -340,6 +352,7 @@ STORIES = {story.name: story for story in (
     Story("reuse", Setup(backings=BIG_BACKING, settles=False), reuse, reuse_prepare),
     Story("reuse_fifo", Setup(backings=BIG_BACKING, settles=False, replacement=1), reuse, reuse_prepare),
     Story("reuse_random", Setup(backings=BIG_BACKING, settles=False, replacement=2), reuse, reuse_prepare),
+    Story("gen_wrap", Setup(nbuckets=520, backings=BIG_BACKING, settles=False), reuse, gen_wrap_prepare),
     Story("prio_write", Setup(nbuckets=1400), prio_write),
     Story("journal_wrap", Setup(), journal_wrap),
     Story("split", Setup(), split, split_prepare),

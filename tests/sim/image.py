@@ -18,7 +18,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from bcachectl.errors import Corrupt
-from bcachectl.ondisk.bkey import PTR_CHECK_DEV, Bkey, Ptr, decode_keys, ptr_make
+from bcachectl.fsck.walk import Damage, Walk
+from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_CHECK_DEV, Bkey, Ptr, decode_keys, ptr_make, ptr_sector
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, decode_bset_header, decode_node
 from bcachectl.ondisk.geometry import Geometry
 from bcachectl.ondisk.jset import Jset, walk_journal_bucket
@@ -293,6 +294,22 @@ class Image:
     def dirty_sectors(self, inode: int) -> int:
         """Sectors that only the cache has."""
         return sum(piece.end - piece.start for piece in self.live(inode) if piece.key.dirty)
+
+
+def check_walk(found: Image) -> None:
+    """The offline commands' walk of the same bytes finds no damage and the same map."""
+    walk = Walk(lambda sector, count: bytes(found.data[sector * SECTOR:(sector + count) * SECTOR]),
+                len(found.data) // SECTOR)
+    damages = [str(each) for each in walk.structures() if isinstance(each, Damage) and not each.is_harmless]
+    found.rule(not damages, f"walk: {damages[:3]}")
+    theirs: set[tuple[int, int, bool]] = set()
+    for _slot, extents in walk.leaf_extents():
+        for start, end, dirty, ptr in zip(extents.start.tolist(), extents.end.tolist(), extents.dirty.tolist(),
+                                          extents.ptr.tolist(), strict=True):
+            theirs.update((start + at, ptr_sector(ptr) + at, dirty) for at in range(end - start))
+    ours = {((inode << INODE_SHIFT) + piece.start + at, piece.sector() + at, piece.key.dirty)
+            for inode in found.maps for piece in found.live(inode) for at in range(piece.end - piece.start)}
+    found.rule(ours == theirs, f"walk: another map: {sorted(ours ^ theirs)[:4]}")
 
 
 def check(data: bytes | bytearray, what: str) -> Image | None:

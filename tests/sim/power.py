@@ -6,6 +6,7 @@ kept:
 
 1. a backing device whose superblock says clean or none is judged by itself, without its cache;
 2. the bytes of the cache device are judged offline (`tests.sim.image`), by code that shares nothing with the engine;
+   some also by the walk of the offline commands, and served by a read-only engine that must not write;
 3. a fresh engine recovers, and what was written is read and judged, sometimes twice;
 4. some have power fail again, during that recovery or in the requests that follow it; some are stopped cleanly and
    started again.
@@ -20,7 +21,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from bcachectl.engine.sched import Io
+from bcachectl.engine.sched import READ, Io
 from tests.sim import image
 from tests.sim.world import FLASH, Setup, SimFailure, World
 
@@ -147,7 +148,10 @@ def crash(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
     fate = chooser.random()
     try:
         world.check_backings_alone("after power loss", images=images)
-        image.check(images[0], "after power loss")
+        found = image.check(images[0], "after power loss")
+        if found is not None and 0.3 < fate < 0.45:
+            image.check_walk(found)
+            read_only(world, where, images)
         after = world.revive(where, images=images)
         if depth and fate < 0.3:
             _again(after, where, chooser, tally, while_starting=fate < 0.12)
@@ -163,6 +167,20 @@ def crash(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
         raise SimFailure(f"{where}: {error} [in flight: {flying}]") from error
     except Exception as error:
         raise SimFailure(f"{where}: {text_of(error)} [in flight: {flying}]") from error
+
+
+def read_only(world: World, where: str, images: list[bytearray]) -> None:
+    """What a read-only engine serves from the same bytes is right as well, and nothing is written."""
+    looking = world.revive(f"{where}/read-only", images=[bytearray(each) for each in images], read_only=True)
+
+    def seen(io: Io) -> None:
+        assert io.op == READ, f"a read-only engine asked for {io}"
+
+    looking.on_io = seen
+    looking.run(looking.up(), "up")
+    looking.run(looking.verify(), "verify")
+    looking.run(looking.cset.stop(), "stop")
+    assert [disk.now for disk in looking.disks] == images
 
 
 def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, while_starting: bool) -> None:
@@ -193,15 +211,16 @@ def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, wh
 
 
 async def mixed(world: World, chooser: random.Random, count: int, *, width: int = 24, align: int = 0) -> None:
-    """Requests of all kinds at random places, up to four at a time, in units of ``align`` sectors (default: blocks)."""
+    """Requests of all kinds at random places, several at a time, in units of ``align`` sectors (default: blocks)."""
     align = align or world.setup.atomic_sectors
 
     async def one() -> None:
         volume = chooser.choice(sorted(world.volumes))
         size = world.oracle.sizes[volume]
         unit = max(align, world.setup.block_sectors) if volume >= FLASH else align
-        nsectors = chooser.randrange(unit, width + unit, unit)
-        sector = chooser.randrange(0, min(size, 512) - nsectors, unit)
+        nsectors = chooser.randrange(unit, (width if chooser.random() < 0.93 else 6 * width) + unit, unit)
+        nsectors = min(nsectors, 256, size // 2)
+        sector = chooser.randrange(0, min(size, 512) - nsectors + unit, unit)
         roll = chooser.random()
         if roll < 0.5:
             await world.write(volume, sector, nsectors, fua=chooser.random() < 0.2, preflush=chooser.random() < 0.1,
@@ -216,6 +235,6 @@ async def mixed(world: World, chooser: random.Random, count: int, *, width: int 
             await world.discard(volume, sector, nsectors)
 
     for _ in range(0, count if world.volumes else 0, 3):
-        await world.together(*[one() for _ in range(chooser.randrange(1, 5))])
+        await world.together(*[one() for _ in range(chooser.choice((1, 2, 3, 4, 4, 12)))])
 
 

@@ -148,8 +148,10 @@ class World:
     """One life of the engine, from power on to power off."""
 
     def __init__(self, setup: Setup, seed: str, *, images: list[bytearray] | None = None, oracle: Oracle | None = None,
-                 wall_s: int = 1_700_000_000, engine: Callable[..., Any] | None = None) -> None:
+                 wall_s: int = 1_700_000_000, engine: Callable[..., Any] | None = None,
+                 read_only: bool = False) -> None:
         self.setup = setup
+        self.read_only = read_only
         self.engine = engine or cache_set
         self.seed = seed
         self.random = random.Random(f"world/{seed}")
@@ -168,7 +170,8 @@ class World:
         if oracle is None:
             for number, backing in enumerate(setup.backings):
                 self.oracle.add_volume(number, backing.data_sectors, initial=BASE, settles=setup.settles)
-        self.cset = self.engine(self.sched, self.bdevs[0], random.Random(f"entropy/{seed}"), setup.options)
+        self.cset = self.engine(self.sched, self.bdevs[0], random.Random(f"entropy/{seed}"),
+                                setup.options | ({"read_only": True} if read_only else {}))
         self.volumes: dict[int, Volume] = {}
         self.flash: dict[int, bytes] = {}
         self.vanishing: set[int] = set()
@@ -265,7 +268,7 @@ class World:
         self.find_flash()
 
     async def register(self, number: int) -> None:
-        """Give a backing device to the engine."""
+        """Give a backing device to the engine; a read-only one does not take a device that was never attached."""
         self.volumes[number] = await self.cset.register_backing(self.bdevs[1 + number])
 
     def find_flash(self) -> None:
@@ -397,14 +400,14 @@ class World:
                         self.oracle.check_image(volume, sector, image[at:at + SECTOR],
                                                 f"{what}: backing device in state {sb.state.name}")
 
-    def revive(self, seed: str, *, images: list[bytearray] | None = None) -> World:
+    def revive(self, seed: str, *, images: list[bytearray] | None = None, read_only: bool = False) -> World:
         """The world that comes up on ``images``; without them on all that was ever answered, as after a clean stop."""
         crashed = images is not None
         if images is None:
             assert all(disk.quiet for disk in self.disks), "Ios in flight after a stop"
             images = [bytearray(disk.now) for disk in self.disks]
         world = World(self.setup, seed, images=images, oracle=self.oracle.after_crash() if crashed else self.oracle,
-                      wall_s=self.sched.wall_s + 10, engine=self.engine)
+                      wall_s=self.sched.wall_s + 10, engine=self.engine, read_only=read_only)
         world.flash, world.vanishing = dict(self.flash), set(self.vanishing)
         world.mutate = self.mutate
         return world
