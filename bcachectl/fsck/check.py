@@ -32,7 +32,7 @@ from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, bucket_of, expand, has_lost_set, leaf_map
 from bcachectl.fsck.walk import Damage, Node, Read, Slot, Walk
 from bcachectl.ondisk import validity
-from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
+from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
 from bcachectl.ondisk.magic import bset_magic
 from bcachectl.ondisk.superblock import NBUCKETS_MIN_RUN, SB_SECTOR, Superblock
 from bcachectl.ondisk.uuids import UUID_FLASH_ONLY
@@ -125,6 +125,7 @@ class Check:
     def __init__(self, read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
                  instead: Superblock | None = None) -> None:
         self.walk = Walk(read, size_sectors, instead=instead)
+        self.instead = instead
         self.backings = tuple(backings)
         self.findings: list[Finding] = []
         self.slots: list[Slot] = []
@@ -158,6 +159,11 @@ class Check:
         """Do all of it, telling how far it is."""
         yield from self._structures()
         sb = self.walk.superblock
+        if sb is None:
+            self._add(Finding("SB_UNUSABLE", "superblock", "no geometry", sector=SB_SECTOR))
+        elif sb is self.instead:
+            self._add(Finding("SB_GUESSED", "superblock", f"{sb.nbuckets} buckets of {sb.bucket_size} sectors, blocks of "
+                                                          f"{sb.block_size}", sector=SB_SECTOR))
         if sb is not None and sb.is_cache:
             self._superblock(sb)
             if sb.cache_sync and self.walk.newest is not None:
@@ -332,12 +338,13 @@ class Check:
                                     seed=ptr_make(sector, node.gen), block_bytes=walk.geometry.block_bytes):
                 self._add(Finding("BTREE_SET_LOST", f"{where}, block {node.written_blocks}", "bad seq or magic",
                                   node.bucket, sector), node.start, node.end)
+        if node.level:
+            self._interior(node, where)
         for image in node.sets:
             keys = image.keys
             self._note_gens(keys.ptr[validity.columns_available(keys)
                                      & ~validity.columns_out_of_range(keys, walk.geometry)])
             if node.level:
-                self._interior(node, image.keys, where)
                 continue
             rows = keys.size > 0
             start, end = keys.pos[rows] - keys.size[rows], keys.pos[rows]
@@ -348,11 +355,9 @@ class Check:
                 self._add(Finding("BTREE_KEY_BEFORE", f"{where}, block {image.block}", "keys before the leaf's range",
                                   node.bucket, sector), int(start.min()), node.start)
 
-    def _interior(self, node: Node, keys: object, where: str) -> None:
-        # Pointers must lead to the start of a bucket; one that is bad takes what its child held with it.
+    def _interior(self, node: Node, where: str) -> None:
         walk = self.walk
-        for level, key, start, end in walk.children(node)[0]:
-            del level
+        for _level, key, start, end in walk.children(node)[0]:
             if key.ptrs[0].sector % walk.geometry.bucket_size_sectors:
                 self._add(Finding("BTREE_PTR_OFFSET", where, f"sector {key.ptrs[0].sector}", node.bucket,
                                   key.ptrs[0].sector), start, end)
@@ -413,7 +418,7 @@ class Check:
             for inode in np.unique(found.kept.start[found.kept.dirty] >> np.uint64(INODE_SHIFT)).tolist():
                 rows = found.kept.dirty & (found.kept.start >> np.uint64(INODE_SHIFT) == inode)
                 dirty.setdefault(inode, []).append(found.kept.take(rows))
-            self._judge_stale(slot, found.stale_dirty, found.too_stale)
+            self._judge_stale(found.stale_dirty, found.too_stale)
             if number % 64 == 0:
                 yield Progress("extents", number, len(self.slots))
         self.dirty = {inode: extent.concatenate(parts) for inode, parts in dirty.items()}
@@ -442,8 +447,7 @@ class Check:
         return Finding(code, "btree leaf", why, self.walk.geometry.bucket_of(sector), sector,
                        key + (" dirty" if extents.dirty[row] else ""))
 
-    def _judge_stale(self, slot: Slot, stale_dirty: Extents, too_stale: Extents) -> None:
-        del slot
+    def _judge_stale(self, stale_dirty: Extents, too_stale: Extents) -> None:
         behind = self.walk.staleness(stale_dirty)
         for row in range(len(stale_dirty.start)):
             self._add(self._extent_finding("BTREE_PTR_STALE_DIRTY", stale_dirty, row, f"stale by {int(behind[row])}"))
@@ -482,8 +486,8 @@ class Check:
             entry = walk.uuids[inode]
             if entry.is_free or entry.is_retired:
                 state = "free" if entry.is_free else "retired"
-                self._add(Finding("ORPHAN_DIRTY", f"uuid array, slot {inode}", f"{sectors} dirty sectors, the slot is "
-                                                                               f"{state}"))
+                self._add(Finding("ORPHAN_DIRTY" if entry.is_free else "ORPHAN_RETIRED", f"uuid array, slot {inode}",
+                                  f"{sectors} dirty sectors, the slot is {state}"))
             elif entry.is_flash_only and int(dirty.end.max()) - (inode << INODE_SHIFT) > entry.sectors:
                 self._add(Finding("EXTENT_BEYOND_VOLUME", f"uuid array, slot {inode}",
                                   f"volume of {entry.sectors} sectors"))
@@ -494,7 +498,3 @@ def run(check: Check) -> Check:
     for _progress in check.stages():
         pass
     return check
-
-
-ALL_POSITIONS = (0, MAX_POS)
-"""The range of a finding that makes everything unknown."""

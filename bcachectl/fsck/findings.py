@@ -154,6 +154,8 @@ CODES: dict[str, Meaning] = {
     "UUID_FREE_DIRTY": Meaning(_N, "A free slot of the uuid array is not all zeros."),
     "ORPHAN_DIRTY": Meaning(_W, "There is dirty data of a device that the set no longer knows; `writeback --orphans` can "
                                 "bring it back. A repair keeps it."),
+    "ORPHAN_RETIRED": Meaning(_N, "There are dirty keys of a device that was detached. An orderly detach leaves them for a "
+                              "while, a forced one for good: `writeback --orphans` lists them. A repair keeps them."),
     # Btree nodes and sets.
     "BTREE_ROOT_PTR": Meaning(_E, "The pointer to the root of the btree is bad; the kernel refuses the set.", safe=False),
     "BTREE_IO": Meaning(_E, "A btree node cannot be read.", safe=False),

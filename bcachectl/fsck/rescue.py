@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A superblock for a cache device whose own cannot be believed: `guess_superblock`.
+
+What the damaged superblock still says is taken where the rest of the device bears it out; the rest is found there:
+
+1. Journal entries, without knowing the set: an entry checks itself, and its magic tells the first half of the set uuid,
+   which is all that any magic needs.
+2. The newest entry names the bucket of the first prio set.  The bucket size is the one that makes a prio set stand there.
+3. The places of the entries behind each other tell the block size.
+
+The journal stands at the start of the device, so only that is searched (`SCAN_LIMIT_SECTORS`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bcachectl.errors import BcachectlError, Corrupt
+from bcachectl.fsck.check import Check
+from bcachectl.fsck.check_backing import Backing, read_backing
+from bcachectl.fsck.walk import Read
+from bcachectl.ondisk.crc64 import crc64
+from bcachectl.ondisk.geometry import Geometry
+from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, JSET_VERSION, Jset, decode_jset
+from bcachectl.ondisk.magic import BCACHE_MAGIC, JSET_MAGIC, prio_magic
+from bcachectl.ondisk.superblock import (
+    CACHE_DISCARD,
+    CACHE_REPLACEMENT,
+    CACHE_SYNC,
+    CACHE_VERSIONS,
+    CDEV_WITH_FEATURES,
+    CDEV_WITH_UUID,
+    FEATURE_INCOMPAT_LARGE_BUCKET,
+    SB_BYTES,
+    SB_JOURNAL_BUCKETS,
+    SB_SECTOR,
+    Superblock,
+    check_superblock,
+    decode_superblock,
+    parse_superblock,
+)
+
+SCAN_LIMIT_SECTORS = 1 << 23
+CHUNK_SECTORS = 2048
+BUCKET_SIZES = tuple(1 << shift for shift in range(3, 24))
+BLOCK_SIZES = (8, 4, 2, 1)
+RAW_BUCKET_SIZE_MAX = 32768
+
+
+class _Found(NamedTuple):
+    # A journal entry and the sector it stands at.
+    sector: int
+    magic: int
+    jset: Jset
+
+
+def open_check(read: Read, size_sectors: int, backings: Sequence[Backing] = (), *, bucket_size: int | None = None,
+               set_uuid: bytes | None = None) -> Check:
+    """A check of a cache device, by a guessed superblock if its own is damaged."""
+    guess = None
+    if superblock_problem(read, size_sectors):
+        guess = guess_superblock(read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid)
+    return Check(read, size_sectors, backings, instead=guess)
+
+
+def superblock_problem(read: Read, size_sectors: int) -> str:
+    """What is wrong with the superblock, empty if nothing is."""
+    try:
+        check_superblock(decode_superblock(read(SB_SECTOR, SB_BYTES >> 9)), device_sectors=size_sectors,
+                         for_kernel=False)
+    except BcachectlError as error:
+        return error.why if isinstance(error, Corrupt) else str(error)
+    return ""
+
+
+def guess_superblock(read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
+                     bucket_size: int | None = None, set_uuid: bytes | None = None) -> Superblock | None:
+    """The superblock that the device should have; None if there is too little to go by."""
+    try:
+        old = parse_superblock(read(SB_SECTOR, SB_BYTES >> 9))
+    except BcachectlError:
+        old = Superblock()
+    if old.is_backing and old.magic == BCACHE_MAGIC and set_uuid is None:
+        return None
+    entries = _scan(read, size_sectors, (JSET_MAGIC ^ int.from_bytes(set_uuid[:8], "little")) if set_uuid else None)
+    if not entries:
+        return None
+    newest = max(entries, key=lambda entry: entry.jset.seq)
+    entries = [entry for entry in entries if entry.magic == newest.magic]
+    half = (newest.magic ^ JSET_MAGIC).to_bytes(8, "little")
+    known = [set_uuid or b"", old.set_uuid, *(sb.set_uuid for sb in map(_superblock_of, backings) if sb is not None)]
+    full = next((uuid for uuid in known if uuid[:8] == half and len(uuid) == 16), half + half)
+    size = _bucket_size(read, size_sectors, newest.jset, full, [bucket_size or 0, old.bucket_size])
+    if not size:
+        return None
+    return _compose(old, entries, size_sectors, size, full)
+
+
+def _compose(old: Superblock, entries: list[_Found], size_sectors: int, size: int, set_uuid: bytes) -> Superblock:
+    block_size = _block_size(entries, size, old.block_size)
+    fits = old.nbuckets * size <= size_sectors and old.nbuckets * size * 10 > size_sectors * 9
+    nbuckets = old.nbuckets if fits else size_sectors // size
+    first_bucket = 23 // size + 1
+    if first_bucket < old.first_bucket <= min(entry.sector for entry in entries) // size:
+        first_bucket = old.first_bucket
+    last = max(entry.sector for entry in entries) // size
+    count = Geometry(block_size, size, nbuckets, first_bucket).njournal_default
+    if last < first_bucket + old.keys and 0 < old.keys <= SB_JOURNAL_BUCKETS:
+        count = old.keys
+    count = max(count, last - first_bucket + 1)
+    is_large = size > RAW_BUCKET_SIZE_MAX
+    replacement = CACHE_REPLACEMENT.get(old.flags)
+    flags = CACHE_SYNC.mask | old.flags & CACHE_DISCARD.mask | CACHE_REPLACEMENT.set(
+        0, replacement if replacement <= 2 else 0)
+    version = old.version if old.version in CACHE_VERSIONS else CDEV_WITH_UUID
+    if is_large:
+        version = CDEV_WITH_FEATURES
+    uuid = old.uuid if any(old.uuid) else hashlib.sha256(b"cache" + set_uuid).digest()[:16]
+    return Superblock(
+        version=version, uuid=uuid, set_uuid=set_uuid, label=old.label, flags=flags, seq=old.seq,
+        feature_incompat=FEATURE_INCOMPAT_LARGE_BUCKET if is_large else 0, nbuckets=nbuckets, block_size=block_size,
+        bucket_size_raw=size.bit_length() - 1 if is_large else size, nr_in_set=1, nr_this_dev=0,
+        last_mount=old.last_mount, first_bucket=first_bucket, keys=count,
+        d=tuple(range(first_bucket, first_bucket + count)))
+
+
+def _superblock_of(backing: Backing) -> Superblock | None:
+    return read_backing(backing)[0]
+
+
+def _scan(read: Read, size_sectors: int, magic: int | None) -> list[_Found]:
+    # Every journal entry at the start of the device, whatever set it is of, unless ``magic`` says so.
+    found: list[_Found] = []
+    for start in range(0, min(size_sectors, SCAN_LIMIT_SECTORS), CHUNK_SECTORS):
+        count = min(CHUNK_SECTORS + (JSET_MAX_BYTES >> 9), size_sectors - start)
+        try:
+            buf = read(start, count)
+        except BcachectlError:
+            continue
+        words = np.frombuffer(buf, "<u8").reshape(-1, 64)[:CHUNK_SECTORS]
+        lengths = np.frombuffer(buf, "<u4").reshape(-1, 128)[:CHUNK_SECTORS]
+        rows = (lengths[:, 6] == JSET_VERSION) & (lengths[:, 7] <= JSET_MAX_BYTES // 8) & (words[:, 2] > 0)
+        rows &= (words[:, 4] > 0) & (words[:, 4] <= words[:, 2]) & (words[:, 5] >> np.uint64(63) == 1)
+        for row in np.flatnonzero(rows).tolist():
+            offset, own = row << 9, int(words[row, 1])
+            length = JSET_HEADER_BYTES + int(lengths[row, 7]) * 8
+            if magic not in (None, own) or int(words[row, 0]) != crc64(buf[offset + 8:offset + length]):
+                continue
+            jset = decode_jset(buf, offset, magic=own, block_bytes=512, limit_bytes=len(buf) - offset)
+            if jset is not None:
+                found.append(_Found(start + row, own, jset))
+    return found
+
+
+def _bucket_size(read: Read, size_sectors: int, newest: Jset, set_uuid: bytes, likely: list[int]) -> int:
+    magic = prio_magic(set_uuid).to_bytes(8, "little")
+    good = [size for size in dict.fromkeys([*likely, *BUCKET_SIZES]) if size in BUCKET_SIZES]
+    for size in good:
+        sector = newest.prio_bucket[0] * size
+        try:
+            if 0 < sector < size_sectors and read(sector, 1)[8:16] == magic:
+                return size
+        except BcachectlError:
+            continue
+    # The prio set is gone as well: a root, or the uuid array, stands at the start of a bucket.
+    sectors = [key.ptrs[0].sector for key in (newest.btree_root, newest.uuid_bucket) if key.ptrs]
+    return next((size for size in good if sectors and all(sector % size == 0 for sector in sectors)
+                 and size in likely), 0)
+
+
+def _block_size(entries: list[_Found], bucket_size: int, likely: int) -> int:
+    by_sector = sorted(entries)
+    for size in dict.fromkeys([likely, *BLOCK_SIZES]):
+        if size not in BLOCK_SIZES or any(entry.sector % size for entry in entries):
+            continue
+        is_consistent = True
+        for before, after in zip(by_sector, by_sector[1:], strict=False):
+            sectors = -(-(JSET_HEADER_BYTES + len(before.jset.keys)) // (size << 9)) * size
+            if after.jset.seq == before.jset.seq + 1 and before.sector // bucket_size == after.sector // bucket_size:
+                is_consistent &= before.sector + sectors == after.sector
+        if is_consistent:
+            return size
+    return 1
