@@ -126,8 +126,8 @@ def plan_format(request: Request, devices: Mapping[str, BlockDevice],
     found = {path: _foreign(devices[path], request.force) for path in superblocks}
     clear = [write for path in superblocks for write in _clear_head(devices[path], found[path])]
     if request.discard:
-        clear += [Write(path, 0, devices[path].size_bytes, "whole device", discard=True)
-                  for path in request.caches if devices[path].is_block and devices[path].can_discard]
+        clear += [Write(path, 0, devices[path].size_bytes, "whole device, if it can", discard=True)
+                  for path in request.caches if devices[path].is_block]
     old_journal = [write for path in request.caches if request.set_uuid is not None
                    for write in _clear_journal(devices[path], superblocks[path])]
     last = [(Write(path, SB_SECTOR << 9, SB_BYTES, "superblock", encode_superblock(sb)),)

@@ -32,7 +32,10 @@ UNDO_HEADER_MAX_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One write: ``data``, or ``length_bytes`` zeros where ``data`` is None; ``discard`` drops the range instead."""
+    """One write: ``data``, or ``length_bytes`` zeros where ``data`` is None.
+
+    ``discard`` drops the range instead, on a device that can; nothing may depend on what it reads as afterwards.
+    """
 
     device: str
     offset_bytes: int
@@ -95,7 +98,8 @@ def apply(plan: Plan, devices: Mapping[str, BlockDevice]) -> None:
         for write in step:
             device = devices[write.device]
             if write.discard:
-                device.discard(write.offset_bytes, write.length_bytes)
+                if device.can_discard:
+                    device.discard(write.offset_bytes, write.length_bytes)
             elif write.data is None:
                 device.zero(write.offset_bytes, write.length_bytes)
             else:

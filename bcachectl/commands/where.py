@@ -63,7 +63,10 @@ def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument =
 
 
 def _ask_engine(volume: str, sector: int, count: int) -> dict[str, Any]:
-    found = control.find_volume(volume)
+    try:
+        found = control.find_volume(volume)
+    except WrongState as error:
+        raise WrongState(f"{error}; name the cache device of a set that does not run with --cache") from error
     try:
         job = found.live.start("where", volume=found.target, sector=sector, count=count)
         if not job.wait(ANSWER_TIMEOUT_S):

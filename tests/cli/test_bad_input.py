@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from bcachectl.ondisk.superblock import SB_BYTES, Superblock, decode_superblock, encode_superblock, judge_csum
 from tests.cli.conftest import Result
+from tests.require import need_tool
 
 Cli = Callable[..., Result]
 Golden = Callable[..., Path]
@@ -247,6 +249,20 @@ class TestInUse:
         finally:
             os.close(fd)
 
+    def test_mounted(self, cli: Cli, tmp_path: Path, loop_device: Callable[..., str]) -> None:
+        image, place = tmp_path / "image", tmp_path / "place with blanks"
+        with image.open("wb") as file:
+            file.truncate(16 << 20)
+        place.mkdir()
+        subprocess.run([need_tool("mke2fs"), "-q", "-F", image], check=True)
+        device = loop_device(image)
+        subprocess.run([need_tool("mount"), device, place], check=True)
+        try:
+            for words in (("format", "--force=signature", "--cache"), ("wipe",), ("format", "--backing")):
+                one_sentence(cli(*words, device), REFUSED, device, f"mounted on {place}")
+        finally:
+            subprocess.run([need_tool("umount"), place], check=True)
+
     def test_read_only_block_device(self, cli: Cli, golden: Golden, loop_device: Callable[..., str]) -> None:
         device = loop_device(golden("fresh", writable=True) / "back0.img", read_only=True)
         one_sentence(cli("wipe", device), FAILED, device, "read-only")
@@ -257,7 +273,7 @@ class TestUsage:
 
     @pytest.mark.parametrize("words", [
         (), ("lost",), ("show",), ("show", "--lost", "x"), ("dump", "nothing", "x"), ("engine",), ("engine", "walk"),
-        ("where", "bcache0", "-5", "--cache", "x"), ("where", "bcache0", "0"), ("format", "--cache-mode", "fast")])
+        ("where", "bcache0", "-5", "--cache", "x"), ("format", "--cache-mode", "fast")])
     def test_wrong(self, cli: Cli, words: tuple[str, ...]) -> None:
         one_sentence(cli(*words), USAGE, "--help`")
 
@@ -269,6 +285,9 @@ class TestUsage:
         story = golden("dirty_crash")
         result = cli("where", story / "back0.img", 196592, 1, "--cache", story / "cache.img")
         one_sentence(result, USAGE, "behind its end")
+
+    def test_where_without_engine_or_cache(self, cli: Cli) -> None:
+        one_sentence(cli("where", "bcache0", 0), STATE, "bcache0", "--cache")
 
     def test_unknown_volume(self, cli: Cli, golden: Golden) -> None:
         story = golden("two_backing")

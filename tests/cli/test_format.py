@@ -359,6 +359,19 @@ def test_logical_blocks_of_the_devices_count(cli: Cli, tmp_path: Path, loop_devi
     assert superblock(small).block_size == superblock(large).block_size == 8
 
 
+def test_discard_empties_a_block_device(cli: Cli, cache: Path, loop_device: Callable[..., str]) -> None:
+    with cache.open("r+b") as file:
+        file.seek(100 * MIB)
+        file.write(os.urandom(MIB))
+    device = loop_device(cache)
+    words = ("format", "--cache", device, "--discard")
+    assert f"{device}: discard {512 * MIB} bytes at byte 0: whole device, if it can" in cli(*words, "--dry-run").out
+    assert cache.read_bytes().count(0) < 512 * MIB - MIB // 2
+    assert cli(*words).status == 0
+    assert superblock(cache).discard
+    assert [at for at, _data in digest(cache)] == [4096, 512 * MIB]
+
+
 def test_image_of_make_bcache_differs_in_uuids_alone(cli: Cli, cache: Path, backing: Path, tmp_path: Path) -> None:
     tool = need_tool("make-bcache")
     other_cache, other_backing = sparse(tmp_path / "c2", 512 * MIB), sparse(tmp_path / "b2", 64 * MIB)
