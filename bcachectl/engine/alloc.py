@@ -234,6 +234,7 @@ class Allocator:
 
     async def _release(self) -> bool:
         # Moves the buckets whose gens are durable from free_inc to the free lists; False if the set stops meanwhile.
+        # Whoever waits for a bucket is woken once for all that came, not once for each.
         cset = self.cset
         while self.released:
             bucket = self.free_inc.buckets[0]
@@ -241,13 +242,15 @@ class Allocator:
                 size = 1 << self.buckets.bucket_shift
                 await cset.cache.discard(bucket << self.buckets.bucket_shift, size)
                 self.discards += 1
+                self.bucket_wait.wake_all()
             while not self._push(bucket):
                 if cset.stopping or cset.io_disabled:
                     return False
+                self.bucket_wait.wake_all()
                 await self.alloc_wait.wait()
             self.free_inc.buckets.popleft()
             self.released -= 1
-            self.bucket_wait.wake_all()
+        self.bucket_wait.wake_all()
         return not (cset.stopping or cset.io_disabled)
 
     def _push(self, bucket: int) -> bool:

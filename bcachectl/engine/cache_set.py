@@ -442,7 +442,7 @@ class CacheSet:
     def writeback_pointers(self) -> list[int]:
         """Pointers of everything that is being written back."""
         return [
-            extent.ptr for dev in self.cached_devices() for extent in dev.writeback.waiting + dev.writeback.in_flight
+            extent.ptr for dev in self.cached_devices() for extent in (*dev.writeback.waiting, *dev.writeback.in_flight)
         ]
 
     def request_done(self) -> None:

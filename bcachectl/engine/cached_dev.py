@@ -124,6 +124,7 @@ class CachedDev:
         self.has_dirty = False
         self.dirty_writers = 0
         self.flushing = 0
+        self.cache_mode = mode_of(sb)
         self.durable_state: BdevState | None = sb.state
         self.data_offset = sb.data_offset
         self.size_sectors = backing.size_sectors - sb.data_offset
@@ -164,12 +165,6 @@ class CachedDev:
         return self.cset.read_only or self.backing.read_only or self.cset.sb.is_obso_large_bucket
 
     @property
-    def cache_mode(self) -> CacheMode:
-        """The cache mode; writethrough if the superblock says something unknown."""
-        mode = self.sb.cache_mode
-        return CacheMode.WRITETHROUGH if mode is None else mode
-
-    @property
     def limit(self) -> int:
         """The position behind everything the device can have."""
         return self.base + self.backing.size_sectors
@@ -187,11 +182,12 @@ class CachedDev:
 
         Does for such a hit what `request.read` does: priority, sequential run, hit count, ageing.
         """
-        if not self.attached or self.cset.io_disabled:
+        cset = self.cset
+        if not self.attached or cset.io_disabled or self.io_disable:
             return NOT_NOW
         sector += self.data_offset
         start = self.base + sector
-        node = self.cset.btree.root
+        node = cset.btree.root
         while node.level:
             child = node.children[bisect_right(node.ends, start)]
             if child is None:
@@ -205,7 +201,7 @@ class CachedDev:
         if offset < 0 or start + nsectors > end or not meta & HAS_PTR:
             return NOT_NOW
         ptr = node.ptrs[index]
-        buckets = self.cset.buckets
+        buckets = cset.buckets
         at = (ptr >> 8) & PTR_SECTOR_MASK
         bucket = at >> buckets.bucket_shift
         if 0 < (buckets.gen_at[bucket] - ptr) & 255 <= 128:
@@ -215,10 +211,14 @@ class CachedDev:
         stats = self.stats
         stats.read_requests += 1
         stats.read_sectors += nsectors
-        cset = self.cset
+        writeback = self.writeback
+        writeback.idle_rounds = 0
+        if writeback.at_full_speed:
+            writeback.note_request()
         run = self.streams.note(sector, nsectors, stream=0, now_ns=cset.sched.now_ns)
-        if 0 < self.sequential_cutoff >> 9 <= run or self.detaching:
+        if 0 < self.sequential_cutoff >> 9 <= run or self.detaching or self.cache_mode == CacheMode.NONE:
             stats.cache_bypass_hits += 1
+            stats.bypassed_sectors += nsectors
         else:
             stats.cache_hits += 1
             buckets.rescale_sectors -= nsectors
@@ -353,6 +353,7 @@ class CachedDev:
     async def write_superblock(self, sb: Superblock) -> int:
         """Put ``sb`` in force and write it, durably; the caller holds ``sb_lock``.  Returns an errno."""
         self.sb = sb
+        self.cache_mode = mode_of(sb)
         self.durable_state = None
         if self.read_only:
             return 0
@@ -415,7 +416,7 @@ class CachedDev:
         self.slot = slot
         self.base = slot << INODE_SHIFT
         self.has_dirty = self.sb.state == BdevState.DIRTY or self.dirty_sectors > 0
-        self.writeback = Writeback(self)
+        self.writeback.reset()
         self.attached = True
         self.detaching = False
         if not self.read_only:
@@ -475,3 +476,9 @@ class CachedDev:
 def untied(sb: Superblock) -> Superblock:
     """The superblock of a device that belongs to no set."""
     return replace(sb.with_state(BdevState.NONE), set_uuid=bytes(16))
+
+
+def mode_of(sb: Superblock) -> CacheMode:
+    """The cache mode; writethrough, which is always safe, if the superblock says something unknown."""
+    mode = sb.cache_mode
+    return CacheMode.WRITETHROUGH if mode is None else mode

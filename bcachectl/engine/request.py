@@ -112,7 +112,10 @@ class Ranges:
 
     def writing(self, start: int, end: int) -> bool:
         """Whether a write to any of [start, end) is in flight."""
-        return any(here[0] < end and start < here[1] for here in self.writes)
+        for low, high in self.writes:
+            if low < end and start < high:
+                return True
+        return False
 
     def leave(self, claim: tuple[int, int]) -> None:
         """End a write."""
@@ -428,7 +431,6 @@ async def write(dev: CachedDev, request: Request) -> None:
     end = start + request.nsectors
     claim = await dev.ranges.enter(sector, sector + request.nsectors)
     try:
-        dev.writeback.forget(start, end)
         if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):
             await dev.writeback.settle(start, end)
         overlaps = dev.writeback.overlaps(start, end)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
-from bcachectl.engine.sched import NS_PER_S, WaitQueue
+from bcachectl.engine.sched import NS_PER_S, Task, WaitQueue
 from bcachectl.errors import Corrupt
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class Writeback:
         "keys_done",
         "keys_failed",
         "sectors_done",
+        "at_full_speed",
         "idle_rounds",
         "stopping",
         "detach_done",
@@ -157,6 +158,7 @@ class Writeback:
         self.keys_failed = 0
         self.sectors_done = 0
         self.idle_rounds = 0
+        self.at_full_speed = False
         self.stopping = False
         self.detach_done = False
         self.rounds = 0
@@ -179,10 +181,17 @@ class Writeback:
         while self.overlaps(start, end):
             await self.settled.wait()
 
+    def reset(self) -> None:
+        """Begin anew with a slot that was just attached; what was tuned stays."""
+        self.position = self.dev.base
+        self.waiting.clear()
+        self.stopping = False
+
     def note_request(self) -> None:
         """A request came in: the device is not idle any more (request.c, cached_dev_submit_bio)."""
         self.idle_rounds = 0
-        if self.rate.rate == RATE_IDLE:
+        if self.at_full_speed:
+            self.at_full_speed = False
             self.rate.rate = 1
             self.queue.wake_all()
 
@@ -280,7 +289,7 @@ class Writeback:
         dev = self.dev
         buckets = dev.cset.buckets
         copied = False
-        while self.waiting and not self._ended and (self.writeback_running or dev.detaching):
+        while self.waiting and not self._ended and self._wanted:
             batch: list[Extent] = []
             tasks: list[Task[list[Extent]]] = []
             delay = 0
@@ -307,8 +316,8 @@ class Writeback:
         return failed or not copied
 
     def _next_group(self) -> list[Extent]:
-        # Neighbours on the backing device, to be written in one go (writeback.c, read_dirty); empty if what was first is
-        # not to be copied now.
+        # Neighbours on the backing device, to be written in one go (writeback.c, read_dirty); empty if what was first
+        # is not to be copied now.
         group: list[Extent] = []
         sectors = 0
         while self.waiting and len(group) < GROUP_KEYS and sectors < GROUP_SECTORS:
@@ -326,8 +335,9 @@ class Writeback:
         return group
 
     def _is_current(self, extent: Extent) -> bool:
-        # Whether the map still says what it said when the extent was collected, and no write under way is about to change
-        # that.  Later writes see the extent in `in_flight`.  One that is not current is found again in the next pass.
+        # Whether the map still says what it said when the extent was collected, and no write under way is about to
+        # change that.  Later writes see the extent in `in_flight`.  One that is not current is found again in the
+        # next pass.
         dev = self.dev
         if dev.ranges.writing(extent.start - dev.base, extent.end - dev.base):
             return False
@@ -411,6 +421,7 @@ class Writeback:
             return False
         for dev in cset.cached_devices():
             dev.writeback.rate.rate = RATE_IDLE
+            dev.writeback.at_full_speed = True
             dev.writeback.rate.change = 0
             dev.writeback.queue.wake_all()
         return True

@@ -13,7 +13,8 @@ volume.  Life:
 
 All I/O is direct (FOPEN_DIRECT_IO): nothing is cached above the engine.  A hole punched into the file must read as
 zeros, and the loop driver uses it for write zeroes as well as for discard; so it is REQ_WRITE_ZEROES here, never
-REQ_DISCARD, after which the content would be undefined.
+REQ_DISCARD, after which the content would be undefined.  Where zeros would have to be written one by one it is refused,
+which the loop driver understands: nobody wants an fstrim to fill a disk with zeros.
 
 Whoever opens the file, looks at it or unmounts it waits for this loop.  So nobody does that from the loop's own
 thread (`bcachectl.engine.io.loop.Loop.call_in_thread`).  Layouts: include/uapi/linux/fuse.h; little-endian machines.
@@ -88,8 +89,10 @@ class _Pending:
 class FuseFile:
     """One volume, one file."""
 
-    def __init__(self, loop: Loop, volume: Volume, cache: Medium, pool: BufferPool, path: str, *, stream: int) -> None:
+    def __init__(self, loop: Loop, volume: Volume, cache: Medium, pool: BufferPool, path: str, *, stream: int,
+                 can_zero: bool) -> None:
         self.loop = loop
+        self.can_zero = can_zero
         self.volume = volume
         self.path = path
         self.pool = pool
@@ -229,7 +232,8 @@ class FuseFile:
         self._submit(REQ_WRITE, unique, offset, size, buffer)
 
     def _fallocate(self, unique: int, offset: int, size: int, mode: int) -> None:
-        if mode & ~(_PUNCH_HOLE | _ZERO_RANGE | _KEEP_SIZE) or not mode & (_PUNCH_HOLE | _ZERO_RANGE):
+        is_known = mode & (_PUNCH_HOLE | _ZERO_RANGE) and not mode & ~(_PUNCH_HOLE | _ZERO_RANGE | _KEEP_SIZE)
+        if not is_known or not self.can_zero:
             self._reply(unique, errno.EOPNOTSUPP)
         elif self.volume.read_only:
             self._reply(unique, errno.EROFS)

@@ -25,6 +25,7 @@ from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.control import socket_path
 from bcachectl.engine.bdev import Bdev
 from bcachectl.engine.cache_set import CacheSet, Options
+from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.export.control import ControlServer
 from bcachectl.engine.export.loopdev import LoopExport, prepare_process
 from bcachectl.engine.export.nbd import NbdServer
@@ -334,7 +335,10 @@ class EngineHost:
 
     async def _start_loop(self, volume: Volume) -> None:
         directory = os.path.splitext(socket_path(format_uuid(self.cset.uuid)))[0]
-        export = LoopExport(self.loop, volume, self.media[0], directory, stream=len(self.loops) + 1)
+        # A flash-only volume forgets what it held; a cached device passes it on.
+        can_zero = not isinstance(volume, CachedDev) or self.media[volume.backing.index].can_zero
+        export = LoopExport(self.loop, volume, self.media[0], directory, stream=len(self.loops) + 1,
+                            can_zero=can_zero)
         self.loops[volume.name] = export
         await export.start()
 

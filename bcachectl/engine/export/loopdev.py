@@ -51,11 +51,13 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 class LoopExport:
     """One volume's loop device."""
 
-    def __init__(self, loop: Loop, volume: Volume, cache: Medium, directory: str, *, stream: int) -> None:
+    def __init__(self, loop: Loop, volume: Volume, cache: Medium, directory: str, *, stream: int,
+                 can_zero: bool) -> None:
+        """``can_zero``: a range of the volume is zeroed without writing zeros."""
         self.loop = loop
         self.volume = volume
         self.path = os.path.join(directory, volume.name)
-        self.file = FuseFile(loop, volume, cache, BufferPool(), self.path, stream=stream)
+        self.file = FuseFile(loop, volume, cache, BufferPool(), self.path, stream=stream, can_zero=can_zero)
         self.device: str | None = None
 
     async def start(self) -> str:

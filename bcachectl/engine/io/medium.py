@@ -27,6 +27,7 @@ class Medium(Protocol):
     is_block: bool
     direct: bool
     can_discard: bool
+    can_zero: bool
     read_only: bool
 
     def read_into(self, offset_bytes: int, buf: memoryview) -> None:

@@ -56,6 +56,7 @@ class OverlayDevice:
         self.is_block = base.is_block
         self.direct = False
         self.can_discard = False
+        self.can_zero = False
         self.read_only = False
         self._overlay_fd = overlay_fd
         self._bitmap_start = bitmap_bytes
