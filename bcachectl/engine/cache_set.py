@@ -345,7 +345,7 @@ class CacheSet:
             await dev.state_changed.wait()
         if dev.attached:
             dev.detaching = False
-            why = self.failed or ("it was disabled after errors" if dev.io_disable else "its superblock was not written")
+            why = self.failed or ("it was disabled after errors" if dev.io_disable else "a superblock was not written")
             raise WrongState(f"{dev.backing.name} could not be detached: {why}")
 
     async def flush_volume(self, name: str) -> None:
