@@ -53,10 +53,13 @@ def _fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> None
 
 
 class BlockDevice:
-    """An open device; made by `open_device`."""
+    """An open device; made by `open_device`.
+
+    ``can_discard``: it takes a discard.  ``can_zero``: it zeroes a range without being sent the zeros.
+    """
 
     __slots__ = ("path", "fd", "size_bytes", "logical_block_bytes", "optimal_io_bytes", "is_block", "can_discard",
-                 "read_only", "direct", "device_number")
+                 "can_zero", "read_only", "direct", "device_number")
 
     def __init__(self, path: str, fd: int, *, read_only: bool, direct: bool) -> None:
         status = os.fstat(fd)
@@ -70,12 +73,13 @@ class BlockDevice:
             self.size_bytes = _ioctl_number(fd, _BLKGETSIZE64, "Q")
             self.logical_block_bytes = _ioctl_number(fd, _BLKSSZGET, "i")
             self.optimal_io_bytes = _ioctl_number(fd, _BLKIOOPT, "I")
-            self.can_discard = not read_only and _discard_max_bytes(status.st_rdev) > 0
+            self.can_discard = not read_only and _queue_limit(status.st_rdev, "discard_max_bytes") > 0
+            self.can_zero = not read_only and _queue_limit(status.st_rdev, "write_zeroes_max_bytes") > 0
         else:
             self.size_bytes = status.st_size
             self.logical_block_bytes = _FILE_BLOCK_BYTES
             self.optimal_io_bytes = 0
-            self.can_discard = not read_only
+            self.can_discard = self.can_zero = not read_only
 
     def __enter__(self) -> BlockDevice:
         return self
@@ -313,12 +317,12 @@ def _ioctl_number(fd: int, request: int, kind: str) -> int:
     return value
 
 
-def _discard_max_bytes(device_number: int) -> int:
+def _queue_limit(device_number: int, name: str) -> int:
     # A partition has no queue of its own; its disk is the directory above.
     where = f"/sys/dev/block/{os.major(device_number)}:{os.minor(device_number)}"
     for queue in (f"{where}/queue", f"{where}/../queue"):
         try:
-            with open(f"{queue}/discard_max_bytes", encoding="ascii") as file:
+            with open(f"{queue}/{name}", encoding="ascii") as file:
                 return int(file.read())
         except OSError:
             continue

@@ -48,6 +48,7 @@ class FaultyMedium:
         self.is_block = below.is_block
         self.direct = False
         self.can_discard = below.can_discard
+        self.can_zero = below.can_zero
         self.read_only = below.read_only
         self.writes = 0
 

@@ -131,7 +131,8 @@ def serve(images: list[Path], socket_path: Path, *, backend: str = "auto", is_qu
     failures: list[BaseException] = []
 
     exports = [] if loop_directory is None else [
-        LoopExport(loop, volume, media[0], str(loop_directory), stream=volume.bdev.index)
+        LoopExport(loop, volume, media[0], str(loop_directory), stream=volume.bdev.index,
+                   can_zero=True)
         for volume in volumes]
     ready = threading.Event()
     devices: list[str] = []
