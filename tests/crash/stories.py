@@ -169,6 +169,11 @@ async def gc(w: World) -> None:
     await w.write(0, 3, 1, fua=True)
 
 
+async def rewriting_prepare(w: World) -> None:
+    await w.tune("", "gc_always_rewrite", "1")
+    await interior_prepare(w)
+
+
 # 9. Moving gc empties sparse buckets.
 
 async def moving_prepare(w: World) -> None:
@@ -276,6 +281,42 @@ async def stop(w: World) -> None:
     await w.cset.stop()
 
 
+async def stop_busy(w: World) -> None:
+    """A stop while requests, a gc and a detach are under way; what comes after it began may be refused."""
+    dice = rng(w)
+    busy = [w.write(0, dice.randrange(0, 250), dice.randrange(1, 40), fua=dice.random() < 0.3) for _ in range(6)]
+    await w.together(*busy, w.read(0, 100, 60), w.cset.run_gc(), later_stop(w))
+
+
+async def later_stop(w: World) -> None:
+    await w.sleep(1)
+    await w.cset.stop()
+
+
+async def settings(w: World) -> None:
+    """Everything that is kept in a superblock or in the uuid array is changed while writes go on."""
+    async def change() -> None:
+        for volume, name, text in (("bcache0", "label", "first"), ("", "cache_replacement_policy", "fifo"),
+                                   ("bcache0", "cache_mode", "writethrough"), ("", "discard", "1"),
+                                   ("bcache0", "label", "a label of exactly thirty-two byt"[:32]),
+                                   ("bcache0", "cache_mode", "writeback"), ("", "cache_replacement_policy", "random")):
+            await w.tune(volume, name, text)
+
+    dice = rng(w)
+    await w.together(change(), scatter(w, 0, [dice.randrange(0, 200) for _ in range(20)], 5, at_once=2))
+    await w.flush(0)
+
+
+async def idle(w: World) -> None:
+    """Timers: the journal's 100 ms, the leaves' 30 s, the pauses of writeback."""
+    dice = rng(w)
+    for pause_ms in (10, 99, 101, 5000, 30_001, 31_000, 200):
+        for _ in range(3):
+            await w.write(0, dice.randrange(0, 200), dice.randrange(1, 9))
+        await w.read(0, dice.randrange(0, 200), 16)
+        await w.sleep(pause_ms)
+
+
 # 16. Discards, of the client and of the allocator.
 
 async def discards(w: World) -> None:
@@ -369,6 +410,10 @@ STORIES = {story.name: story for story in (
     Story("flash", Setup(backings=()), flash),
     Story("cached_and_flash", Setup(backings=TWO_BACKINGS, settles=False), traffic, cached_and_flash_prepare),
     Story("stop", Setup(), stop, overwrite_prepare, ends=False),
+    Story("stop_busy", Setup(), stop_busy, overwrite_prepare, ends=False),
+    Story("settings", Setup(settles=False, discard=True), settings),
+    Story("idle", Setup(), idle),
+    Story("gc_always_rewrite", Setup(nbuckets=1200, backings=()), interior, rewriting_prepare),
     Story("discards", Setup(backings=BIG_BACKING, settles=False, discard=True), discards, reuse_prepare),
     Story("around", Setup(backings=(Backing(mode="writearound"),), settles=False), around),
 )}

@@ -27,7 +27,7 @@ SHARE = 10
 """Errors per story and device that are tried when not all are."""
 
 NAMES = ("first_attach", "overwrite", "miss_fill", "reuse", "prio_write", "split", "gc", "moving_gc", "writeback",
-         "detach", "flash", "cached_and_flash", "stop")
+         "detach", "flash", "cached_and_flash", "stop", "modes", "small_node_cache", "settings", "discards", "around")
 
 
 async def tolerant(world: World, story: Story) -> None:
