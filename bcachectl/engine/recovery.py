@@ -48,6 +48,8 @@ async def start_existing(cset: CacheSet) -> None:
         raise Corrupt("journal", "bad btree root")
     pointer = root.ptrs[0]
     word = ptr_make(pointer.sector, pointer.gen, pointer.dev)
+    if not cset.buckets.in_range(word, cset.geometry.node_sectors):
+        raise Corrupt("journal", f"the btree root lies out of range (pointer {word:#x})")
     await cset.uuid_array.read(newest)
     cset.buckets.raise_gens(np.array([word], np.uint64))
     cset.btree = await Btree.open(cset, word, newest.btree_level)
