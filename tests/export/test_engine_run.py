@@ -324,3 +324,44 @@ def test_a_record_that_cannot_be_written(tmp_path: Path) -> None:
         assert engine.stop() == 1
         assert engine.errors == "bcachectl: /dev/full: recording has stopped: No space left on device\n"
     refused(tmp_path, *options, "--export", "nbd", "--trace", tmp_path, status=1, word="directory")
+
+
+@pytest.mark.usefixtures("_loops")
+def test_ext4_on_an_overlay(tmp_path: Path, require_tool: Callable[[str], str]) -> None:
+    # An overlay cannot zero quickly, so holes are refused; mkfs and mount must get along with that.
+    mkfs, e2fsck, mount, umount = (require_tool(name) for name in ("mkfs.ext4", "e2fsck", "mount", "umount"))
+    options = make_set(tmp_path)
+    with Engine(tmp_path, *options, "--export", "nbd"):
+        pass
+    before = [digest(image) for image in sorted(tmp_path.glob("*.img"))]
+    point = tmp_path / "point"
+    point.mkdir()
+    with Engine(tmp_path, *options, "--overlay", tmp_path / "overlay", "--export", "loop") as engine:
+        device = engine.volumes[0]["device"]
+        subprocess.run([mkfs, "-q", "-F", device], check=True)
+        subprocess.run([mount, device, str(point)], check=True)
+        try:
+            (point / "file").write_bytes(b"here" * 100000)
+            subprocess.run(["fstrim", str(point)], check=False, capture_output=True)
+        finally:
+            subprocess.run([umount, str(point)], check=True)
+        subprocess.run([e2fsck, "-fn", device], check=True, capture_output=True)
+    assert (engine.status, engine.errors) == (0, "")
+    assert [digest(image) for image in sorted(tmp_path.glob("*.img"))] == before
+
+
+@pytest.mark.parametrize("backend", ["sync", "uring"])
+def test_every_io_backend(tmp_path: Path, backend: str) -> None:
+    options = [*make_set(tmp_path, mode="writeback"), "--export", "nbd", "--io", backend, "--debug-checks"]
+    data = random.Random(3).randbytes(12 << 20)
+    with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+        for offset in range(0, len(data), 192 << 10):
+            client.write(offset, data[offset:offset + (192 << 10)])
+        client.trim(64 << 20, 1 << 20)
+        client.write_zeroes(65 << 20, 1 << 20, fua=True)
+        client.flush()
+        engine.kill()
+    with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+        assert client.read(0, len(data) + (1 << 20)) == data + bytes(1 << 20)
+        assert client.read(65 << 20, 1 << 20) == bytes(1 << 20)
+    assert (engine.status, engine.errors) == (0, "")
