@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from rich.text import Text
+from rich.text import Span, Text
 
 from bcachectl.snapshot import MAP_STATES, MapSnapshot
 
@@ -85,21 +85,21 @@ def bucket_map(buckets: MapSnapshot, *, width: int, rows: int, letters: bool) ->
     """
     lines: list[Text] = []
     for start in range(0, min(len(buckets.states), width * rows), width):
-        line = Text()
         states = buckets.states[start:start + width]
+        if letters:
+            lines.append(Text("".join([STATE_LETTERS[state] for state in states])))
+            continue
         fills = buckets.fills[start:start + width]
-        # Neighbours of one state are one span of the text: a screen has thousands of cells.
+        cells = ["·" if state == "u" else _SHADES[min(fill, 99) // 25]
+                 for state, fill in zip(states, fills, strict=True)]
+        # Neighbours of one state are one span, made directly: a screen has thousands of cells.
+        spans: list[Span] = []
         at = 0
         for state, run in itertools.groupby(states):
             end = at + len(list(run))
-            if letters:
-                line.append(STATE_LETTERS[state] * (end - at))
-            elif state == "u":
-                line.append("·" * (end - at), STATE_STYLES[state])
-            else:
-                line.append("".join([_SHADES[min(fill, 99) // 25] for fill in fills[at:end]]), STATE_STYLES[state])
+            spans.append(Span(at, end, STATE_STYLES[state]))
             at = end
-        lines.append(line)
+        lines.append(Text("".join(cells), spans=spans))
     return lines
 
 
