@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bcachectl.commands.options import DryRun, Json, VolumeArgument, complete_device, print_json
+from bcachectl.commands.options import DryRun, Json, VolumeArgument, complete_set, print_json
 from bcachectl.commands.waiting import wait_for
 from bcachectl.control import LiveSet, engines, find_set, looks_like_uuid, parse_set_uuid
 from bcachectl.errors import WrongState
@@ -16,7 +16,7 @@ from bcachectl.errors import WrongState
 
 def attach(
     volume: VolumeArgument,
-    target: Annotated[str, typer.Argument(metavar="SET", autocompletion=complete_device, show_default=False,
+    target: Annotated[str, typer.Argument(metavar="SET", autocompletion=complete_set, show_default=False,
                                           help="The set's uuid, a unique prefix of it, or a DEVICE of it.")],
     dry_run: DryRun = False,
     as_json: Json = False,

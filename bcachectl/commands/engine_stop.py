@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bcachectl.commands.options import DryRun, Json, complete_device, print_json
+from bcachectl.commands.options import DryRun, Json, complete_set, print_json
 from bcachectl.control import LiveSet, find_set
 from bcachectl.errors import WrongState
 
@@ -16,7 +16,7 @@ STOP_TIMEOUT_S = 600.0
 
 
 def engine_stop(
-    target: Annotated[str | None, typer.Argument(metavar="SET", autocompletion=complete_device, show_default=False,
+    target: Annotated[str | None, typer.Argument(metavar="SET", autocompletion=complete_set, show_default=False,
                                                  help="The set to stop; by default the only one that runs.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from bcachectl.commands.options import Json, complete_device, print_json
+from bcachectl.commands.options import Json, complete_volume, print_json
 from bcachectl.control import find
 
-TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", autocompletion=complete_device, show_default=False,
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", autocompletion=complete_volume, show_default=False,
                                                help="A SET or a VOLUME.")]
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bcachectl.commands.options import JSON_SCHEMA, Json, complete_device
+from bcachectl.commands.options import JSON_SCHEMA, Json, complete_set
 from bcachectl.control import LiveSet, find
 from bcachectl.errors import WrongState
 from bcachectl.snapshot import SetSnapshot, to_json
@@ -30,7 +30,7 @@ JSON_CELLS = 1024
 
 
 def monitor(
-    target: Annotated[str | None, typer.Argument(metavar="SET", autocompletion=complete_device, show_default=False,
+    target: Annotated[str | None, typer.Argument(metavar="SET", autocompletion=complete_set, show_default=False,
                                                  help="A set that runs, or a cache device that does not; "
                                                       "by default the only set that runs.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Show the state once and end.")] = False,

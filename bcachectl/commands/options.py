@@ -24,7 +24,34 @@ def complete_device(incomplete: str) -> Iterator[str]:
     """Devices for the shell's completion; plain files are completed by the shell itself."""
     from bcachectl import discovery
 
-    yield from (node for node in discovery.device_nodes() if node.startswith(incomplete))
+    yield from (path for path in discovery.device_nodes() if path.startswith(incomplete))
+
+
+def complete_set(incomplete: str) -> Iterator[str]:
+    """The uuids of sets that run or whose devices are here, and the devices."""
+    from bcachectl import control, discovery
+    from bcachectl.units import format_uuid
+
+    engines = control.engines()
+    probes = [discovery.probe(node) for node in discovery.enumerate_devices()]
+    uuids = [engine.uuid for engine in engines] + [format_uuid(probe.superblock.set_uuid) for probe in probes
+                                                   if probe.superblock is not None]
+    for engine in engines:
+        engine.close()
+    yield from (uuid for uuid in dict.fromkeys(uuids) if uuid.startswith(incomplete))
+    yield from complete_device(incomplete)
+
+
+def complete_volume(incomplete: str) -> Iterator[str]:
+    """The volumes that run, by name, label and uuid, and the devices."""
+    from bcachectl import control
+
+    words: list[str] = []
+    for engine in control.engines():
+        words += [word for volume in engine.snapshot(0).volumes for word in (volume.name, volume.label, volume.uuid)]
+        engine.close()
+    yield from (word for word in dict.fromkeys(words) if word and word.startswith(incomplete))
+    yield from complete_device(incomplete)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; sizes are integers in the unit their name ends in.")]
@@ -37,9 +64,9 @@ DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", autocompletion=
 DevicesArgument = Annotated[list[str], typer.Argument(metavar="DEVICE", autocompletion=complete_device,
                                                       show_default=False,
                                                       help="Block devices or files that hold an image.")]
-SetArgument = Annotated[str, typer.Argument(metavar="SET", autocompletion=complete_device, show_default=False,
+SetArgument = Annotated[str, typer.Argument(metavar="SET", autocompletion=complete_set, show_default=False,
                                             help="A set's uuid, a unique prefix of it, or a DEVICE of it.")]
-VolumeArgument = Annotated[str, typer.Argument(metavar="VOLUME", autocompletion=complete_device, show_default=False,
+VolumeArgument = Annotated[str, typer.Argument(metavar="VOLUME", autocompletion=complete_volume, show_default=False,
                                                help="bcache0, a uuid, a label, or the backing DEVICE.")]
 
 

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bcachectl.commands.options import Json, complete_device, print_json
+from bcachectl.commands.options import Json, complete_volume, print_json
 from bcachectl.control import find
 from bcachectl.snapshot import to_json
 from bcachectl.views.status import status_page
 
 
 def status(
-    target: Annotated[str | None, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_device,
+    target: Annotated[str | None, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_volume,
                                                  show_default=False,
                                                  help="What to show; by default the only set that runs.")] = None,
     as_json: Json = False,

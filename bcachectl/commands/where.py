@@ -17,7 +17,7 @@ from bcachectl.errors import UsageError, WrongState
 from bcachectl.fsck.walk import Walk
 from bcachectl.offline import Slot
 from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK, ptr_gen, ptr_sector
-from bcachectl.ondisk.superblock import SB_SECTOR
+from bcachectl.ondisk.superblock import BDEV_DATA_START_DEFAULT
 from bcachectl.units import format_uuid
 from bcachectl.views import table
 
@@ -27,6 +27,10 @@ CountArgument = Annotated[int, typer.Argument(metavar="COUNT", min=1, help="Numb
 CacheOption = Annotated[str | None, typer.Option(
     "--cache", metavar="DEVICE", show_default=False,
     help="The cache device of the volume's set, which does not run. Without it the set's engine is asked.")]
+
+OffsetOption = Annotated[int | None, typer.Option(
+    "--data-offset", metavar="SECTORS", min=BDEV_DATA_START_DEFAULT, show_default=False,
+    help="With --cache, for a VOLUME that is not named by its backing DEVICE: where its data starts. Default: 16.")]
 
 ANSWER_TIMEOUT_S = 30.0
 
@@ -40,7 +44,7 @@ class Volume(NamedTuple):
 
 
 def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument = 1, cache: CacheOption = None,
-          as_json: Json = False) -> int:
+          data_offset: OffsetOption = None, as_json: Json = False) -> int:
     """Tell for each of COUNT sectors of a VOLUME whether the cache or the backing device has the valid copy.
 
     A set that runs is asked, one that does not is read: name its cache device with --cache.
@@ -49,7 +53,7 @@ def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument =
     if cache is None:
         found = _ask_engine(volume, sector, count)
     else:
-        found, status = _read_cache(cache, volume, sector, count)
+        found, status = _read_cache(cache, volume, sector, count, data_offset)
     if as_json:
         print_json("where", found)
     else:
@@ -77,24 +81,29 @@ def _ask_engine(volume: str, sector: int, count: int) -> dict[str, Any]:
         found.live.close()
 
 
-def _read_cache(cache: str, volume: str, sector: int, count: int) -> tuple[dict[str, Any], int]:
+def _read_cache(cache: str, volume: str, sector: int, count: int,
+                data_offset: int | None) -> tuple[dict[str, Any], int]:
     with offline.walk_cache(cache) as walked:
         serious = [damage for damage in walked.damages if not damage.is_harmless]
         for damage in serious:
             print(f"bcachectl: {cache}: {damage}", file=sys.stderr)
-        found = _find_volume(walked.walk, cache, volume)
+        found = _find_volume(walked.walk, cache, volume, data_offset)
         if found.size_sectors is not None and sector + count > found.size_sectors:
             raise UsageError(f"{volume}: has {found.size_sectors} sectors; {sector}+{count} is behind its end")
         pieces = list(_pieces(walked.walk, found, start=sector, end=sector + count))
     return {"volume": found.slot.name, "uuid": format_uuid(found.slot.entry.uuid), "pieces": pieces}, int(bool(serious))
 
 
-def _find_volume(walk: Walk, cache: str, volume: str) -> Volume:
+def _find_volume(walk: Walk, cache: str, volume: str, data_offset: int | None) -> Volume:
     assert walk.superblock is not None
     if not os.path.exists(volume):
         slot = offline.find_slot(walk, cache, volume)
         is_flash = slot.entry.is_flash_only
-        return Volume(slot, 0 if is_flash else 2 * SB_SECTOR, slot.entry.sectors if is_flash else None)
+        if is_flash:
+            return Volume(slot, 0, slot.entry.sectors)
+        return Volume(slot, BDEV_DATA_START_DEFAULT if data_offset is None else data_offset, None)
+    if data_offset is not None:
+        raise UsageError(f"{volume}: tells its data offset itself; leave --data-offset out")
     with open_device(volume) as device:
         found = offline.read_superblock(device)
         offline.require_magic(device, found)

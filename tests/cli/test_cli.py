@@ -17,6 +17,7 @@ from bcachectl import __version__
 from bcachectl import cli as program
 from bcachectl.views import table
 from tests.cli.conftest import Result
+from tests.export.engine import Engine
 
 Cli = Callable[..., Result]
 READERS = ("list", "show", "dump", "where", "status", "monitor", "get", "engine list")
@@ -168,6 +169,18 @@ class TestCompletion:
         image.write_bytes(bytes(1 << 20))
         device = loop_device(image)
         assert device in self.ask("bash", "bcachectl show /dev/loop")
+
+    def test_sets_and_volumes(self, loop_device: Callable[..., str], golden: Callable[..., Path],
+                              tmp_path: Path) -> None:
+        story = golden("two_backing", writable=True)
+        device, uuid = loop_device(story / "cache.img"), "014a299e-a27a-45e0-b9c5-b79d60a449a0"
+        assert self.ask("bash", "bcachectl gc 014a29") == [uuid]
+        assert device in self.ask("bash", "bcachectl gc /dev/loop")
+        with Engine(tmp_path, "--cache", device, "--backing", story / "back0.img", "--export", "nbd",
+                    "--read-only") as engine:
+            runtime = engine.runtime.name
+            assert self.ask("bash", "bcachectl flush bc", XDG_RUNTIME_DIR=runtime) == ["bcache0"]
+            assert self.ask("bash", "bcachectl status vol", XDG_RUNTIME_DIR=runtime) == ["vol0"]
 
     @pytest.mark.parametrize(("shell", "name"), [("bash", "bcachectl.bash"), ("zsh", "_bcachectl"),
                                                  ("fish", "bcachectl.fish")])

@@ -123,6 +123,30 @@ def test_list_says_that_the_cache_is_missing(cli: Cli, golden: Golden) -> None:
     assert "its cache device is not here" in cli("list", golden("dirty_crash") / "back0.img").out
 
 
+def test_where_needs_the_data_offset_only_without_the_backing_device(cli: Cli, golden: Golden) -> None:
+    story = golden("dirty_crash")
+    image = story / "cache.img"
+    by_device = cli("where", story / "back0.img", 0, 64, "--cache", image)
+    assert cli("where", "bcache0", 0, 64, "--cache", image).out == by_device.out
+    assert cli("where", "bcache0", 0, 64, "--cache", image, "--data-offset", 16).out == by_device.out
+    assert cli("where", "bcache0", 0, 64, "--cache", image, "--data-offset", 2048).out != by_device.out
+    assert cli("where", story / "back0.img", 0, "--cache", image, "--data-offset", 16).status == 2
+    assert cli("where", "bcache0", 0, "--cache", image, "--data-offset", 8).status == 2
+
+
+def test_p1_devices_that_refuse_writes(cli: Cli, golden: Golden, loop_device: Callable[..., str]) -> None:
+    """P1: every reading verb works on block devices that cannot be written."""
+    story = golden("dirty_crash", writable=True)
+    cache, backing = (loop_device(story / name, read_only=True) for name in ("cache.img", "back0.img"))
+    assert [cli("show", device).status for device in (cache, backing)] == [0, 0]
+    assert [cli("dump", structure, cache).status for structure in STRUCTURES] == [0] * len(STRUCTURES)
+    assert cli("where", backing, 0, 5000, "--cache", cache).status == 0
+    assert {cache, backing} <= {entry["device"] for entry in json.loads(cli("list", "--json").out)["devices"]}
+    for words in (("wipe", backing, "--force=dirty"), ("format", "--backing", backing, "--force=bcache")):
+        assert cli(*words, "--dry-run").status == 0
+        assert "read-only" in cli(*words).err
+
+
 @pytest.mark.parametrize("name", ["deep_crash", "flash_volume", "fresh"])
 def test_p1_reading_verbs_never_write(cli: Cli, golden: Golden, name: str) -> None:
     """P1: the files are read-only, their content stays, and so do their times."""
