@@ -57,16 +57,24 @@ class Visit:
         self._outs: list[Path] = []
         self._steps: list[str] = []
         self._wants_host = False
+        self._has_cache = False
         share.mkdir(parents=True, exist_ok=True)
 
     def step(self, script: str) -> None:
         """Any lines of shell."""
         self._steps.append(script)
 
+    def register_cache(self) -> None:
+        """Register the cache alone, and leave the kernel's text of all keys in the share's file ``btree.txt``.
+
+        As long as there is no volume nobody reads, which could add keys: the kernel looks for partitions on a volume.
+        """
+        self.step(f"register {self._names[0]}\ncat /sys/kernel/debug/bcache/bcache-* >/job/btree.txt")
+        self._has_cache = True
+
     def register(self) -> None:
-        """Register the cache and all backing devices, and wait for the volumes; $volume0, $volume1 ... are their
-        names."""
-        self.step(f"register {' '.join(self._names)}")
+        """Register all devices, and wait for the volumes; $volume0, $volume1 ... are their names."""
+        self.step(f"register {' '.join(self._names[self._has_cache:])}")
         for number, name in enumerate(self._names[1:]):
             link = f"/sys/block/{name.removeprefix('/dev/')}/bcache/dev"
             self.step(f"wait_for 60 test -e {link}\nvolume{number}=$(basename $(readlink {link}))\n"
@@ -97,12 +105,6 @@ class Visit:
         (self.share / PROGRESS).unlink(missing_ok=True)
         python = os.path.realpath(sys.executable)
         self.step(f"host {python} -SE /job/stamp_writer.py /dev/$volume{volume} /job/{PROGRESS} '{json.dumps(plan)}'")
-
-    def btree(self) -> None:
-        """Stop write-back, and leave the kernel's text of all keys in the share's file ``btree.txt``."""
-        for number in range(len(self.disks) - 1):
-            self.step(f"set_attribute /sys/block/$volume{number}/bcache/writeback_running 0")
-        self.step("cat /sys/kernel/debug/bcache/bcache-* >/job/btree.txt")
 
     def facts(self) -> None:
         """Leave the btree and all attributes in the share's directory ``facts``."""
