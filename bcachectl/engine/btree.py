@@ -193,7 +193,11 @@ class Btree:
             raise Corrupt(where, f"spotted btree ptr out of range (pointer {ptr:#x})")
         raw = bytearray(geometry.node_sectors << 9)
         sector = (ptr >> 8) & ((1 << 43) - 1)
-        cset.check_io(await cset.cache.read(sector, raw, "btree"), where)
+        error = await cset.cache.read(sector, raw, "btree")
+        if error and cset.running:
+            # To a running set the node is as lost as if it were corrupt, and it fails (btree.c, bch_btree_node_read).
+            raise Corrupt(where, f"io error {error} reading bucket")
+        cset.check_io(error, where)
         self.reads += 1
         images, written = decode_node(
             raw,
@@ -310,7 +314,7 @@ class Btree:
                 del self.leaves[leaf]
                 self.leaves[leaf] = None
                 continue
-            if leaf.pending_words or leaf.writing or leaf.frozen or leaf.pin is not None or self.cset.read_only:
+            if leaf.pending_words or leaf.writing or leaf.frozen or leaf.pin is not None:
                 continue
             path = self.path(leaf)
             if len(path) < 2:

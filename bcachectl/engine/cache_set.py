@@ -31,10 +31,11 @@ from bcachectl.engine.front import Front
 from bcachectl.engine.gc import Gc
 from bcachectl.engine.journal import Journal
 from bcachectl.engine.movinggc import MovingGc
+from bcachectl.engine.node import DIRTY
 from bcachectl.engine.open_buckets import SectorAllocator
 from bcachectl.engine.prios import PrioWriter
 from bcachectl.engine.request import invalidate
-from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, Sched, Task, WaitQueue
+from bcachectl.engine.sched import FUA, NS_PER_MS, PREFLUSH, Mutex, Sched, Task, WaitQueue
 from bcachectl.engine.split import Splitter
 from bcachectl.engine.streams import Congestion
 from bcachectl.engine.uuid_array import UuidArray
@@ -85,6 +86,7 @@ class CacheSet:
         self.front = Front()
         self.congestion = Congestion(sched, entropy)
         self.sb_lock = Mutex(sched, "cache superblock")
+        self.attach_lock = Mutex(sched, "attach")
         self.idle = WaitQueue(sched, "requests in flight")
         self.devices: list[CachedDev] = []
         self.flash: list[FlashVolume] = []
@@ -219,6 +221,10 @@ class CacheSet:
 
     async def attach_device(self, dev: CachedDev) -> None:
         """Attach a device to this set (super.c, bch_cached_dev_attach); raises WrongState with the reason."""
+        async with self.attach_lock:
+            await self._attach_device(dev)
+
+    async def _attach_device(self, dev: CachedDev) -> None:
         name = dev.backing.name
         if dev.attached:
             raise WrongState(f"{name} is already attached")
@@ -248,6 +254,8 @@ class CacheSet:
             raise WrongState(
                 f"couldn't find uuid for {name} in set {format_uuid(self.sb.set_uuid)}: its dirty data is elsewhere"
             )
+        if slot != NO_SLOT:
+            await self._refuse_too_small(dev, slot)
         if slot == NO_SLOT and self.read_only:
             # It was never attached: the cache holds nothing of it.
             return
@@ -260,6 +268,17 @@ class CacheSet:
         if not self.read_only and dev.has_dirty and dev.sb.state != BdevState.DIRTY:
             await dev.become_dirty()
         self.events.emit("bcache_attach", volume=name, slot=slot)
+
+    async def _refuse_too_small(self, dev: CachedDev, slot: int) -> None:
+        # A device that was shrunk or cut off cannot take back all of its dirty data.
+        if not self.dirty_by_inode.get(slot):
+            return
+        limit = (slot << INODE_SHIFT) + dev.backing.size_sectors
+        beyond = await self.btree.lookup(limit - 1, (slot + 1) << INODE_SHIFT)
+        if any(extent.flags & DIRTY and extent.end > limit for extent in beyond):
+            raise WrongState(
+                f"{dev.backing.name} is smaller than the dirty data that its cache holds for it (truncated?)"
+            )
 
     async def _attach_new(self, dev: CachedDev) -> int:
         # A new slot, durable in the uuid array and the journal before the backing superblock points here.
@@ -277,9 +296,7 @@ class CacheSet:
         )
         if not await self.uuid_array.write():
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
-        error = await dev.set_superblock(
-            lambda sb: replace(sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid)
-        )
+        error = await dev.set_superblock(lambda sb: replace(sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid))
         if error:
             raise DeviceError(f"{dev.backing.name}: error {error} writing the superblock", errno=error)
         return slot
@@ -401,8 +418,11 @@ class CacheSet:
             raise WrongState(f"{name} is not a flash-only volume")
         volume.removed = True
         self.flash.remove(volume)
-        await self.uuid_array.retire(volume.slot)
+        # First the data, then the slot: a power loss between leaves an empty volume, not space that nobody owns.
+        claim = await volume.ranges.enter(volume.base, volume.base + volume.size_sectors)
         await invalidate(self, volume.base, volume.base + volume.size_sectors, durable=True)
+        volume.ranges.leave(claim)
+        await self.uuid_array.retire(volume.slot)
 
     def is_flash(self, slot: int) -> bool:
         """Whether a slot is a flash-only volume's."""
@@ -551,8 +571,8 @@ class CacheSet:
             dev.writeback.wake()
         self.gc.wake()
         self.btree.flush_wake.wake_all()
-        while self.gc.running and not self.io_disabled:
-            await self.gc.done.wait()
+        while self._copies_in_flight():
+            await self.sched.sleep_until(self.sched.now_ns + NS_PER_MS)
         if not self.read_only and not self.io_disabled:
             await self.btree.flush_all()
             self.alloc.alloc_wait.wake_all()
@@ -567,6 +587,14 @@ class CacheSet:
         self.stopped = True
         self.events.emit("bcache_set_stopped")
         self.check_invariants()
+
+    def _copies_in_flight(self) -> bool:
+        # gc, moves, fills and writebacks: none may reach a device that someone else has taken over.
+        return (
+            self.gc.running
+            or self.movinggc.in_flight > 0
+            or any(dev.ranges.fills or dev.writeback.in_flight for dev in self.devices)
+        )
 
     def check_invariants(self) -> None:
         """With ``debug_checks``: assert everything that must hold at rest."""

@@ -291,6 +291,13 @@ class CachedDev:
         self.cset.request_done()
         self.cset.front.complete(request, error)
 
+    async def serve_uncached(self, request: Request) -> None:
+        """Serve a request that found its device detached, or its set failed, when its turn came."""
+        if self.cset.io_disabled:
+            await self._after_failure(request)
+        else:
+            await self._pass_through(request)
+
     async def _after_failure(self, request: Request) -> None:
         # The set has failed: wait until the device is either without its cache, cleanly, or disabled.
         while self.attached and not self.io_disable:
@@ -351,7 +358,11 @@ class CachedDev:
     # The superblock.
 
     async def write_superblock(self, sb: Superblock) -> int:
-        """Put ``sb`` in force and write it, durably; the caller holds ``sb_lock``.  Returns an errno."""
+        """Put ``sb`` in force and write it, durably; the caller holds ``sb_lock``.  Returns an errno.
+
+        After an error the old one is in force again, and what the disk has is unknown.
+        """
+        old = self.sb
         self.sb = sb
         self.cache_mode = mode_of(sb)
         self.durable_state = None
@@ -359,7 +370,10 @@ class CachedDev:
             return 0
         raw = encode_superblock(replace(sb, last_mount=self.cset.sched.wall_s), self.raw)
         error = await self.backing.write(SB_SECTOR, raw, PREFLUSH | FUA, "backing superblock")
-        if self.count_backing_error(error) == 0:
+        if self.count_backing_error(error):
+            self.sb = old
+            self.cache_mode = mode_of(old)
+        else:
             self.raw = raw
             self.durable_state = sb.state
         return error
@@ -375,6 +389,8 @@ class CachedDev:
             return 0
         self.has_dirty = True
         async with self.sb_lock:
+            if not self.attached or self.cset.io_disabled:
+                return EIO
             if self.durable_state != BdevState.DIRTY:
                 error = await self.write_superblock(self.sb.with_state(BdevState.DIRTY))
                 if error:

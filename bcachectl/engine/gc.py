@@ -194,7 +194,8 @@ class Gc:
             elif leaf.gone:
                 continue
             else:
-                if leaf.pending_words and not leaf.writing:
+                if leaf.pending_words:
+                    # Also if a write is under way: what became pending since is not in it.
                     writes.append(cset.sched.spawn(cset.btree.write_leaf(leaf), "gc write leaf"))
                 elif leaf.writing:
                     writes.append(cset.sched.spawn(self._await_leaf(leaf), "gc await leaf"))

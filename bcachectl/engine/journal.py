@@ -214,9 +214,8 @@ class Journal:
         """Give up old entries, and enter the next bucket if the current one has no room (journal.c,
         journal_reclaim).
         """
+        self._drop_free_pins()
         pins = self.pins
-        while len(pins) > 1 and pins[0].count == 0:
-            pins.popleft()
         while self.last_idx != self.cur_idx and self.bucket_seq[self.last_idx] < pins[0].seq:
             self.last_idx = (self.last_idx + 1) % len(self.buckets)
             self.reclaims += 1
@@ -234,6 +233,10 @@ class Journal:
             self.sector, self.blocks_free, self.resume_blocks = self.resume_sector, self.resume_blocks, 0
         if not self.full:
             self.space.wake_all()
+
+    def _drop_free_pins(self) -> None:
+        while len(self.pins) > 1 and self.pins[0].count == 0:
+            self.pins.popleft()
 
     def _relieve_if_full(self) -> None:
         self.reclaim()
@@ -291,6 +294,7 @@ class Journal:
     async def _write_entry(self) -> bool:
         cset = self.cset
         geometry = cset.geometry
+        self._drop_free_pins()
         seq, last_seq, root = self.seq, self.last_seq, cset.btree.root
         assert not (self.guarded and self.keys)
         raw = encode_jset(

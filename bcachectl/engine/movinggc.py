@@ -114,15 +114,10 @@ class MovingGc:
         position, done = extent.start, 0
         while not error and position < extent.end:
             flash = cset.is_flash(extent.start >> INODE_SHIFT)
-            allocate = cset.sectors.alloc if extent.flags & DIRTY else None
-            if allocate is not None:
-                piece = await allocate(
-                    position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC
-                )
-            else:
-                piece = cset.sectors.alloc_nowait(
-                    position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC
-                )
+            # Never waits for a bucket: it is gc that would have to make one, and gc waits for this.
+            piece = cset.sectors.alloc_nowait(
+                position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC
+            )
             if piece is None:
                 break
             bucket = buckets.bucket_of(piece.ptr)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from bcachectl.engine.alloc import NO_BUCKET, Reserve
+from bcachectl.engine.node import MAX_SIZE
 
 if TYPE_CHECKING:
     from bcachectl.engine.cache_set import CacheSet
@@ -80,7 +81,7 @@ class SectorAllocator:
                 return None
             open_bucket.sectors_free = 1 << buckets.bucket_shift
             open_bucket.ptr = (bucket << buckets.bucket_shift) << 8 | buckets.gen_at[bucket]
-        count = min(nsectors, open_bucket.sectors_free)
+        count = min(nsectors, open_bucket.sectors_free, MAX_SIZE & -cset.geometry.block_size_sectors)
         piece = Piece(open_bucket.ptr, count)
         self._reindex(open_bucket, position + count, write_point, flash)
         open_bucket.sectors_free -= count

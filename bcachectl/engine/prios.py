@@ -45,7 +45,8 @@ class PrioWriter:
         cset = self.cset
         geometry = cset.geometry
         count = len(self.current)
-        if not wait and cset.alloc.available_nowait(Reserve.PRIO) < count:
+        taken = await self._take(count, wait=wait)
+        if len(taken) < count:
             return False
         cset.events.emit("bcache_prio_write", buckets=count, seq=self.seq + 1)
         self.writing = True
@@ -56,10 +57,7 @@ class PrioWriter:
         for index in range(count - 1, -1, -1):
             part = slice(index * per_set, (index + 1) * per_set)
             raw = encode_prio_set(self.seq, next_bucket, prios[part], gens[part], magic, geometry.meta_bytes)
-            bucket = await cset.alloc.alloc(Reserve.PRIO) if wait else cset.alloc.alloc_nowait(Reserve.PRIO)
-            if bucket == NO_BUCKET:
-                self.writing = False
-                return self._abandon(index + 1)
+            bucket = taken[index]
             error = await cset.cache.write(geometry.sector_of(bucket), memoryview(raw), 0, "prio")
             cset.buckets.unpin(bucket)
             self.current[index] = next_bucket = bucket
@@ -79,12 +77,15 @@ class PrioWriter:
         self.writes += 1
         return True
 
-    def _abandon(self, written_from: int) -> bool:
-        # Buckets ran out half-way: the sets already written are given up; the journal still names the old chain.
-        for index in range(written_from, len(self.current)):
-            self.cset.buckets.free(self.current[index])
-            self.current[index] = self.journaled[index]
-        return False
+    async def _take(self, count: int, *, wait: bool) -> list[int]:
+        # All buckets in one step, or none: half a chain would be given up, and PRIO be left short for the next attempt.
+        alloc = self.cset.alloc
+        if wait:
+            taken = [await alloc.alloc(Reserve.PRIO) for _ in range(count)]
+            return taken if NO_BUCKET not in taken else []
+        if alloc.available_nowait(Reserve.PRIO) < count:
+            return []
+        return [alloc.alloc_nowait(Reserve.PRIO) for _ in range(count)]
 
     async def read(self, first: int) -> None:
         """Load gens and priorities from the chain that starts at bucket ``first`` (super.c, prio_read).

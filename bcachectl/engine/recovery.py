@@ -126,6 +126,9 @@ async def _replay(cset: CacheSet, entries: list[Jset], pins: dict[int, JournalPi
     for jset in entries:
         pin = pins[jset.seq]
         for new, is_real in _journal_keys(cset, jset):
+            if is_real and cset.buckets.is_stale(new.ptr):
+                # Written back long ago, and its bucket reused: it masks what is older, and holds nothing.
+                new = new._replace(flags=new.flags & ~DIRTY)
             await cset.btree.insert(new, None if cset.read_only else pin)
             if is_real:
                 cset.buckets.unpin(cset.buckets.bucket_of(new.ptr))

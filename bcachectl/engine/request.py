@@ -132,6 +132,11 @@ class Ranges:
         self.fills.append(fill)
         return fill
 
+    def end_fill(self, fill: Fill | None) -> None:
+        """End a fill, if it is one."""
+        if fill is not None:
+            self.fills.remove(fill)
+
 
 class NewData(NamedTuple):
     """What `insert_data` needs to know besides the data."""
@@ -296,9 +301,11 @@ async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int
 
 class _Read:
     # One pass over the extents of a read: the Ios under way and what they mean.
-    __slots__ = ("hits", "gaps")
+    __slots__ = ("base", "hits", "gaps")
 
-    def __init__(self) -> None:
+    def __init__(self, base: int) -> None:
+        # Of the slot that the device has now; it may be detached, and attached again, before this read ends.
+        self.base = base
         self.hits: list[tuple[Extent, Io, memoryview]] = []
         self.gaps: list[tuple[int, int, Io]] = []
 
@@ -311,39 +318,53 @@ async def read(dev: CachedDev, request: Request) -> None:
     end = start + request.nsectors
     way = mode_for(dev, request, sector)
     view = memoryview(request.buf)
-    while True:
-        extents = await cset.btree.lookup(start, end)
-        pass_ = _start_reads(dev, start, end, extents, view)
+    # The fill begins before the lookup, which may have to wait for a leaf: a write that comes and goes meanwhile
+    # cancels it.
+    fill = None
+    if way == THROUGH and not cset.stopping and not cset.read_only:
+        fill = dev.ranges.begin_fill(sector, sector + request.nsectors)
+    try:
+        pass_, error = await _read_all(dev, fill, start, end, view)
+    except Corrupt:
+        dev.ranges.end_fill(fill)
+        raise
+    if fill is not None and not pass_.gaps:
+        dev.ranges.end_fill(fill)
         fill = None
-        if way == THROUGH and pass_.gaps and not cset.stopping and not cset.read_only:
-            low, high, _io = pass_.gaps[0]
-            fill = dev.ranges.begin_fill(low - dev.base, min(high, low + FILL_SECTORS_MAX) - dev.base)
-        error, raced = await _finish_reads(dev, pass_)
-        if raced and not error:
-            if fill is not None:
-                dev.ranges.fills.remove(fill)
-            continue
-        break
     dev.stats.count_read(hit=not pass_.gaps, bypass=way == BYPASS)
     copy = b""
     if fill is not None and not error and not fill.cancelled:
         # The client gets its buffer back before the cache is written.
         copy = bytes(view[(fill.start - sector) << 9 : (fill.end - sector) << 9])
     dev.finish(request, error)
-    if fill is None:
-        return
-    if copy:
+    if fill is not None and copy:
         try:
             await _fill(dev, fill, start - sector, copy, request.stream)
         except Corrupt as bad:
             # The client has its answer already.
             cset.fail(str(bad))
-    dev.ranges.fills.remove(fill)
+    dev.ranges.end_fill(fill)
+
+
+async def _read_all(dev: CachedDev, fill: Fill | None, start: int, end: int, view: memoryview) -> tuple[_Read, int]:
+    # Reads every part from where it is, again if a bucket was reused meanwhile; narrows the fill to the first gap.
+    base = dev.base
+    while True:
+        pass_ = _start_reads(dev, start, end, await dev.cset.btree.lookup(start, end), view)
+        if fill is not None and pass_.gaps:
+            low, high, _io = pass_.gaps[0]
+            fill.start, fill.end = low - base, min(high, low + FILL_SECTORS_MAX) - base
+        error, raced = await _finish_reads(dev, pass_)
+        if error or not raced:
+            return pass_, error
+        if fill is not None:
+            # What the next lookup finds may lie outside of what the fill watched.
+            fill.cancelled = True
 
 
 def _start_reads(dev: CachedDev, start: int, end: int, extents: list[Extent], view: memoryview) -> _Read:
     cset = dev.cset
-    pass_ = _Read()
+    pass_ = _Read(dev.base)
     position = start
     for extent in extents:
         if extent.start > position:
@@ -359,7 +380,7 @@ def _start_reads(dev: CachedDev, start: int, end: int, extents: list[Extent], vi
 
 def _start_gap(dev: CachedDev, pass_: _Read, low: int, high: int, start: int, view: memoryview) -> None:
     data = view[(low - start) << 9 : (high - start) << 9]
-    pass_.gaps.append((low, high, dev.backing.read(low - dev.base, data)))
+    pass_.gaps.append((low, high, dev.backing.read(low - pass_.base, data)))
 
 
 async def _finish_reads(dev: CachedDev, pass_: _Read) -> tuple[int, bool]:
@@ -376,7 +397,7 @@ async def _finish_reads(dev: CachedDev, pass_: _Read) -> tuple[int, bool]:
             if extent.flags & DIRTY:
                 worst = error
             else:
-                error = await dev.backing.read(extent.start - dev.base, data)
+                error = await dev.backing.read(extent.start - pass_.base, data)
                 worst = dev.count_backing_error(error) or worst
         elif cset.buckets.is_stale(extent.ptr):
             cset.cache_read_races += 1
@@ -427,23 +448,31 @@ async def _fill(dev: CachedDev, fill: Fill, base: int, data: bytes, stream: int)
 async def write(dev: CachedDev, request: Request) -> None:
     """Serve a write, discard or write-zeroes of a cached device (request.c, cached_dev_write)."""
     sector = request.sector + dev.data_offset
-    start = dev.base + sector
-    end = start + request.nsectors
     claim = await dev.ranges.enter(sector, sector + request.nsectors)
     try:
         if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):
-            await dev.writeback.settle(start, end)
-        overlaps = dev.writeback.overlaps(start, end)
-        way = mode_for(dev, request, sector, overlaps_writeback=overlaps)
-        if way == BACK:
-            error = await _write_back(dev, request, start)
-        elif way == THROUGH:
-            error = await _write_through(dev, request, start)
-        else:
-            error = await _write_bypass(dev, request, start, end)
+            await dev.writeback.settle(dev.base + sector, dev.base + sector + request.nsectors)
+        # Only now: the device may have been detached, or its set have failed, while this request waited its turn.
+        cached = dev.attached and not dev.cset.io_disabled
+        if cached:
+            error = await _write_cached(dev, request, sector)
     finally:
         dev.ranges.leave(claim)
-    dev.finish(request, error)
+    if cached:
+        dev.finish(request, error)
+    else:
+        await dev.serve_uncached(request)
+
+
+async def _write_cached(dev: CachedDev, request: Request, sector: int) -> int:
+    start = dev.base + sector
+    end = start + request.nsectors
+    way = mode_for(dev, request, sector, overlaps_writeback=dev.writeback.overlaps(start, end))
+    if way == BACK and request.op not in (REQ_DISCARD, REQ_WRITE_ZEROES):
+        return await _write_back(dev, request, start)
+    if way == THROUGH:
+        return await _write_through(dev, request, start)
+    return await _write_bypass(dev, request, start, end)
 
 
 async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
@@ -456,7 +485,7 @@ async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
         flush = dev.backing.flush() if request.flags & REQ_PREFLUSH else None
         error = await insert_data(dev.cset, start, request.buf, NewData(True, request.stream, False, durable))
         if flush is not None:
-            dev.count_backing_error(await flush)
+            error = dev.count_backing_error(await flush) or error
         return error
     finally:
         dev.dirty_writers -= 1

@@ -220,7 +220,7 @@ class Writeback:
         while not self._ended:
             if dev.detaching and not dev.has_dirty and not dev.dirty_writers:
                 await dev.finish_detach()
-                return
+                continue
             if not dev.has_dirty or not self._wanted:
                 await self.queue.wait()
                 continue

@@ -297,9 +297,12 @@ class ControlServer:
         tunables = self.cset.tunables
         return {name: tunables.get(target, name) for name in names or tunables.names(target)}
 
-    def _do_set(self, target: str, values: dict[str, str]) -> Any:
+    def _do_check(self, target: str, values: dict[str, str]) -> Any:
         for name, text in values.items():
             self.cset.tunables.check(target, name, text)
+
+    def _do_set(self, target: str, values: dict[str, str]) -> Any:
+        self._do_check(target, values)
         return self._set(target, values)
 
     def _do_attach(self, volume: str, set: str | None = None) -> Any:

@@ -35,7 +35,7 @@ from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.overlay import Overlay
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.errors import BcachectlError, Corrupt, DeviceError, Refused, UsageError, WrongState
-from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState, decode_superblock
+from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState, check_superblock, decode_superblock
 from bcachectl.units import format_uuid
 
 
@@ -278,13 +278,17 @@ class EngineHost:
             try:
                 medium.read_into(SB_SECTOR << 9, memoryview(raw))
                 found.append(decode_superblock(raw))
+                check_superblock(found[-1], device_sectors=medium.size_bytes >> 9,
+                                 logical_block_sectors=medium.logical_block_bytes >> 9)
+                if found[-1].is_backing and found[-1].data_offset >= medium.size_bytes >> 9:
+                    raise Corrupt("superblock", "the data offset lies beyond the end of the device (truncated?)")
             except OSError as error:
                 raise DeviceError(f"{medium.path}: cannot read the superblock: {error.strerror}",
                                   errno=error.errno or 0) from error
             except Corrupt as corrupt:
                 raise _naming(medium.path, corrupt) from corrupt
         cache, *backings = found
-        if not cache.is_cache:
+        if cache.is_backing:
             raise WrongState(f"{self.media[0].path}: is a backing device; name the set's cache device as --cache")
         for medium, backing in zip(self.media[1:], backings, strict=True):
             if backing.is_cache:
