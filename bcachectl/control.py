@@ -67,6 +67,10 @@ class LiveSet(Protocol):
         """Tunables and attributes by the kernel's names; all of the target's if ``names`` is empty."""
         ...
 
+    def check(self, target: str, values: dict[str, str]) -> None:
+        """Raise what `set` would raise, and set nothing."""
+        ...
+
     def set(self, target: str, values: dict[str, str]) -> dict[str, str]:
         """Set tunables and give what was stored; nothing is set if a name or a value is wrong."""
         ...
@@ -150,6 +154,10 @@ class EngineSet:
         """Attributes by name."""
         values: dict[str, str] = self.call("get", target=target, names=names)
         return values
+
+    def check(self, target: str, values: dict[str, str]) -> None:
+        """Whether the engine would take the values."""
+        self.call("check", target=target, values=values)
 
     def set(self, target: str, values: dict[str, str]) -> dict[str, str]:
         """Set attributes; what was stored."""

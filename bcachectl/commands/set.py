@@ -27,8 +27,11 @@ def set_tunables(
     pairs = [parse_setting(setting) for setting in settings]
     live, volume = find(target)
     if dry_run:
+        live.check(volume, dict(pairs))
+        readable = live.get(volume, [])
         for name, value in pairs:
-            print(f"would set {name} of {volume or live.uuid} to {value} (now {live.get(volume, [name])[name]})")
+            now = f" (now {readable[name]})" if name in readable else ""
+            print(f"would set {name} of {volume or live.uuid} to {value}{now}")
         return
     stored = live.set(volume, dict(pairs))
     live.close()

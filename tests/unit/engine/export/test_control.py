@@ -238,6 +238,10 @@ def test_get_and_set_on_the_command_line(served: Served, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "writethrough writeback [writearound] none\n"
     served.during(lambda: get(served.uuid[:8], ["tree_depth", "nbuckets"], as_json=True))
     assert json.loads(capsys.readouterr().out)["values"] == {"tree_depth": "0", "nbuckets": "600"}
+    served.during(lambda: set_tunables("bcache0", ["writeback_percent=7"], dry_run=True))
+    assert capsys.readouterr().out == "would set writeback_percent of bcache0 to 7 (now 40)\n"
+    with pytest.raises(UsageError, match="not a plain decimal"):
+        served.during(lambda: set_tunables("bcache0", ["writeback_percent=x"], dry_run=True))
     for wrong in ("novalue", "=5"):
         with pytest.raises(UsageError, match="write NAME=VALUE"):
             set_tunables("bcache0", [wrong])
