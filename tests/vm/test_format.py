@@ -47,6 +47,10 @@ SHAPES = [
           520 * 8 * MIB, 32 * MIB,
           {"cache/block_size": "4.0k", "cache/bucket_size": "8.0M", "cache/nbuckets": "520",
            "backing/cache_mode": "writethrough writeback writearound [none]"}, (32 * MIB >> 9) - 16),
+    # Past 16 MiB the superblock says the size as a logarithm, with a feature bit (ondisk.md 3.5).
+    Shape("log_form", ("--bucket-size", "32M", "--block-size", "4k"), 513 * 32 * MIB, 32 * MIB,
+          {"cache/block_size": "4.0k", "cache/bucket_size": "32.0M", "cache/nbuckets": "513",
+           "backing/cache_mode": "[writethrough] writeback writearound none"}, (32 * MIB >> 9) - 16),
 ]
 
 SCRIPT = """
