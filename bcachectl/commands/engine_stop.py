@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from bcachectl.commands.options import DryRun, Json, complete_set, print_json
-from bcachectl.control import LiveSet, find_set
+from bcachectl.control import LiveSet, engines, find_set, socket_dirs
+from bcachectl.engine.export.loopdev import clean_all_stale
 from bcachectl.errors import WrongState
 
 STOP_TIMEOUT_S = 600.0
@@ -21,7 +23,15 @@ def engine_stop(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Stop an engine in good order, as SIGTERM does."""
+    """Stop an engine in good order, as SIGTERM does.
+
+    What an engine that was killed left behind, a dead mount and its loop device, is removed first.
+    """
+    if not dry_run and os.geteuid() == 0:
+        left = clean_all_stale(socket_dirs())
+        if left and target is None and not engines():
+            print("\n".join(f"removed {path}, left by an engine that was killed" for path in left))
+            return
     stop_engine(find_set(target), dry_run=dry_run, as_json=as_json)
 
 

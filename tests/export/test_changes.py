@@ -85,3 +85,14 @@ def test_as_loop_devices(tmp_path: Path) -> None:
         assert engine.stop() == 0
         assert engine.errors == ""
         assert is_left_behind(runtime) == [str(runtime / "bcachectl")]
+
+
+def test_engine_stop_removes_what_a_killed_engine_left(tmp_path: Path) -> None:
+    need_root()
+    need(os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"), "FUSE and loop devices")
+    with Engine(tmp_path, *make_set(tmp_path), "--export", "loop") as engine:
+        runtime = Path(engine.runtime.name)
+        engine.kill()
+        assert [left for left in is_left_behind(runtime) if left.startswith("loop")] != []
+        assert "left by an engine that was killed" in run(engine, "engine", "stop")
+        assert is_left_behind(runtime) == [str(runtime / "bcachectl")]

@@ -168,8 +168,9 @@ class FuseFile:
             _, offset, size, mode, _ = _FALLOCATE.unpack_from(self._header, _IN.size)
             self._fallocate(unique, offset, size, mode)
         elif opcode in (_OP_GETATTR, _OP_SETATTR):
-            # A change of size is quietly not made; loop never asks for one.
-            self._reply(unique, 0, _ATTR_OUT.pack(3600, 0, 0, 1, self.size_bytes, self.size_bytes >> 9, 0, 0, 0,
+            # A change of size is quietly not made; loop never asks for one.  Nothing is cached: a stat of a dead
+            # engine's file must fail, for that is how it is known.
+            self._reply(unique, 0, _ATTR_OUT.pack(0, 0, 0, 1, self.size_bytes, self.size_bytes >> 9, 0, 0, 0,
                                                   0, 0, 0, 0o100600, 1, 0, 0, 0, 4096, 0))
         elif opcode == _OP_OPEN:
             self._reply(unique, 0, _OPEN_OUT.pack(0, _OPEN_DIRECT_IO | _OPEN_PARALLEL_WRITES, 0))

@@ -191,6 +191,19 @@ def is_stale(path: str) -> bool:
     return False
 
 
+def clean_all_stale(directories: list[str]) -> list[str]:
+    """Remove what killed engines left below the directories of engines' sockets; the mounts that there were."""
+    found = [os.path.join(root, name) for directory in directories for root, _, names in os.walk(directory)
+             for name in names]
+    stale = [path for path in sorted(found) if is_stale(path)]
+    for path in stale:
+        clean_stale(path)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
+    return stale
+
+
 def clean_stale(path: str) -> None:
     """Remove a killed engine's loop device and mount at ``path``; nothing happens if there is none."""
     if is_stale(path):
