@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from bcachectl.blockdev import BlockDevice
-from bcachectl.errors import BcachectlError, DeviceError, Refused
+from bcachectl.errors import BcachectlError, Refused
 
 UNDO_SCHEMA = 1
 UNDO_HEADER_MAX_BYTES = 16 << 20
@@ -128,11 +128,15 @@ def save_undo(plan: Plan, devices: Mapping[str, BlockDevice], path: Path) -> Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
-            file.write(json.dumps(header).encode() + b"\n")
-            for before in saved:
-                file.write(before)
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                file.write(json.dumps(header).encode() + b"\n")
+                for before in saved:
+                    file.write(before)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                path.unlink()
+                raise
         _sync_directory(path.parent)
     except OSError as error:
         raise BcachectlError(f"{path}: the undo file cannot be written ({error.strerror}); nothing was changed, "
@@ -228,7 +232,5 @@ def _sync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
-    except OSError as error:
-        raise DeviceError(f"{directory}: {error.strerror}", errno=error.errno or 0) from error
     finally:
         os.close(fd)

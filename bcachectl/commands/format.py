@@ -12,7 +12,7 @@ import typer
 
 from bcachectl import describe, formatter, writeplan
 from bcachectl.claim import claim
-from bcachectl.commands.options import DryRun, Force, Json, complete_device, print_json
+from bcachectl.commands.options import Backup, DryRun, Force, Json, complete_device, print_json
 from bcachectl.errors import UsageError
 from bcachectl.ondisk.superblock import CacheMode, Replacement, encode_superblock
 from bcachectl.units import SECTOR_BYTES, parse_size, parse_uuid
@@ -68,7 +68,8 @@ def format_devices(
     block_size: BlockOption = None, data_offset: OffsetOption = "16", set_uuid: SetUuidOption = None,
     uuid: UuidOption = None, label: LabelOption = "", cache_mode: ModeOption = None,
     writeback: WritebackOption = False, replacement: PolicyOption = None, discard: DiscardOption = False,
-    force: Force = None, wipe_bcache: WipeOption = False, dry_run: DryRun = False, as_json: Json = False,
+    backup: Backup = None, force: Force = None, wipe_bcache: WipeOption = False, dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Write the superblocks of a cache device, of backing devices, or of both as one set.
 
@@ -95,7 +96,7 @@ def format_devices(
         undo = None
         if not dry_run:
             if formatter.overwritten(plan, devices):
-                undo = writeplan.undo_path("format", superblocks, now_s=int(time.time()))
+                undo = backup or writeplan.undo_path("format", superblocks, now_s=int(time.time()))
                 writeplan.save_undo(plan, devices, undo)
             writeplan.apply(plan, devices)
     if as_json:

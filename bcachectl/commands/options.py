@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -59,6 +60,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print each write (devic
                                                         "and write nothing.")]
 Force = Annotated[list[str] | None, typer.Option("--force", metavar="HAZARD",
                                                  help="Override one safety check, by the word that the refusal names.")]
+Backup = Annotated[Path | None, typer.Option(
+    "--backup", metavar="FILE", show_default=False,
+    help="Where the undo file goes. Default: a new file below your state directory, for root /var/lib/bcachectl.")]
 DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", autocompletion=complete_device, show_default=False,
                                                help="A block device or a file that holds an image.")]
 DevicesArgument = Annotated[list[str], typer.Argument(metavar="DEVICE", autocompletion=complete_device,

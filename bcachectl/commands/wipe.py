@@ -4,28 +4,20 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from bcachectl import offline, writeplan
 from bcachectl.blockdev import BlockDevice
 from bcachectl.claim import claim
-from bcachectl.commands.options import DevicesArgument, DryRun, Force, Json, print_json
+from bcachectl.commands.options import Backup, DevicesArgument, DryRun, Force, Json, print_json
 from bcachectl.errors import Refused, UsageError
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState
 from bcachectl.units import format_uuid
 from bcachectl.writeplan import Plan, Write
 
-BackupOption = Annotated[Path | None, typer.Option(
-    "--backup", metavar="FILE", show_default=False,
-    help="Where the undo file goes. Default: a new file below your state directory, for root /var/lib/bcachectl.")]
-
 HAZARDS = ("dirty",)
 
 
-def wipe(devices: DevicesArgument, backup: BackupOption = None, force: Force = None, dry_run: DryRun = False,
+def wipe(devices: DevicesArgument, backup: Backup = None, force: Force = None, dry_run: DryRun = False,
          as_json: Json = False) -> None:
     """Take the bcache superblock off each DEVICE, after keeping it in an undo file.
 

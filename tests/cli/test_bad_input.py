@@ -107,7 +107,7 @@ class TestSuperblock:
         one_sentence(cli("dump", "btree", image), FAILED, str(image), "superblock: Bad checksum")
 
     @pytest.mark.parametrize("version", [2, 7, 255])
-    def test_unknown_version(self, cli: Cli, image: Path, version: int) -> None:
+    def test_p6_unknown_version(self, cli: Cli, image: Path, version: int) -> None:
         change_superblock(image, lambda sb: replace(sb, version=version))
         shown = cli("show", image)
         assert shown.status == FAILED
@@ -118,7 +118,7 @@ class TestSuperblock:
         ("feature_incompat", "Unsupported incompatible feature found"),
         ("feature_ro_compat", "Unsupported read-only compatible feature found"),
         ("feature_compat", "Unsupported compatible feature found")])
-    def test_unknown_feature(self, cli: Cli, image: Path, field: str, why: str) -> None:
+    def test_p6_unknown_feature(self, cli: Cli, image: Path, field: str, why: str) -> None:
         change_superblock(image, lambda sb: replace(sb, version=5, **{field: 0x10}))
         shown = cli("show", image)
         assert shown.status == FAILED
@@ -266,6 +266,58 @@ class TestInUse:
     def test_read_only_block_device(self, cli: Cli, golden: Golden, loop_device: Callable[..., str]) -> None:
         device = loop_device(golden("fresh", writable=True) / "back0.img", read_only=True)
         one_sentence(cli("wipe", device), FAILED, device, "read-only")
+
+
+class TestFailingDevices:
+    """EIO, and no room: one sentence, and nothing that could be taken for a whole superblock."""
+
+    @pytest.fixture
+    def broken(self, golden: Golden, loop_device: Callable[..., str]) -> str:
+        # Behind the end of its file a loop device answers EIO.
+        image = golden("dirty_crash", writable=True) / "cache.img"
+        device = loop_device(image)
+        os.truncate(image, 4096)
+        subprocess.run([need_tool("blockdev"), "--flushbufs", device], check=True)
+        return device
+
+    @pytest.mark.parametrize("words", [*READERS, ("wipe",), ("format", "--backing"),
+                                       ("format", "--bucket-size", "64k", "--cache")], ids=" ".join)
+    def test_eio(self, cli: Cli, broken: str, words: tuple[str, ...]) -> None:
+        one_sentence(cli(*words, broken), FAILED, broken, "Input/output error")
+
+    def test_eio_in_list(self, cli: Cli, broken: str) -> None:
+        listed = cli("list", broken)
+        assert listed.status == FAILED
+        assert f"{broken}: read at byte 4096 failed: Input/output error" in listed.out
+
+    def test_no_room_under_the_image(self, cli: Cli, tmp_path: Path) -> None:
+        place = tmp_path / "small"
+        place.mkdir()
+        subprocess.run([need_tool("mount"), "-t", "tmpfs", "-o", "size=8k", "none", place], check=True)
+        try:
+            image = place / "image"
+            with image.open("wb") as file:
+                file.truncate(400 << 20)
+                file.seek(100 << 20)
+                file.write(b"x" * 4096)
+            one_sentence(cli("format", "--cache", image), FAILED, str(image), "No space left on device")
+            assert cli("show", image).status == FAILED
+        finally:
+            subprocess.run([need_tool("umount"), place], check=True)
+
+    def test_no_room_for_the_undo_file(self, cli: Cli, golden: Golden, tmp_path: Path) -> None:
+        image = golden("fresh", writable=True) / "back0.img"
+        before = image.read_bytes()
+        place = tmp_path / "small"
+        place.mkdir()
+        subprocess.run([need_tool("mount"), "-t", "tmpfs", "-o", "size=4k", "none", place], check=True)
+        try:
+            failed = cli("wipe", image, "--backup", place / "undo")
+            one_sentence(failed, FAILED, str(place), "nothing was changed")
+            assert list(place.iterdir()) == [], "half an undo file is none"
+            assert image.read_bytes() == before
+        finally:
+            subprocess.run([need_tool("umount"), place], check=True)
 
 
 class TestUsage:
