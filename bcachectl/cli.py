@@ -45,6 +45,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "list": Command("list:list_devices", "Every bcache device, set and volume here."),
     "format": Command("format:format_devices", "Write superblocks that the kernel registers."),
+    "fsck": Command("fsck:fsck", "Check a cache set offline, say what damage costs, repair it."),
     "wipe": Command("wipe:wipe", "Take the superblock away, after a backup of it."),
     "undo": Command("undo:undo", "Take back what a destructive verb did."),
     "show": Command("show:show", "The superblock, every field, its checksum judged."),

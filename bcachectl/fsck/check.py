@@ -30,7 +30,7 @@ from bcachectl.fsck.check_journal import check_journal
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, bucket_of, expand, has_lost_set, leaf_map
-from bcachectl.fsck.walk import Damage, Node, Read, Slot, Walk
+from bcachectl.fsck.walk import Damage, JournalEntry, Node, Read, Slot, Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
 from bcachectl.ondisk.magic import bset_magic
@@ -123,16 +123,17 @@ class Check:
     """One check of one set.  Exhaust `stages`; then `findings` and `totals` are complete."""
 
     def __init__(self, read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
-                 instead: Superblock | None = None) -> None:
-        self.walk = Walk(read, size_sectors, instead=instead)
+                 instead: Superblock | None = None, more: Sequence[JournalEntry] = ()) -> None:
+        """``instead`` is what to go by if the superblock is damaged, ``more`` journal entries out of normal reach."""
+        self.walk = Walk(read, size_sectors, instead=instead, more=more)
         self.instead = instead
         self.backings = tuple(backings)
         self.findings: list[Finding] = []
         self.slots: list[Slot] = []
         self.dirty: dict[int, Extents] = {}
         """Live dirty extents by device number."""
-        self.overlapping: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
-        """First sectors of extents that share sectors of the cache with another one."""
+        self.dropped: frozenset[tuple[int, int]] = frozenset()
+        """Live extents, as (start, first sector), that lie where other data or metadata is; a repair leaves them out."""
         self.claims: dict[int, str] = {}
         """Buckets of metadata, and whose they are."""
         self.used: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -231,7 +232,7 @@ class Check:
         dirty = lost.take(lost.dirty)
         ranges: list[tuple[int, int]] = []
         for start, end in zip((dirty.start & np.uint64(SECTOR_MASK)).tolist(),
-                              ((dirty.end - np.uint64(inode << INODE_SHIFT))).tolist(), strict=True):
+                              (dirty.end - np.uint64(inode << INODE_SHIFT)).tolist(), strict=True):
             first, last = (start - offset) << 9, (end - offset) << 9
             if ranges and ranges[-1][1] == first:
                 ranges[-1] = (ranges[-1][0], last)
@@ -437,7 +438,13 @@ class Check:
         for row in np.flatnonzero(metadata[bucket]).tolist():
             what = self.claims[int(bucket[row])]
             code = "EXTENT_INTO_JOURNAL" if "journal" in what else "EXTENT_IN_METADATA"
-            self._add(self._extent_finding(code, kept, row, f"the bucket is that of the {what}"))
+            self._add(self._extent_finding(code, kept, row, f"the bucket is that of the {what}"),
+                      int(kept.start[row]), int(kept.end[row]))
+            self._drop(kept, row)
+
+    def _drop(self, extents: Extents, row: int) -> None:
+        self.dropped |= {(int(extents.start[row]), int(PTR_OFFSET.get(extents.ptr)[row]))}
+        self._lost.append(extents.take(slice(row, row + 1)))
 
     def _extent_finding(self, code: str, extents: Extents, row: int, why: str) -> Finding:
         start, end = int(extents.start[row]), int(extents.end[row])
@@ -465,11 +472,23 @@ class Check:
         rows = np.flatnonzero(sector[:-1] + (taken[:-1] & np.uint64(0xFFFF)) > sector[1:])
         if not len(rows):
             return
-        self.overlapping = np.unique(np.concatenate([sector[rows], sector[rows + 1]]))
-        for row in rows.tolist():
-            first, second = int(sector[row]), int(sector[row + 1])
-            self._add(Finding("EXTENT_OVERLAP", "btree leaf", f"extents at sectors {first} and {second} of the cache "
-                              "overlap", self.walk.geometry.bucket_of(first), first))
+        self._judge_overlaps(np.unique(np.concatenate([sector[rows], sector[rows + 1]])))
+
+    def _judge_overlaps(self, sectors: npt.NDArray[np.uint64]) -> None:
+        # The leaves once more, to see which extents these are.  Clean ones give way; of dirty ones the first stays.
+        parts = [leaf_map(self.walk, slot, known_buckets=self.known_buckets).kept for slot in self.slots]
+        found = extent.concatenate([part.take(np.isin(PTR_OFFSET.get(part.ptr), sectors)) for part in parts])
+        order = np.lexsort((PTR_OFFSET.get(found.ptr), ~found.dirty))
+        taken: list[tuple[int, int]] = []
+        for row in order.tolist():
+            first = int(PTR_OFFSET.get(found.ptr)[row])
+            last = first + int(found.size[row])
+            if found.dirty[row] and not any(start < last and first < end for start, end in taken):
+                taken.append((first, last))
+                continue
+            self._add(self._extent_finding("EXTENT_OVERLAP", found, row, "another extent uses these sectors"),
+                      int(found.start[row]), int(found.end[row]))
+            self._drop(found, row)
 
     # Whose the data is.
 
@@ -481,7 +500,9 @@ class Check:
             sectors = int(dirty.size.sum())
             if inode >= len(walk.uuids):
                 self._add(Finding("EXTENT_INODE", "btree", f"{sectors} dirty sectors of device number {inode}; there are "
-                                                           f"{len(walk.uuids)} slots"))
+                                  f"{len(walk.uuids)} slots"), inode << INODE_SHIFT, inode + 1 << INODE_SHIFT)
+                for row in range(len(dirty.start)):
+                    self._drop(dirty, row)
                 continue
             entry = walk.uuids[inode]
             if entry.is_free or entry.is_retired:

@@ -2,7 +2,8 @@
 """Rules between a set and its backing devices: superblock, membership, state against the dirty keys.
 
 A backing device that says *clean* must hold everything.  The kernel marks a device clean before the cleared dirty bits
-of the last keys are on the cache device, so a dirty key alone proves nothing: `check_backing` compares the data.
+of the last keys are on the cache device, so a dirty key alone proves nothing, and the data is compared.  Where a write
+was in flight when power failed the two differ by right; `IN_FLIGHT_SECTORS` bounds that.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from bcachectl.units import format_uuid
 
 COMPARE_SECTORS = 2048
 """Dirty data is compared in pieces of this length."""
+IN_FLIGHT_SECTORS = 8192
+"""So many sectors may differ on a clean device: writes that were in flight when power failed."""
 
 
 class Backing(NamedTuple):
@@ -127,8 +130,9 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, dirty: Mapping[i
         yield say("BACKING_FORGOTTEN", f"state {sb.state.name.lower()}, uuid {format_uuid(sb.uuid)}")
     elif sb.state is BdevState.CLEAN and sectors:
         differs = differing_sectors(walk, backing, own)
-        yield (say("BACKING_CLEAN_DIRTY", f"{differs} of {sectors} dirty sectors differ") if differs
-               else say("BACKING_CLEAN_KEYS", f"{sectors} dirty sectors, equal on both devices"))
+        is_wrong = differs > IN_FLIGHT_SECTORS and differs * 2 > sectors
+        yield say("BACKING_CLEAN_DIRTY" if is_wrong else "BACKING_CLEAN_KEYS",
+                  f"{differs} of {sectors} dirty sectors differ")
     elif sb.state is BdevState.DIRTY and not sectors:
         yield say("BACKING_DIRTY_CLEAN", "no dirty key")
     if slot is None or not sectors:

@@ -91,7 +91,8 @@ _N, _W, _E = Severity.NOTE, Severity.WARNING, Severity.ERROR
 CODES: dict[str, Meaning] = {
     # The cache device's superblock.
     "SB_IO": Meaning(_E, "The superblock cannot be read; fsck goes on with what the rest of the device tells."),
-    "SB_OFFSET": Meaning(_E, "The superblock does not say that it stands at sector 8; the kernel does not know the device."),
+    "SB_OFFSET": Meaning(_E, "The superblock does not say that it stands at sector 8; the kernel does not know the "
+                             "device."),
     "SB_MAGIC": Meaning(_E, "The superblock's magic is damaged; the kernel does not know the device as bcache's."),
     "SB_CSUM": Meaning(_E, "The superblock's checksum is wrong; the kernel refuses the device."),
     "SB_VERSION": Meaning(_E, "The superblock has a version that no kernel knows."),
@@ -100,15 +101,18 @@ CODES: dict[str, Meaning] = {
     "SB_BLOCK_SIZE": Meaning(_E, "The block size is one that the kernel refuses."),
     "SB_BUCKET_SIZE": Meaning(_E, "The bucket size is one that the kernel refuses."),
     "SB_NBUCKETS": Meaning(_E, "The number of buckets is one that the kernel refuses."),
-    "SB_DEVICE_SIZE": Meaning(_E, "The device is smaller than the superblock says; was it, or an image of it, cut short?"),
+    "SB_DEVICE_SIZE": Meaning(_E, "The device is smaller than the superblock says; was it, or an image of it, cut "
+                                  "short?"),
     "SB_NR_IN_SET": Meaning(_E, "The device's number in its set makes no sense; the kernel refuses it."),
     "SB_JOURNAL_BUCKETS": Meaning(_E, "The list of journal buckets makes no sense; the kernel refuses the device."),
     "SB_FIRST_BUCKET": Meaning(_E, "The first bucket would overwrite the superblock; the kernel refuses the device."),
-    "SB_GUESSED": Meaning(_N, "The superblock is unusable; what follows goes by geometry found on the device or given."),
+    "SB_GUESSED": Meaning(_N, "The superblock is unusable; what follows goes by geometry found on the device or "
+                              "given."),
     "SB_UNUSABLE": Meaning(_E, "Neither the superblock nor the rest of the device tells the geometry; give --bucket-size "
                                "and --set-uuid.", safe=False),
     "SB_FLAGS": Meaning(_N, "The superblock has flag bits that no kernel gives a meaning to."),
-    "SB_REPLACEMENT": Meaning(_W, "The replacement policy is none; the allocator of a kernel would never free a bucket."),
+    "SB_REPLACEMENT": Meaning(_W, "The replacement policy is none; the allocator of a kernel would never free a "
+                                  "bucket."),
     "SB_OBSO_LARGE_BUCKET": Meaning(_W, "The large buckets are in the form of kernel 5.9; later kernels make every volume "
                                         "of this set read-only.", safe=False),
     "SB_DISCARD": Meaning(_N, "Discard is on; it has cost users their priorities (kernel bug 197377)."),
@@ -116,7 +120,8 @@ CODES: dict[str, Meaning] = {
     "SB_NODE_BLOCKS": Meaning(_W, "A btree node has room for one block only; this crashes kernels.", safe=False),
     "SB_TOO_FEW_TO_RUN": Meaning(_W, "The kernel's allocator refuses to run fewer than 513 buckets.", safe=False),
     # The journal.
-    "JOURNAL_TORN": Meaning(_N, "The journal ends in an entry that was not written whole; any power failure leaves that."),
+    "JOURNAL_TORN": Meaning(_N, "The journal ends in an entry that was not written whole; any power failure leaves "
+                                "that."),
     "JOURNAL_IO": Meaning(_E, "A journal bucket cannot be read."),
     "JOURNAL_EMPTY": Meaning(_E, "There is no journal entry, and only the journal knows where everything else is.",
                              safe=False),
@@ -129,7 +134,8 @@ CODES: dict[str, Meaning] = {
     "JOURNAL_RING": Meaning(_E, "The journal's entries are not in the order of the ring; the kernel's search may miss the "
                                 "newest."),
     "JOURNAL_VERSION": Meaning(_W, "A journal entry has a version that no kernel writes."),
-    "JOURNAL_KEY": Meaning(_E, "A key in the journal points outside the device; the kernel refuses the set.", safe=False),
+    "JOURNAL_KEY": Meaning(_E, "A key in the journal points outside the device; the kernel refuses the "
+                               "set.", safe=False),
     "JOURNAL_KEYS": Meaning(_E, "The keys of a journal entry cannot be taken apart.", safe=False),
     "JOURNAL_KEY_INODE": Meaning(_E, "A key in the journal belongs to a device number that the set cannot have."),
     # Prio sets.
@@ -157,7 +163,8 @@ CODES: dict[str, Meaning] = {
     "ORPHAN_RETIRED": Meaning(_N, "There are dirty keys of a device that was detached. An orderly detach leaves them for a "
                               "while, a forced one for good: `writeback --orphans` lists them. A repair keeps them."),
     # Btree nodes and sets.
-    "BTREE_ROOT_PTR": Meaning(_E, "The pointer to the root of the btree is bad; the kernel refuses the set.", safe=False),
+    "BTREE_ROOT_PTR": Meaning(_E, "The pointer to the root of the btree is bad; the kernel refuses the "
+                                  "set.", safe=False),
     "BTREE_IO": Meaning(_E, "A btree node cannot be read.", safe=False),
     "BTREE_HEADER": Meaning(_E, "A set of keys in a btree node has a damaged header; the kernel refuses the set."),
     "BTREE_VERSION": Meaning(_E, "A set of keys has a version that no kernel knows; the kernel refuses the set."),
@@ -181,16 +188,19 @@ CODES: dict[str, Meaning] = {
     "BTREE_CHILD_GAP": Meaning(_E, "No child covers the end of a node's range; lookups there find nothing, or crash."),
     # Extents.
     "EXTENT_CROSSES_BUCKET": Meaning(_E, "An extent leaves its bucket; the kernel refuses the set."),
-    "EXTENT_IN_RESERVED": Meaning(_E, "An extent lies in the buckets reserved for the superblock; the kernel refuses the set."),
+    "EXTENT_IN_RESERVED": Meaning(_E, "An extent lies in the buckets reserved for the superblock; the kernel refuses "
+                                      "the set."),
     "EXTENT_BEYOND_DEVICE": Meaning(_E, "An extent lies beyond the end of the device; the kernel refuses the set."),
     "EXTENT_SIZE": Meaning(_E, "An extent is longer than its own end; the kernel refuses the set."),
     "EXTENT_INTO_JOURNAL": Meaning(_E, "An extent lies in the journal."),
-    "EXTENT_IN_METADATA": Meaning(_E, "A bucket is used for metadata and for data; the kernel fails the set at its next gc."),
+    "EXTENT_IN_METADATA": Meaning(_E, "A bucket is used for metadata and for data; the kernel fails the set at its "
+                                      "next gc."),
     "EXTENT_OVERLAP": Meaning(_E, "Two extents use the same sectors of the cache; one of them has the other's data."),
     "EXTENT_INODE": Meaning(_E, "Extents belong to a device number that the set cannot have."),
     "EXTENT_BEYOND_VOLUME": Meaning(_W, "Extents lie beyond the end of their flash-only volume."),
     "BTREE_PTR_STALE_DIRTY": Meaning(_W, "Dirty extents whose bucket was used again since: their data is gone."),
-    "BTREE_PTR_TOO_STALE": Meaning(_E, "A pointer is more than 96 generations behind its bucket; the kernel fails the set."),
+    "BTREE_PTR_TOO_STALE": Meaning(_E, "A pointer is more than 96 generations behind its bucket; the kernel fails "
+                                       "the set."),
     "BUCKET_TWICE": Meaning(_E, "One bucket is claimed by two structures."),
     # Backing devices.
     "BACKING_IO": Meaning(_E, "The superblock of a backing device cannot be read.", safe=False),
@@ -207,12 +217,16 @@ CODES: dict[str, Meaning] = {
     "BACKING_MODE": Meaning(_W, "A backing superblock has a cache mode that does not exist."),
     "BACKING_TWICE": Meaning(_E, "Two backing devices have one uuid; one is a copy of the other.", safe=False),
     "BACKING_OTHER_SET": Meaning(_W, "A backing device belongs to another set.", safe=False),
-    "BACKING_NOT_ATTACHED": Meaning(_N, "A backing device is attached to no set, and this cache holds no dirty data for it."),
-    "BACKING_FORGOTTEN": Meaning(_E, "A backing device says that it is attached, but the set does not know it.", safe=False),
-    "BACKING_DETACHED_DIRTY": Meaning(_E, "A backing device says that it is detached, but the cache holds dirty data of it."),
+    "BACKING_NOT_ATTACHED": Meaning(_N, "A backing device is attached to no set, and this cache holds no dirty data "
+                                        "for it."),
+    "BACKING_FORGOTTEN": Meaning(_E, "A backing device says that it is attached, but the set does not know "
+                                     "it.", safe=False),
+    "BACKING_DETACHED_DIRTY": Meaning(_E, "A backing device says that it is detached, but the cache holds dirty data "
+                                          "of it."),
     "BACKING_CLEAN_DIRTY": Meaning(_E, "A backing device is marked clean, but the cache holds dirty data that differs from "
                                        "what is on it: the kernel would never write it back."),
-    "BACKING_CLEAN_KEYS": Meaning(_N, "A backing device is marked clean while keys are still dirty; their data is on both."),
+    "BACKING_CLEAN_KEYS": Meaning(_N, "A backing device is marked clean while keys still say dirty; their data was "
+                                      "written back."),
     "BACKING_DIRTY_CLEAN": Meaning(_N, "A backing device is marked dirty, and no key is; the next start settles that."),
     "BACKING_INCONSISTENT": Meaning(_E, "A backing device was run without its dirty cache; `bcachectl resolve` tells what "
                                         "each choice loses.", safe=False),

@@ -23,7 +23,7 @@ only one node's and the journal's are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,11 +135,14 @@ class Slot:
 class Walk:
     """One walk over one device.  Exhaust `structures` before asking for anything else."""
 
-    def __init__(self, read: Read, size_sectors: int, *, instead: Superblock | None = None) -> None:
-        """``instead`` is what to go by if the superblock is not to be believed."""
+    def __init__(self, read: Read, size_sectors: int, *, instead: Superblock | None = None,
+                 more: Sequence[JournalEntry] = ()) -> None:
+        """``instead`` is what to go by if the superblock is not to be believed; ``more`` are journal entries that stand
+        behind damaged ones."""
         self.read = read
         self.size_sectors = size_sectors
         self._instead = instead
+        self._more = more
         self.superblock: Superblock | None = None
         self.geometry = Geometry(8, 1024, 0, 1)
         self.gens: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
@@ -191,7 +194,7 @@ class Walk:
             check_superblock(sb, device_sectors=self.size_sectors, for_kernel=False)
         except Corrupt as error:
             yield Damage(error.where, error.why, SB_SECTOR, SB_BYTES >> 9)
-            if not _is_usable(sb, self.size_sectors):
+            if self._instead is not None or not _is_usable(sb, self.size_sectors):
                 self._adopt(self._instead)
                 return
         self._adopt(sb)
@@ -219,15 +222,17 @@ class Walk:
                 self.journal.append(found.value)
                 yield found
         yield from torn
+        self.journal.extend(self._more)
         self.journal.sort(key=lambda entry: entry.jset.seq)
         if not self.journal:
             yield Damage("journal", "no journal entries found", self._sector_of(self.superblock.first_bucket), 0,
                          0, MAX_POS)
             return
         newest = self.journal[-1].jset
-        by_seq = {entry.jset.seq: entry for entry in self.journal if entry.jset.seq >= newest.last_seq}
+        last_seq = min(newest.last_seq, newest.seq)
+        by_seq = {entry.jset.seq: entry for entry in self.journal if entry.jset.seq >= last_seq}
         self.replay = [by_seq[seq] for seq in sorted(by_seq)]
-        expected = newest.last_seq
+        expected = last_seq
         for entry in self.replay:
             if entry.jset.seq != expected:
                 yield Damage("journal", f"journal entries {expected}-{entry.jset.seq - 1} missing! "

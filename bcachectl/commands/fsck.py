@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl fsck``: everything checked, what each finding costs, and the repair with a way back."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from bcachectl import writeplan
+from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.claim import claim
+from bcachectl.commands import fsck_files, fsck_report
+from bcachectl.commands.options import Json, complete_device, print_json
+from bcachectl.errors import BcachectlError, Refused, UsageError
+from bcachectl.fsck.check import Check
+from bcachectl.fsck.check_backing import Backing
+from bcachectl.fsck.findings import Severity
+from bcachectl.fsck.repair import Repair, plan_repair
+from bcachectl.fsck.rescue import open_check
+from bcachectl.units import parse_size, parse_uuid
+from bcachectl.writeplan import Plan, Write
+
+EXIT_CORRECTED = 1
+EXIT_UNCORRECTED = 4
+EXIT_OPERATIONAL = 8
+EXIT_USAGE = 16
+EXIT_CANCELLED = 32
+
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", autocompletion=complete_device, show_default=False,
+                                              help="The cache device, or a file that holds an image of it.")]
+BackingArgument = Annotated[list[str] | None, typer.Argument(
+    metavar="[BACKING...]", autocompletion=complete_device, show_default=False,
+    help="Backing devices of the set, to be checked against it.")]
+NoOption = Annotated[bool, typer.Option("-n", "--no", help="Only check, write nothing. This is the default.")]
+PreenOption = Annotated[bool, typer.Option("-p", "--preen", help="Repair what can be repaired without losing anything.")]
+YesOption = Annotated[bool, typer.Option("-y", "--yes", help="Repair everything that can be repaired.")]
+RepairOption = Annotated[bool, typer.Option("--repair", help="Repair, after asking once.")]
+OutputOption = Annotated[Path | None, typer.Option(
+    "--output", metavar="FILE", show_default=False,
+    help="Repair onto a copy of CACHE in FILE; no device is written, and backing devices are only read.")]
+BackupOption = Annotated[Path | None, typer.Option(
+    "--backup", metavar="FILE", show_default=False,
+    help="Where the undo file goes. Default: a new file below your state directory, for root /var/lib/bcachectl.")]
+FilesOption = Annotated[bool, typer.Option("--files", help="Name the files that lost ranges belong to (ext4, xfs).")]
+BucketOption = Annotated[str | None, typer.Option("--bucket-size", metavar="SIZE", show_default=False,
+                                                  help="Bucket size to go by if the superblock is damaged.")]
+SetOption = Annotated[str | None, typer.Option("--set-uuid", metavar="UUID", show_default=False,
+                                               help="Set uuid to go by if the superblock is damaged.")]
+
+
+def fsck(cache: CacheArgument, backings: BackingArgument = None, no: NoOption = False, preen: PreenOption = False,
+         yes: YesOption = False, repair: RepairOption = False, output: OutputOption = None, backup: BackupOption = None,
+         files: FilesOption = False, bucket_size: BucketOption = None, set_uuid: SetOption = None,
+         as_json: Json = False) -> int:
+    """Check a cache set offline: every structure, every key, and every rule between them.
+
+    Nothing is written unless -p, -y or --repair asks for it; then an undo file is kept first, and `bcachectl undo` takes
+    the repair back. Exit status as of fsck(8): 0 clean, 1 corrected, 4 left uncorrected, 8 operational error, 16 usage,
+    32 interrupted.
+    """
+    try:
+        if sum((no, preen, yes, repair)) > 1:
+            raise UsageError("-n, -p, -y and --repair exclude each other; give one of them")
+        wants_repair = preen or yes or repair
+        if output is not None and not wants_repair:
+            raise UsageError("--output says where a repair goes; add -p, -y or --repair")
+        sectors = parse_size(bucket_size) >> 9 if bucket_size is not None else None
+        uuid = parse_uuid(set_uuid) if set_uuid is not None else None
+        names = list(backings or ())
+        with ExitStack() as stack:
+            if wants_repair and output is None:
+                opened = stack.enter_context(claim([cache, *names], write=True))
+            else:
+                opened = {name: stack.enter_context(open_device(name)) for name in [cache, *names]}
+            check = _check(opened, cache, names, sectors, uuid, as_json)
+            lines = fsck_files.lost_files(check) if files else []
+            if not wants_repair:
+                _print(check, None, None, lines, as_json)
+                return EXIT_UNCORRECTED if check.worst > Severity.NOTE else 0
+            return _repair(check, opened, cache, lines, preen=preen, ask=repair, output=output, backup=backup,
+                           as_json=as_json)
+    except KeyboardInterrupt:
+        print("bcachectl: interrupted", file=sys.stderr)
+        return EXIT_CANCELLED
+    except BcachectlError as error:
+        _fail(error)
+
+
+def _fail(error: BcachectlError) -> NoReturn:
+    # fsck(8) has its own numbers for what went wrong.
+    print(f"bcachectl: {error}", file=sys.stderr)
+    raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_OPERATIONAL) from error
+
+
+def _check(opened: dict[str, BlockDevice], cache: str, names: Sequence[str], bucket_size: int | None,
+           set_uuid: bytes | None, as_json: bool) -> Check:
+    members = [_member(opened[name]) for name in names]
+    device = _member(opened[cache])
+    check = open_check(device.read, device.size_sectors, members, bucket_size=bucket_size, set_uuid=set_uuid)
+    fsck_report.watch(check, show=sys.stderr.isatty() and not as_json)
+    return check
+
+
+def _member(device: BlockDevice) -> Backing:
+    return Backing(device.path, lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9)
+
+
+def _print(check: Check, repair: Repair | None, undo: Path | None, files: list[str], as_json: bool) -> None:
+    if as_json:
+        print_json("fsck", fsck_report.as_json(check, repair, undo, files))
+    else:
+        for line in fsck_report.lines(check, repair, files):
+            print(line)
+
+
+def _repair(check: Check, opened: dict[str, BlockDevice], cache: str, files: list[str], *, preen: bool, ask: bool,
+            output: Path | None, backup: Path | None, as_json: bool) -> int:
+    repair = plan_repair(check, safe_only=preen)
+    if output is not None:
+        repair = repair._replace(steps=tuple(tuple(write for write in step if not write.device)
+                                             for step in repair.steps if any(not write.device for write in step)))
+    plan = _plan(repair, cache if output is None else str(output))
+    undo: Path | None = None
+    if plan.steps:
+        if not as_json:
+            _print(check, repair, None, files, as_json)
+            print("\n".join(writeplan.describe(plan)))
+        if ask:
+            if not sys.stdin.isatty():
+                raise Refused("--repair asks before it writes, and there is no terminal; give -p or -y")
+            if not typer.confirm(f"Make these {len(plan.writes)} writes?"):
+                return EXIT_UNCORRECTED
+        undo = _apply(plan, opened, cache, output, backup)
+    if as_json or not plan.steps:
+        _print(check, repair, undo, files, as_json)
+    elif undo is not None:
+        print(f"Repaired. `bcachectl undo {undo}` takes it back.")
+    else:
+        print(f"Repaired onto {output}.")
+    if repair.left:
+        return EXIT_UNCORRECTED | (EXIT_CORRECTED if plan.steps else 0)
+    return EXIT_CORRECTED if plan.steps else 0
+
+
+def _plan(repair: Repair, cache: str) -> Plan:
+    return Plan("fsck", tuple(tuple(Write(write.device or cache, write.offset_bytes, len(write.data), write.what, write.data)
+                                    for write in step) for step in repair.steps))
+
+
+def _apply(plan: Plan, opened: dict[str, BlockDevice], cache: str, output: Path | None, backup: Path | None) -> Path | None:
+    if output is None:
+        undo = backup or writeplan.undo_path("fsck", opened, now_s=int(time.time()))
+        writeplan.save_undo(plan, opened, undo)
+        writeplan.apply(plan, opened)
+        return undo
+    if output.exists():
+        raise Refused(f"{output}: exists already; name a new file")
+    with open(cache, "rb") as source, output.open("xb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)
+    with open_device(str(output), write=True) as device:
+        writeplan.apply(plan, {str(output): device})
+    return None

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What ``bcachectl fsck`` prints: a summary first, then every finding with its cost; or the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from bcachectl.fsck.check import Check
+from bcachectl.fsck.findings import Finding, Loss, Severity
+from bcachectl.fsck.repair import Repair, is_repairable
+from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK
+from bcachectl.units import format_sectors, format_uuid
+
+RANGES_SHOWN = 8
+
+
+def watch(check: Check, *, show: bool) -> None:
+    """Run the check, with a bar on stderr if ``show``."""
+    if not show:
+        for _step in check.stages():
+            pass
+        return
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
+                  console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("superblock", total=None)
+        for step in check.stages():
+            bars.update(bar, description=step.what, completed=step.done, total=step.total or None)
+
+
+def as_json(check: Check, repair: Repair | None, undo: Path | None, files: list[str]) -> dict[str, Any]:
+    """The whole report as JSON."""
+    sb, totals = check.walk.superblock, check.totals
+    body: dict[str, Any] = {
+        "set": format_uuid(sb.set_uuid) if sb is not None else None,
+        "clean": check.worst is Severity.NOTE,
+        "summary": totals._asdict(),
+        "findings": [_finding_json(finding) for finding in check.findings],
+    }
+    if files:
+        body["files"] = files
+    if repair is not None:
+        body["repair"] = {
+            "writes": [{"device": write.device or "cache", "offset_bytes": write.offset_bytes,
+                        "length_bytes": len(write.data), "what": write.what}
+                       for step in repair.steps for write in step],
+            "repaired": [finding.code for finding in repair.repaired],
+            "left": [finding.code for finding in repair.left],
+            "undo_file": str(undo) if undo is not None else None}
+    return body
+
+
+def _finding_json(finding: Finding) -> dict[str, Any]:
+    return {"code": finding.code, "severity": finding.severity.name.lower(), "device": finding.device or "cache",
+            "structure": finding.structure, "bucket": finding.bucket, "sector": finding.sector, "key": finding.key or None,
+            "why": finding.why, "meaning": finding.meaning, "safe": finding.is_safe,
+            "repairable": is_repairable(finding),
+            "losses": [{"volume": loss.volume, "inode": loss.inode, "dirty_sectors": loss.dirty_sectors,
+                        "clean_sectors": loss.clean_sectors, "dirty_ranges_bytes": [list(each) for each in loss.ranges]}
+                       for loss in finding.losses],
+            "unknown": [{"start_inode": start >> INODE_SHIFT, "start_sector": start & SECTOR_MASK,
+                         "end_inode": end >> INODE_SHIFT, "end_sector": end & SECTOR_MASK}
+                        for start, end in finding.unknown]}
+
+
+def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str]:
+    """The report for people."""
+    sb, totals = check.walk.superblock, check.totals
+    counts = {severity: sum(finding.severity is severity for finding in check.findings) for severity in Severity}
+    name = f"set {format_uuid(sb.set_uuid)}" if sb is not None else "unknown set"
+    state = "clean" if check.worst is Severity.NOTE else "DAMAGED" if check.worst is Severity.ERROR else "not as it should be"
+    yield f"{name}: {state}"
+    yield (f"  {counts[Severity.ERROR]} errors, {counts[Severity.WARNING]} warnings, {counts[Severity.NOTE]} notes; "
+           f"{totals.nodes} btree nodes, {totals.extents} extents")
+    yield (f"  dirty data: {format_sectors(totals.dirty_sectors)} good, {format_sectors(totals.lost_dirty_sectors)} lost; "
+           f"clean data: {format_sectors(totals.clean_sectors)} good, {format_sectors(totals.lost_clean_sectors)} to drop")
+    for finding in check.findings:
+        yield ""
+        yield from _finding_lines(finding)
+    if files:
+        yield ""
+        yield from files
+    if repair is not None and repair.left:
+        yield ""
+        yield f"Not repaired: {', '.join(dict.fromkeys(finding.code for finding in repair.left))}"
+    if repair is None and check.worst > Severity.NOTE:
+        yield ""
+        yield ("Nothing was written. `bcachectl fsck -p` repairs what costs nothing, -y everything; both keep an undo file, "
+               "and --output FILE repairs a copy.")
+
+
+def _finding_lines(finding: Finding) -> Iterator[str]:
+    device = f"{finding.device}: " if finding.device else ""
+    place = f" (sector {finding.sector})" if finding.sector else ""
+    yield f"{finding.severity.name.lower()} {finding.code}: {device}{finding.structure}{place}: {finding.why}"
+    if finding.key and finding.key not in finding.why:
+        yield f"  key {finding.key}"
+    yield f"  {finding.meaning}"
+    for loss in finding.losses:
+        yield from _loss_lines(loss)
+    for start, end in finding.unknown:
+        yield (f"  nothing is known about {start >> INODE_SHIFT}:{start & SECTOR_MASK} to "
+               f"{end >> INODE_SHIFT}:{end & SECTOR_MASK}")
+    if finding.severity > Severity.NOTE and not finding.losses and not finding.unknown:
+        yield "  It costs no data."
+
+
+def _loss_lines(loss: Loss) -> Iterator[str]:
+    parts = []
+    if loss.dirty_sectors:
+        parts.append(f"{loss.dirty_sectors} dirty sectors ({format_sectors(loss.dirty_sectors)}) lost")
+    if loss.clean_sectors:
+        parts.append(f"{loss.clean_sectors} clean sectors dropped, which the backing device has")
+    yield f"  {loss.volume}: {' and '.join(parts)}"
+    for first, last in loss.ranges[:RANGES_SHOWN]:
+        yield f"    bytes {first} to {last}"
+    if len(loss.ranges) > RANGES_SHOWN:
+        yield f"    and {len(loss.ranges) - RANGES_SHOWN} more ranges; --json lists them"

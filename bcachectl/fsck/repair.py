@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Repair: `plan_repair` turns a finished `Check` into writes; nothing here writes.
+
+A rebuild is the walk's live map piped into a fresh writer.  Nothing that is in use is overwritten before the switch:
+
+1. fresh leaves, interior nodes, uuid array and prio sets go to buckets that neither data nor any old structure claims;
+2. one sector, a journal entry at the head of the next journal bucket, switches to them: it is the newest entry, names the
+   new root, uuids and prios, and asks for no replay.  Before it the device is what it was, after it the set is new;
+3. the heads of the other journal buckets are cleared, so that nothing of the old journal is ever found again;
+4. the superblock, if it needs it; a kernel refuses the device until then;
+5. the superblocks of backing devices.
+
+Each step is durable before the next begins, so a repair that is interrupted anywhere can be run again.
+
+The live map holds what `salvage` keeps.  Orphaned dirty data is part of it; a slot that has dirty data and no owner is
+retired, so that no device ever gets it by accident.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bcachectl.errors import BcachectlError, WrongState
+from bcachectl.fsck import extents as extent
+from bcachectl.fsck.check import PRIO_BTREE, PRIO_INITIAL, Check, run
+from bcachectl.fsck.check_backing import Backing, slot_of
+from bcachectl.fsck.check_journal import leftovers
+from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.findings import CODES, Finding, Severity
+from bcachectl.fsck.rescue import guess_superblock
+from bcachectl.fsck.salvage import bucket_of, leaf_map
+from bcachectl.fsck.walk import Walk
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET, encode_key_columns, pack_key, ptr_make
+from bcachectl.ondisk.bset import BSET_HEADER_BYTES, encode_bset
+from bcachectl.ondisk.jset import encode_jset
+from bcachectl.ondisk.magic import INVALID_UUID, bset_magic, jset_magic, prio_magic
+from bcachectl.ondisk.prio import encode_prio_set
+from bcachectl.ondisk.superblock import (
+    SB_BYTES,
+    SB_SECTOR,
+    BdevState,
+    CacheMode,
+    Replacement,
+    Superblock,
+    encode_superblock,
+    parse_superblock,
+)
+from bcachectl.ondisk.uuids import UuidEntry, encode_uuids
+
+SEQ_MARGIN = 16
+"""Entries that damage hides may be newer than the newest that is seen, by no more than this."""
+KEY_BYTES = 24
+SWITCH_BYTES = 512
+
+REBUILD_PREFIXES = ("JOURNAL_", "PRIO_", "UUID_", "BTREE_", "EXTENT_", "BUCKET_", "ORPHAN_")
+NOT_REPAIRED = ("SB_UNUSABLE", "SB_OBSO_LARGE_BUCKET", "SB_NODE_BLOCKS", "SB_TOO_FEW_TO_RUN", "JOURNAL_EMPTY",
+                "BTREE_ROOT_PTR", "JOURNAL_IO", "SB_IO")
+BACKING_REPAIRED = ("BACKING_CSUM", "BACKING_OFFSET", "BACKING_MODE", "BACKING_DETACHED_DIRTY", "BACKING_CLEAN_DIRTY")
+
+
+@dataclass(frozen=True, slots=True)
+class RepairWrite:
+    """One write: to the cache device (``device`` empty) or to the backing device of that name."""
+
+    device: str
+    offset_bytes: int
+    data: bytes
+    what: str
+
+
+class Repair(NamedTuple):
+    """Steps of writes, each durable before the next, and the findings that they end and that they leave."""
+
+    steps: tuple[tuple[RepairWrite, ...], ...]
+    repaired: tuple[Finding, ...]
+    left: tuple[Finding, ...]
+
+
+class _Node(NamedTuple):
+    # A fresh node: where it covers up to, and the word that points to it.
+    end: int
+    ptr: int
+
+
+def plan_repair(check: Check, *, safe_only: bool) -> Repair:
+    """What it takes to make a checked set good; with ``safe_only`` only what loses nothing."""
+    serious = [finding for finding in check.findings if finding.severity > Severity.NOTE]
+    wanted = [finding for finding in serious if is_repairable(finding) and (finding.is_safe or not safe_only)]
+    rebuild = [finding for finding in serious if finding.code.startswith(REBUILD_PREFIXES)]
+    is_whole = all(finding in wanted for finding in rebuild) and _can_rebuild(check)
+    if rebuild and not is_whole:
+        wanted = [finding for finding in wanted if finding not in rebuild]
+    steps: list[tuple[RepairWrite, ...]] = []
+    if rebuild and is_whole:
+        steps.extend(_Rebuild(_with_all_entries(check)).steps())
+    if any(finding.code.startswith("SB_") for finding in wanted):
+        steps.append(_superblock_write(check))
+    steps.extend(_backing_writes(check, [finding for finding in wanted if finding.code in BACKING_REPAIRED]))
+    return Repair(tuple(step for step in steps if step), tuple(wanted),
+                  tuple(finding for finding in serious if finding not in wanted))
+
+
+def is_repairable(finding: Finding) -> bool:
+    """Whether any repair ends this finding."""
+    if finding.code.startswith("BACKING_"):
+        return finding.code in BACKING_REPAIRED
+    return finding.code in CODES and finding.code not in NOT_REPAIRED
+
+
+def _can_rebuild(check: Check) -> bool:
+    # Not if nothing is known of the tree: a rebuild would make an empty set of it.
+    unknown = sum(slot.end - slot.start for slot in check.unknown_slots)
+    return check.walk.newest is not None and unknown < MAX_POS
+
+
+def _with_all_entries(check: Check) -> Check:
+    # If valid entries lie behind a damaged one, what counts is the state with them.
+    if not any(finding.code == "JOURNAL_CSUM" for finding in check.findings):
+        return check
+    walk = check.walk
+    return run(Check(walk.read, walk.size_sectors, check.backings, instead=check.instead,
+                     more=list(leftovers(walk))))
+
+
+def _superblock_write(check: Check) -> tuple[RepairWrite, ...]:
+    walk = check.walk
+    base: bytes | None = None
+    try:
+        base = walk.read(SB_SECTOR, SB_BYTES >> 9)
+    except BcachectlError:
+        pass
+    guess = guess_superblock(walk.read, walk.size_sectors, check.backings) or check.instead or walk.superblock
+    if guess is None:
+        return ()
+    if walk.superblock is not None and walk.superblock is not check.instead and guess is not walk.superblock:
+        guess = _keep_what_is_good(walk.superblock, guess)
+    if guess.replacement is None:
+        guess = guess.with_replacement(Replacement.LRU)
+    return (RepairWrite("", SB_SECTOR << 9, encode_superblock(guess, base), "superblock"),)
+
+
+def _keep_what_is_good(old: Superblock, guess: Superblock) -> Superblock:
+    # The checksum is right, so only what a rule complains about is replaced.
+    return replace(guess, label=old.label, seq=old.seq, flags=old.flags)
+
+
+def _backing_writes(check: Check, findings: Sequence[Finding]) -> Iterator[tuple[RepairWrite, ...]]:
+    for backing in check.backings:
+        codes = [finding.code for finding in findings if finding.device == backing.name]
+        if codes:
+            yield (_backing_write(check, backing, codes),)
+
+
+def _backing_write(check: Check, backing: Backing, codes: Sequence[str]) -> RepairWrite:
+    raw = backing.read(SB_SECTOR, SB_BYTES >> 9)
+    sb = replace(parse_superblock(raw), offset=SB_SECTOR)
+    if "BACKING_MODE" in codes:
+        sb = sb.with_cache_mode(CacheMode.WRITETHROUGH)
+    if "BACKING_DETACHED_DIRTY" in codes or "BACKING_CLEAN_DIRTY" in codes:
+        assert check.walk.superblock is not None
+        sb = replace(sb.with_state(BdevState.DIRTY), set_uuid=check.walk.superblock.set_uuid)
+    if sb.keys != len(sb.d):
+        sb = replace(sb, keys=len(sb.d))
+    return RepairWrite(backing.name, SB_SECTOR << 9, encode_superblock(sb, raw), "backing superblock")
+
+
+class _Rebuild:
+    # The writes of a rebuild, made front to back.
+
+    def __init__(self, check: Check) -> None:
+        self.check = check
+        self.walk: Walk = check.walk
+        assert self.walk.superblock is not None and self.walk.newest is not None
+        self.sb: Superblock = self.walk.superblock
+        self.newest = self.walk.newest
+        self.geometry = self.walk.geometry
+        self.gens: npt.NDArray[np.uint8] = self.walk.gens.copy()
+        self.extents = self._live()
+        self.metadata: list[int] = []
+        self.free = self._free_buckets()
+        self.writes: list[RepairWrite] = []
+        highest = max(entry.jset.seq for entry in [*self.walk.journal, *leftovers(self.walk)])
+        self.seq = highest + SEQ_MARGIN
+
+    def steps(self) -> list[tuple[RepairWrite, ...]]:
+        root, level = self._tree()
+        uuid_bucket = self._write_uuids()
+        prio_bucket = self._write_prios()
+        fresh = tuple(self.writes)
+        cur = max(self.walk.journal, key=lambda entry: entry.jset.seq).index
+        index = (cur + 1) % len(self.sb.d)
+        jset = encode_jset(
+            seq=self.seq, last_seq=self.seq, uuid_bucket=uuid_bucket, btree_level=level, prio_bucket0=prio_bucket,
+            btree_root=pack_key(MAX_POS, self.geometry.node_sectors, False, root.ptr), keys=b"",
+            magic=jset_magic(self.sb.set_uuid), block_bytes=self.geometry.block_bytes)
+        switch = RepairWrite("", self._offset(self.sb.d[index]), bytes(jset[:SWITCH_BYTES]),
+                             f"journal entry {self.seq} at the head of journal bucket {index}: the switch")
+        clear = tuple(RepairWrite("", self._offset(bucket), bytes(SWITCH_BYTES), f"head of journal bucket {other}")
+                      for other, bucket in enumerate(self.sb.d) if other != index and self._is_used(bucket))
+        return [fresh, (switch,), clear]
+
+    def _offset(self, bucket: int) -> int:
+        return self.geometry.sector_of(bucket) << 9
+
+    def _is_used(self, bucket: int) -> bool:
+        try:
+            return any(self.walk.read(self.geometry.sector_of(bucket), 1))
+        except BcachectlError:
+            return True
+
+    # What is kept.
+
+    def _live(self) -> Extents:
+        check = self.check
+        parts = [leaf_map(self.walk, slot, known_buckets=check.known_buckets).kept for slot in check.slots]
+        live = extent.concatenate(parts)
+        live = live.take(np.argsort(live.start, kind="stable"))
+        if check.dropped:
+            pairs = zip(live.start.tolist(), PTR_OFFSET.get(live.ptr).tolist(), strict=True)
+            live = live.take(np.array([pair not in check.dropped for pair in pairs], np.bool_))
+        inodes = live.start >> np.uint64(INODE_SHIFT)
+        return live.take(inodes < np.uint64(max(len(self.walk.uuids), self.geometry.nr_uuids)))
+
+    def _free_buckets(self) -> list[int]:
+        nbuckets = self.geometry.nbuckets
+        busy = np.zeros(nbuckets, np.bool_)
+        busy[:self.geometry.first_bucket] = True
+        busy[[bucket for bucket in (*self.sb.d, *self.check.claims) if bucket < nbuckets]] = True
+        dirty = self.extents.take(self.extents.dirty)
+        busy[bucket_of(self.walk, self.extents).astype(np.intp)] = True
+        free = np.flatnonzero(~busy).tolist()
+        need = self._buckets_needed()
+        if len(free) < need:
+            # Clean data makes room; its backing device has it too.
+            held = np.zeros(nbuckets, np.bool_)
+            held[bucket_of(self.walk, self.extents).astype(np.intp)] = True
+            held[bucket_of(self.walk, dirty).astype(np.intp)] = False
+            given = np.flatnonzero(held)[:need - len(free)]
+            self.extents = self.extents.take(~np.isin(bucket_of(self.walk, self.extents), given))
+            free += given.tolist()
+        if len(free) < need:
+            raise WrongState(f"a repair needs {need} free buckets on the cache and there are {len(free)}; write the dirty "
+                             "data back first, with `bcachectl writeback`")
+        return free
+
+    def _buckets_needed(self) -> int:
+        leaves = -(-max(len(self.extents.start), 1) // self._keys_per_node())
+        return leaves + -(-leaves // (self._keys_per_node() - 1)) + 8 + 1 + self.geometry.prio_buckets
+
+    def _keys_per_node(self) -> int:
+        # Two thirds full, so that the set can go on without splitting every leaf at once.
+        room = self.geometry.node_bytes - BSET_HEADER_BYTES
+        return max(room // KEY_BYTES * 2 // 3, 4)
+
+    def _alloc(self) -> int:
+        bucket = self.free.pop(0)
+        self.gens[bucket] += 1
+        self.metadata.append(bucket)
+        return bucket
+
+    # The btree.
+
+    def _tree(self) -> tuple[_Node, int]:
+        per_node, live = self._keys_per_node(), self.extents
+        nodes: list[_Node] = []
+        for first in range(0, max(len(live.start), 1), per_node):
+            part = live.take(slice(first, first + per_node))
+            is_last = first + per_node >= len(live.start)
+            keys = encode_key_columns(part.end, part.size.astype(np.uint32), part.dirty, part.nptrs, part.ptr)
+            nodes.append(self._write_node(keys, MAX_POS if is_last else int(part.end[-1]), 0))
+        level = 0
+        while len(nodes) > 1:
+            level += 1
+            nodes = [self._write_interior(nodes[first:first + per_node], level)
+                     for first in range(0, len(nodes), per_node)]
+        return nodes[0], level
+
+    def _write_interior(self, children: list[_Node], level: int) -> _Node:
+        keys = b"".join(pack_key(child.end, self.geometry.node_sectors, False, child.ptr) for child in children)
+        return self._write_node(keys, children[-1].end, level)
+
+    def _write_node(self, keys: bytes, end: int, level: int) -> _Node:
+        bucket = self._alloc()
+        ptr = ptr_make(self.geometry.sector_of(bucket), int(self.gens[bucket]))
+        seq = hashlib.sha256(self.sb.set_uuid + self.seq.to_bytes(8, "little") + bucket.to_bytes(8, "little")).digest()
+        data = encode_bset(keys, seq=int.from_bytes(seq[:8], "little") | 1, magic=bset_magic(self.sb.set_uuid), seed=ptr,
+                           block_bytes=self.geometry.block_bytes)
+        self.writes.append(RepairWrite("", self._offset(bucket), bytes(data),
+                                       f"btree node of level {level} in bucket {bucket}"))
+        return _Node(end, ptr)
+
+    # Uuids and prios.
+
+    def _write_uuids(self) -> bytes:
+        geometry = self.geometry
+        entries = self._uuid_entries()
+        bucket = self._alloc()
+        self.writes.append(RepairWrite("", self._offset(bucket), encode_uuids(entries, geometry.meta_bytes),
+                                       f"uuid array in bucket {bucket}"))
+        ptr = ptr_make(geometry.sector_of(bucket), int(self.gens[bucket]))
+        return pack_key(0, geometry.meta_sectors, False, ptr)
+
+    def _uuid_entries(self) -> list[UuidEntry]:
+        entries = list(self.walk.uuids) or self._lost_uuids()
+        inodes = self.extents.start >> np.uint64(INODE_SHIFT)
+        for inode in np.unique(inodes[self.extents.dirty]).tolist():
+            if entries[inode].is_free:
+                entries[inode] = UuidEntry(uuid=INVALID_UUID)
+        seen: set[bytes] = set()
+        for slot, entry in enumerate(entries):
+            if entry.is_free or entry.is_retired:
+                continue
+            if entry.uuid in seen:
+                entries[slot] = entry = replace(entry, uuid=INVALID_UUID)
+            seen.add(entry.uuid)
+            if entry.is_flash_only and not entry.is_retired:
+                own = self.extents.take(inodes == slot)
+                end = int(own.end.max()) - (slot << INODE_SHIFT) if len(own.end) else 0
+                sectors = max(entry.sectors, -(-end // self.geometry.block_size_sectors)
+                              * self.geometry.block_size_sectors)
+                entries[slot] = replace(entry, sectors=sectors) if sectors else replace(entry, uuid=INVALID_UUID)
+        return entries
+
+    def _lost_uuids(self) -> list[UuidEntry]:
+        # An array of an older journal entry may still be there: slots are only ever added or retired.
+        entries = [UuidEntry()] * self.geometry.nr_uuids
+        inodes = np.unique(self.extents.start >> np.uint64(INODE_SHIFT)).tolist()
+        for inode in inodes:
+            entries[inode] = UuidEntry(uuid=INVALID_UUID)
+        members = [backing for backing in self.check.backings if self._is_member(backing)]
+        if len(inodes) == 1 and len(members) == 1:
+            sb = parse_superblock(members[0].read(SB_SECTOR, SB_BYTES >> 9))
+            entries[inodes[0]] = UuidEntry(uuid=sb.uuid, label=sb.label)
+        return entries
+
+    def _is_member(self, backing: Backing) -> bool:
+        sb = parse_superblock(backing.read(SB_SECTOR, SB_BYTES >> 9))
+        return sb.set_uuid == self.sb.set_uuid and sb.is_backing and slot_of(self.walk, sb.uuid) is None
+
+    def _write_prios(self) -> int:
+        geometry = self.geometry
+        buckets = [self._alloc() for _ in range(geometry.prio_buckets)]
+        prios = self.walk.prios.copy()
+        prios[prios > PRIO_INITIAL] = 0
+        data = bucket_of(self.walk, self.extents).astype(np.intp)
+        prios[data] = np.where(prios[data] == 0, PRIO_INITIAL, prios[data])
+        prios[self.metadata] = PRIO_BTREE
+        per_bucket, magic = geometry.prios_per_bucket, prio_magic(self.sb.set_uuid)
+        for number, bucket in enumerate(buckets):
+            rows = slice(number * per_bucket, min((number + 1) * per_bucket, geometry.nbuckets))
+            following = buckets[number + 1] if number + 1 < len(buckets) else 0
+            raw = encode_prio_set(self.seq, following, prios[rows], self.gens[rows], magic, geometry.meta_bytes)
+            self.writes.append(RepairWrite("", self._offset(bucket), bytes(raw), f"prio set {number} in bucket {bucket}"))
+        return buckets[0]
