@@ -93,6 +93,22 @@ def test_overlay(story: str, golden: Callable[..., Path], tmp_path: Path) -> Non
     assert [digest(image) for image in images] == before
 
 
+def test_an_overlay_survives_sigkill(golden: Callable[..., Path], tmp_path: Path) -> None:
+    directory = golden("thrash_crash")
+    options = [*options_for(directory), "--overlay", tmp_path / "overlay", "--export", "nbd"]
+    model = bytearray()
+    for number in range(3):
+        with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+            model = model or bytearray(client.read_all())
+            assert client.read_all() == model
+            for index in range(200):
+                start = (number * 7919 + index * 104729) % (len(model) // 512 - 64) * 512
+                model[start:start + 6144] = data = bytes([number + 1, index]) * 3072
+                client.write(start, data)
+            client.flush()
+            engine.kill()
+
+
 @pytest.mark.parametrize("story", STORIES)
 def test_run_stop_and_run_again(story: str, golden: Callable[..., Path], tmp_path: Path) -> None:
     directory = golden(story, writable=True)
