@@ -21,6 +21,10 @@ EXIT_STATUS = (("0", "All went well."), ("1", "It failed, or what was looked at 
                ("2", "The command line is wrong."), ("3", "A safety check refused."),
                ("4", "The state of the device, set or engine does not allow it."), ("130", "Interrupted."))
 
+FSCK_STATUS = (("0", "Nothing is wrong."), ("1", "What was wrong is corrected."),
+               ("4", "Something is left uncorrected."), ("8", "The check itself failed."),
+               ("16", "The command line is wrong."), ("32", "Interrupted."))
+
 # Verb -> (command line, what it does), and the pages to read next.
 EXAMPLES: dict[str, list[tuple[str, str]]] = {
     "list": [("bcachectl list", "Every bcache device here."),
@@ -34,6 +38,9 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     "wipe": [("bcachectl wipe /dev/sdb", "No longer a bcache device; the superblock is kept in an undo file."),
              ("bcachectl wipe --backup /root/sdb.undo /dev/sdb", "The same, with a place for the undo file.")],
     "undo": [("bcachectl undo /var/lib/bcachectl/undo/wipe-sdb-1795200755.undo", "Put a wiped superblock back.")],
+    "fsck": [("bcachectl fsck /dev/nvme0n1p3 /dev/sdb", "Check a set that does not run; nothing is written."),
+             ("bcachectl fsck -p cache.img", "Repair what costs nothing."),
+             ("bcachectl fsck -y --output repaired.img cache.img", "Repair a copy, and leave the device alone.")],
     "show": [("bcachectl show /dev/sdb", "The superblock, and whether the kernel would take it."),
              ("bcachectl show --format=bcache-super-show /dev/sdb", "As bcache-super-show prints it.")],
     "dump": [("bcachectl dump btree --format=kernel cache.img", "Every live key, as the kernel's debugfs file has it."),
@@ -122,7 +129,7 @@ def _page(verb: str, command: Any) -> str:
             lines += [".TP", f"\\fI{name_shown}\\fR", _sentence(argument.help or "")]
     lines += _options(command, "OPTIONS")
     lines += [".SH EXIT STATUS"]
-    for status, meaning in EXIT_STATUS:
+    for status, meaning in FSCK_STATUS if verb == "fsck" else EXIT_STATUS:
         lines += [".TP", f".B {status}", meaning]
     lines += [".SH EXAMPLES", *_examples(verb)]
     group = verb.split()[0]
