@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Every case of tests/damage.py: the exact findings, the exact cost, and a repair after which fsck finds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bcachectl.fsck import extents as extent
+from bcachectl.fsck.check import Check, run
+from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.findings import Severity
+from bcachectl.fsck.repair import Repair, plan_repair
+from bcachectl.fsck.rescue import open_check
+from bcachectl.ondisk.bkey import INODE_SHIFT
+from tests.damage import Case, cases
+from tests.fsck.image import Image
+
+CASES = cases()
+
+
+def test_enough_cases() -> None:
+    assert len(CASES) >= 150
+
+
+@lru_cache(maxsize=2)
+def _base(story: Path) -> Image:
+    return Image((story / "cache.img").read_bytes(), [path.read_bytes() for path in sorted(story.glob("back*.img"))])
+
+
+def check(image: Image) -> Check:
+    return run(open_check(image.cache.read, image.cache.size_sectors, [device.as_backing() for device in image.backings]))
+
+
+def serious(checked: Check) -> list[str]:
+    return sorted(finding.code for finding in checked.findings if finding.severity > Severity.NOTE)
+
+
+def apply(image: Image, repair: Repair) -> None:
+    devices = {"": image.cache, **{device.name: device for device in image.backings}}
+    for step in repair.steps:
+        for write in step:
+            devices[write.device].put(write.offset_bytes, write.data)
+
+
+def live(checked: Check) -> Extents:
+    from bcachectl.fsck.salvage import leaf_map
+
+    parts = [leaf_map(checked.walk, slot, known_buckets=checked.known_buckets).kept for slot in checked.slots]
+    return extent.concatenate(parts)
+
+
+def per_sector(extents: Extents, *, dirty: bool) -> set[tuple[int, int]]:
+    """(position, sector of the cache) of every sector of the dirty or the clean extents."""
+    chosen = extents.take(extents.dirty == dirty)
+    found: set[tuple[int, int]] = set()
+    for start, end, ptr in zip(chosen.start.tolist(), chosen.end.tolist(), chosen.ptr.tolist(), strict=True):
+        found.update((start + offset, (ptr >> 8) + offset) for offset in range(end - start))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_damage(golden: Callable[..., Path], case: Case) -> None:
+    image = _base(golden(case.base)).fresh()
+    case.edit(image)
+    before = check(image)
+    assert serious(before) == sorted(case.codes)
+    assert all(finding.meaning and finding.why for finding in before.findings)
+    repair = plan_repair(before, safe_only=False)
+    if not repair.steps:
+        assert repair.left
+        return
+    apply(image, repair)
+    after = check(image)
+    assert serious(after) == sorted(finding.code for finding in repair.left)
+    good = check(_base(golden(case.base)).fresh())
+    judge_cost(before, good, after)
+
+
+def judge_cost(before: Check, good: Check, after: Check) -> None:
+    """What was reported as lost is what is missing, and nothing that is there was not there before."""
+    truth, left = live(good), live(after)
+    for dirty, reported in ((True, before.totals.lost_dirty_sectors), (False, before.totals.lost_clean_sectors)):
+        missing = per_sector(truth, dirty=dirty) - per_sector(left, dirty=dirty)
+        if not any(finding.unknown for finding in before.findings):
+            assert len(missing) <= reported, f"{len(missing)} {'dirty' if dirty else 'clean'} missing, {reported} reported"
+    assert not per_sector(left, dirty=False) - per_sector(truth, dirty=False)
+    assert np.unique(left.start >> np.uint64(INODE_SHIFT)).size <= np.unique(truth.start >> np.uint64(INODE_SHIFT)).size
