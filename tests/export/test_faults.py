@@ -124,16 +124,16 @@ def test_a_full_disk_under_the_cache_image(tmp_path: Path, require_tool: Callabl
     try:
         subprocess.run(["cp", "--sparse=always", str(tmp_path / "cache.img"), str(small / "cache.img")], check=True)
         data = random.Random(2).randbytes(24 << 20)
-        with Engine(tmp_path, "--cache", small / "cache.img", *options[2:], "--export", "nbd") as engine:
+        with Engine(tmp_path, "--cache", small / "cache.img", *options[2:], "--export", "nbd",
+                    "--set", "sequential_cutoff=0") as engine:
             with NbdClient(engine.socket()) as client:
                 for offset in range(0, len(data), 65536):
                     client.write(offset, data[offset:offset + 65536])
                 client.flush()
                 assert client.read_all()[:len(data)] == data
-            status = engine.stop()
-            if status:
-                assert len(engine.errors.splitlines()) == 1
-                assert "failed" in engine.errors
+            assert engine.stop() == 1
+            assert len(engine.errors.splitlines()) == 1
+            assert "the set has failed" in engine.errors
     finally:
         subprocess.run([umount, str(small)], check=True)
     with open(tmp_path / "back0.img", "rb") as file:

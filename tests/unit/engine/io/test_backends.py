@@ -18,6 +18,7 @@ import pytest
 
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.engine.front import Front
+from bcachectl.engine.io import uring
 from bcachectl.engine.io.loop import Loop, make_backend, make_sched
 from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.overlay import Overlay
@@ -111,6 +112,17 @@ def test_errors_are_positive_errnos(backend: Backend, image: Path) -> None:
     part = Io(READ, 0, (SIZE_BYTES // 2 >> 9) - 4, 8, bytearray(4096))
     drain(backend, [io, part])
     assert (io.error, part.error) == (errno.EIO, errno.EIO)
+
+
+def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_entries: int = 0) -> None:
+        raise OSError(errno.ENOSYS, "no io_uring")
+
+    monkeypatch.setattr(uring, "Ring", refuse)
+    with open_device(str(image)) as device:
+        assert make_backend([device]).fileno() == -1
+        with pytest.raises(OSError):
+            make_backend([device], "uring")
 
 
 @pytest.mark.parametrize("kind", ["sync", "uring"])
