@@ -81,6 +81,9 @@ SEVERAL = {
 }
 """Options that take every word up to the next option, as in ``--backing A B``; their verbs have no arguments."""
 
+OWN_STATUS = {"fsck": {EXIT_FAILED: 8, EXIT_USAGE: 16, EXIT_INTERRUPTED: 32}}
+"""Verbs with exit statuses of their own: what those of a command that raised are for them."""
+
 OVERVIEW = """Administer Linux bcache, and run cache sets in user space.
 
 A DEVICE is a block device or a plain file that holds an image. A SET is a cache set's uuid, a unique prefix of it
@@ -112,6 +115,7 @@ def run(words: Sequence[str]) -> int:
         return leaving.code if isinstance(leaving.code, int) else EXIT_FAILED
     except BaseException as error:
         status, sentence = judge(error)
+        status = OWN_STATUS.get(next(iter(arguments), ""), {}).get(status, status)
         if debug:
             traceback.print_exc()
         if sentence:

@@ -329,6 +329,18 @@ class TestUsage:
     def test_wrong(self, cli: Cli, words: tuple[str, ...]) -> None:
         one_sentence(cli(*words), USAGE, "--help`")
 
+    def test_fsck_has_its_own_exit_statuses(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As fsck(8): 16 for the command line, 8 for an operation that failed, 32 when interrupted."""
+        one_sentence(cli("fsck"), 16, "--help`")
+        one_sentence(cli("fsck", "--lost", "x"), 16, "--help`")
+        one_sentence(cli("fsck", "/nowhere"), 8, "/nowhere")
+
+        def interrupted(*_arguments: object, **_options: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("bcachectl.blockdev.os.stat", interrupted)
+        assert cli("fsck", "/nowhere").status == 32
+
     def test_kernel_format_for_something_else(self, cli: Cli, golden: Golden) -> None:
         image = golden("dirty_crash") / "cache.img"
         one_sentence(cli("dump", "prio", image, "--format=kernel"), USAGE, "dump btree")
