@@ -336,7 +336,10 @@ class ControlServer:
         return self._where(self._volume(volume).name, sector, count)
 
     def _do_volume_create(self, size: int | str) -> Any:
-        return self._create(size if isinstance(size, int) else parse_size(size))
+        size_bytes = size if isinstance(size, int) else parse_size(size)
+        if size_bytes < 0:
+            raise UsageError(f"a volume of {size_bytes} bytes cannot be")
+        return self._create(size_bytes)
 
     def _do_volume_remove(self, volume: str) -> Any:
         found = self._volume(volume)
