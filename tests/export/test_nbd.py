@@ -106,6 +106,29 @@ def test_a_client_that_reads_nothing_is_held_back(image: Path, socket_path: Path
             assert len(client.receive().data) == 4 << 20
 
 
+def test_a_client_that_reads_no_acknowledgements_is_held_back_too(image: Path, socket_path: Path) -> None:
+    requests = struct.pack(">IHHQQI", 0x25609513, 0, nbd_client.CMD_FLUSH, 7, 0, 0) * 1000
+    requests += struct.pack(">IHHQQI", 0x25609513, 0, 99, 7, 0, 0) * 1000
+    with serve([image], socket_path) as served, NbdClient(socket_path) as client:
+        client._socket.setblocking(False)
+        sent = 0
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                sent += client._socket.send(requests[sent % len(requests):])
+            except BlockingIOError:
+                (connection,) = served.server.connections.values()
+                if connection.blocked and connection.in_flight == 0:
+                    break
+                time.sleep(0.01)
+        assert connection.blocked
+        assert len(connection.out) <= nbd.MAX_UNSENT + nbd.MAX_IN_FLIGHT
+        client._socket.settimeout(10)
+        answers = 0
+        while answers < sent // 28 * 16:
+            answers += len(client._socket.recv(1 << 20))
+
+
 def test_flags_flush_and_fua_reach_the_volume(image: Path, socket_path: Path) -> None:
     with serve([image], socket_path) as served, NbdClient(socket_path, structured=True) as client:
         wanted = (nbd_client.SEND_FLUSH | nbd_client.SEND_FUA | nbd_client.SEND_TRIM | nbd_client.SEND_WRITE_ZEROES

@@ -67,6 +67,8 @@ PARSES_PER_TURN = 8
 """So one client that asks for much and takes it quickly does not keep the others waiting."""
 MAX_IN_FLIGHT = 1024
 MAX_IN_FLIGHT_BYTES = 64 << 20
+MAX_UNSENT = 4096
+"""Answers that a client has not taken yet."""
 MAX_CONNECTIONS = 128
 MAX_STATUS_BYTES = 1 << 30
 """How much of a block status request is answered; a client asks again for the rest."""
@@ -248,9 +250,11 @@ class Connection:
                         if length >= LARGE_BYTES:
                             self._arena_end = filled
                             self._send()
+                            if not self.is_open:
+                                return
                             filled = self._arena_end
                         continue
-            if self.in_flight >= MAX_IN_FLIGHT or self.in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
+            if not self._has_room():
                 self.blocked = True
                 break
             self._rx_start = start + 28
@@ -414,8 +418,11 @@ class Connection:
             self.server.loop.modify(self.fd, events)
 
     def _may_go_on(self) -> bool:
-        return (not self.is_leaving and self.in_flight < MAX_IN_FLIGHT
-                and self.in_flight_bytes < MAX_IN_FLIGHT_BYTES)
+        return not self.is_leaving and self._has_room()
+
+    def _has_room(self) -> bool:
+        return (self.in_flight < MAX_IN_FLIGHT and self.in_flight_bytes < MAX_IN_FLIGHT_BYTES
+                and len(self.out) < MAX_UNSENT)
 
     def _send(self) -> bool:
         # True if everything has left.
