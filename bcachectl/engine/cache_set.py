@@ -247,7 +247,8 @@ class CacheSet:
         )
         if slot != NO_SLOT and dev.sb.state in (BdevState.STALE, BdevState.NONE):
             if self.read_only:
-                raise WrongState(f"{name} is {dev.state}: its cached data does not belong to it any more")
+                # What the cache holds of it is out of date; the device is shown as it is, without a cache.
+                return
             await self.uuid_array.retire(slot)
             slot = NO_SLOT
         if slot == NO_SLOT and dev.sb.state == BdevState.DIRTY:
