@@ -86,6 +86,30 @@ def test_torn_sectors_and_wrong_places_are_refused() -> None:
     assert acceptance.judge(volume), "right write, wrong place"
 
 
+def test_what_a_kill_left_open_stays_open_until_it_is_written() -> None:
+    first, volume = Acceptance(SIZE_BYTES), bytearray(SIZE_BYTES)
+    first.acknowledge_write(first.send_write(1, 0, 4096))
+    first.settle_all()
+    first.acknowledge_write(first.send_write(2, 0, 8192))
+    put(volume, 1, 0, 4096)
+    assert not first.judge(volume)
+    second = first.carry_over(volume)
+    assert not second.judge(volume)
+    put(volume, 2, 0, 8192)
+    assert not second.judge(volume), "the other value comes up"
+    third = second.carry_over(volume)
+    put(volume, 1, 0, 4096)
+    assert not third.judge(volume), "and goes again"
+    put(volume, 0, 0, 4096)
+    assert third.judge(volume), "but never what was settled over"
+    third.acknowledge_write(third.send_write(3, 0, 4096))
+    third.settle_all()
+    put(volume, 1, 0, 4096)
+    assert third.judge(volume)
+    put(volume, 3, 0, 4096)
+    assert not third.judge(volume)
+
+
 def test_zeroes() -> None:
     acceptance = Acceptance(SIZE_BYTES, content(1, 0, SIZE_BYTES))
     acceptance.acknowledge_write(acceptance.send_write(0, 0, 4096, zeroes=True))
@@ -97,7 +121,7 @@ def test_zeroes() -> None:
 def test_run_by_numbers() -> None:
     plan = [Op(0, False, 0, 4096, True), Op(1, True, 0, 4096, False), Op(2, False, 0, 4096, True),
             Op(3, True, 0, 4096, False), Op(4, False, 4096, 4096, False), Op(5, False, 8192, 4096, False)]
-    acceptance = acceptance_of_run(plan, seed=9, last_acknowledged=2, size_bytes=SIZE_BYTES)
+    acceptance = acceptance_of_run(plan, seed=9, last_acknowledged=2, acceptance=Acceptance(SIZE_BYTES))
     volume = bytearray(SIZE_BYTES)
     assert acceptance.judge(volume), "the flush after write 0 was over when write 2 was acknowledged"
     put(volume, tag(9, 0), 0, 4096)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.acceptance import acceptance_of_run
+from tests.acceptance import Acceptance, acceptance_of_run
 from tests.export.engine import Engine
 from tests.export.test_golden_serve import digest, options_for
 from tests.nbd_client import NbdClient
@@ -21,7 +21,8 @@ def test_t8_killed_story_is_accepted(golden: Callable[..., Path], tmp_path: Path
                 max_kib=arguments["max_kib"], reads=arguments["reads"], hot=arguments["hot"],
                 block_bytes=arguments["block"], span=arguments["span"])
     last = int((story / "truth-progress.txt").read_text().split("\n")[-2])
-    acceptance = acceptance_of_run(plan, seed=arguments["seed"], last_acknowledged=last, size_bytes=arguments["size"])
+    acceptance = acceptance_of_run(plan, seed=arguments["seed"], last_acknowledged=last,
+                                   acceptance=Acceptance(arguments["size"]))
     assert acceptance.completed_flushes() > 10
     before = [digest(story / name) for name in ("cache.img", "back0.img")]
     options = [*options_for(story), "--export", "nbd", "--read-only"]

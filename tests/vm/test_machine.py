@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance import acceptance_of_run
+from tests.acceptance import Acceptance, acceptance_of_run
 from tests.conftest import copy_sparse
 from tests.stamps import draw
 from tests.vm import machine
@@ -63,7 +63,7 @@ def test_killed_kernel_is_judged(golden: Callable[..., Path], tmp_path: Path, se
     assert killed.result.status is None
     assert killed.result.complaints() == []
     acceptance = acceptance_of_run(draw(**plan), seed=31, last_acknowledged=killed.last_acknowledged,
-                                   size_bytes=SIZE_BYTES)
+                                   acceptance=Acceptance(SIZE_BYTES))
     assert acceptance.completed_flushes() > 1
 
     old = tmp_path / "old"
