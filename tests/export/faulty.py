@@ -50,6 +50,7 @@ class FaultyMedium:
         self.can_discard = below.can_discard
         self.can_zero = below.can_zero
         self.read_only = below.read_only
+        self.nowait_flag = 0
         self.writes = 0
 
     def read_into(self, offset_bytes: int, buf: memoryview) -> None:

@@ -10,6 +10,7 @@ import random
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from bcachectl.errors import WrongState
 from tests import nbd_client
 from tests.export.served import serve
 from tests.nbd_client import NbdClient, NegotiationError, list_exports
+from tests.require import need
 
 SIZE_BYTES = 8 << 20
 
@@ -78,6 +80,16 @@ def test_many_requests_at_once_agree_with_a_bytearray(image: Path, socket_path: 
         client.flush()
         assert client.read_all() == bytes(model)
     assert image.read_bytes() == bytes(model)
+
+
+def test_images_on_a_file_system_without_nowait(socket_path: Path) -> None:
+    need(os.path.ismount("/dev/shm"), "a tmpfs at /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory, "image")
+        path.write_bytes(data := random.Random(2).randbytes(1 << 20))
+        with serve([path], socket_path) as served, NbdClient(socket_path) as client:
+            assert client.read_all(4096) == data
+            assert served.volumes[0].seen == []             # all the quick way
 
 
 def test_eight_large_reads_at_once_do_not_hang(image: Path, socket_path: Path) -> None:

@@ -102,6 +102,7 @@ class FuseFile:
         self.is_mounted = False
         self.in_flight = 0
         self._quick_fd = -1 if cache.direct else cache.fd
+        self._nowait_flag = cache.nowait_flag
         self._header = memoryview(bytearray(_HEADER_BYTES))
         self._spare = pool.take(MAX_TRANSFER_BYTES)
 
@@ -209,7 +210,7 @@ class FuseFile:
             place = self.volume.read_nowait(offset >> 9, size >> 9)
             if place >= 0:
                 try:
-                    got = os.preadv(self._quick_fd, (buffer.data(size),), place, os.RWF_NOWAIT)
+                    got = os.preadv(self._quick_fd, (buffer.data(size),), place, self._nowait_flag)
                 except OSError:
                     got = 0
                 if got == size:

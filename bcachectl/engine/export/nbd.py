@@ -214,7 +214,7 @@ class Connection:
         volume, rx, arena = self.volume, self._rx, self._arena
         assert volume is not None
         read_nowait, quick_fd, unaligned = volume.read_nowait, self.server.quick_fd, self.server.block_bytes - 1
-        unpack_request, preadv, nowait = wire.REQUEST.unpack_from, os.preadv, os.RWF_NOWAIT
+        unpack_request, preadv, nowait = wire.REQUEST.unpack_from, os.preadv, self.server.nowait_flag
         structured = self.handshake.structured
         pack_chunk, pack_simple = wire.DATA_CHUNK.pack_into, wire.SIMPLE_REPLY.pack_into
         header_bytes = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
@@ -504,6 +504,7 @@ class NbdServer:
         self.pool = BufferPool()
         # Quick reads take the page cache's copy, so they need a descriptor, and one that goes through the page cache.
         self.quick_fd = -1 if cache.direct else cache.fd
+        self.nowait_flag = cache.nowait_flag
         self.active: set[Connection] = set()
         self.connections: dict[int, Connection] = {}
         self.closed_wait = WaitQueue(loop.sched, "nbd connection closed")

@@ -29,6 +29,7 @@ class Medium(Protocol):
     can_discard: bool
     can_zero: bool
     read_only: bool
+    nowait_flag: int
 
     def read_into(self, offset_bytes: int, buf: memoryview) -> None:
         """Fill ``buf``."""

@@ -58,6 +58,7 @@ class OverlayDevice:
         self.can_discard = False
         self.can_zero = False
         self.read_only = False
+        self.nowait_flag = 0
         self._overlay_fd = overlay_fd
         self._bitmap_start = bitmap_bytes
         self._data_start = data_bytes

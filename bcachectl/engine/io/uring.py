@@ -227,7 +227,7 @@ class RingBackend:
             return False
         try:
             if io.op == READ:
-                return os.preadv(medium.fd, (io.buf,), io.sector << 9, os.RWF_NOWAIT) == io.nsectors << 9
+                return os.preadv(medium.fd, (io.buf,), io.sector << 9, medium.nowait_flag) == io.nsectors << 9
             if io.op == WRITE and not medium.read_only:
                 return os.pwritev(medium.fd, (io.buf,), io.sector << 9) == io.nsectors << 9
         except OSError:
