@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator
@@ -30,9 +31,10 @@ def nbdkit(tmp_path: Path, require_tool: Callable[[str], str]) -> Generator[Call
     def serve(*arguments: str) -> Path:
         path = tmp_path / f"nbd{len(started)}.sock"
         started.append(subprocess.Popen([require_tool("nbdkit"), "--foreground", "--unix", str(path), *arguments]))
-        for _ in range(200):
-            if path.exists():
-                break
+        for _ in range(500):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    break
             time.sleep(0.02)
         return path
 
