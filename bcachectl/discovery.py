@@ -147,7 +147,8 @@ def users_of(path: str) -> list[str]:
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     sysfs = f"/sys/dev/block/{number}"
     users = [f"held by {holder}" for holder in _list_directory(f"{sysfs}/holders")]
-    if os.path.exists(f"{sysfs}/bcache"):
+    # A device that the driver makes has such a directory as well as those it runs on.
+    if os.path.exists(f"{sysfs}/bcache") and not os.path.basename(os.path.realpath(sysfs)).startswith("bcache"):
         users.append("run by the kernel's bcache driver")
     for line in _lines("/proc/self/mountinfo"):
         fields = line.split()
