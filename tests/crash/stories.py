@@ -169,6 +169,25 @@ async def gc(w: World) -> None:
     await w.write(0, 3, 1, fua=True)
 
 
+async def leaves_come_and_go_prepare(w: World) -> None:
+    sectors = list(range(0, 1200, 2))
+    rng(w).shuffle(sectors)
+    await scatter(w, 0, sectors, at_once=8)
+    await w.flush(0)
+
+
+async def leaves_come_and_go(w: World) -> None:
+    """Requests across leaves that have to be loaded, with writes in between."""
+    dice = rng(w)
+    for _ in range(30):
+        sector = dice.randrange(0, 1150)
+        await w.together(w.read(0, sector, dice.randrange(8, 50), nowait=False),
+                         w.write(0, sector + dice.randrange(0, 9), dice.randrange(1, 4), fua=True),
+                         w.write(0, dice.randrange(0, 1150), dice.randrange(1, 60)),
+                         w.read(0, dice.randrange(0, 1150), 40, nowait=False))
+        await w.read(0, sector, 20, nowait=False)
+
+
 async def rewriting_prepare(w: World) -> None:
     await w.tune("", "gc_always_rewrite", "1")
     await interior_prepare(w)
@@ -401,6 +420,9 @@ STORIES = {story.name: story for story in (
     Story("interior", Setup(nbuckets=1200, backings=()), interior, interior_prepare),
     Story("small_node_cache", Setup(nbuckets=1200, backings=(), options={"node_cache_bytes": 3 * 4096}), interior,
           interior_prepare),
+    Story("leaves_come_and_go", Setup(nbuckets=1200, backings=(Backing(mode="writethrough"),), settles=False,
+                                      sluggish=True, options={"node_cache_bytes": 2 * 4096}), leaves_come_and_go,
+          leaves_come_and_go_prepare),
     Story("fills_and_gc", WRITETHROUGH, fills_and_gc),
     Story("leaf_sets", Setup(), leaf_sets),
     Story("moving_gc", Setup(nbuckets=1200), moving_gc, moving_prepare),

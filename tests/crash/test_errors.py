@@ -23,11 +23,12 @@ from tests.sim.world import SimFailure, World
 EVERYTHING = os.environ.get("BCACHECTL_CRASH") == "all"
 SEED = int(os.environ.get("BCACHECTL_SIM_SEED") or 1)
 POINTS = os.environ.get("BCACHECTL_SIM_POINTS", "")
-SHARE = 10
+SHARE = 6
 """Errors per story and device that are tried when not all are."""
 
 NAMES = ("first_attach", "overwrite", "miss_fill", "reuse", "prio_write", "split", "gc", "moving_gc", "writeback",
-         "detach", "flash", "cached_and_flash", "stop", "modes", "small_node_cache", "settings", "discards", "around")
+         "detach", "flash", "cached_and_flash", "stop", "modes", "small_node_cache", "settings", "discards", "around",
+         "leaves_come_and_go")
 
 
 async def tolerant(world: World, story: Story) -> None:

@@ -19,7 +19,7 @@ from tests.sim.power import Choose, run_story
 SEED = int(os.environ.get("BCACHECTL_SIM_SEED") or 1)
 EVERYTHING = os.environ.get("BCACHECTL_CRASH") == "all"
 POINTS = os.environ.get("BCACHECTL_SIM_POINTS", "")
-SHARE = 60
+SHARE = 40
 """Points of a story that are tried when not all are."""
 
 DRAWS = 3

@@ -81,6 +81,7 @@ class SimDisk:
         self.bad_sectors: set[int] = set()
         self.gone_from: int | None = None
         self.failed: list[Io] = []
+        self.is_sluggish = False
 
     # -- life of an Io
 
@@ -103,8 +104,10 @@ class SimDisk:
         return self.serial
 
     def latency_ns(self) -> int:
-        """How long the Io just begun will take; never so long that the engine sees congestion (2 ms)."""
+        """How long the Io just begun will take; too short for congestion (2 ms), unless sluggish."""
         chance = self.random.random()
+        if self.is_sluggish and chance < 0.06:
+            return self.random.randrange(5_000_000, 600_000_000)
         if chance < 0.03:
             return self.random.randrange(400_000, 1_900_000)
         return self.random.randrange(20_000, 60_000 if chance < 0.7 else 400_000)

@@ -90,6 +90,8 @@ class Setup:
     atomic_sectors: int = 1
     discard: bool = False
     replacement: int = 0
+    sluggish: bool = False
+    """Some Ios take half a second: whatever overlaps can overlap for long."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -162,6 +164,8 @@ class World:
         self.disks = [SimDisk("cache" if index == 0 else f"backing{index - 1}", len(image) // SECTOR,
                               seed=seed, image=image, atomic_sectors=setup.atomic_sectors)
                       for index, image in enumerate(images)]
+        for disk in self.disks:
+            disk.is_sluggish = setup.sluggish
         self.sched = Sched(wall_base_s=wall_s)
         self.bdevs = [Bdev(self.sched, index, disk.name, size_sectors=disk.size_sectors,
                            atomic_sectors=setup.atomic_sectors, can_discard=setup.discard)
@@ -291,8 +295,9 @@ class World:
         self.oracle.add_volume(number, sectors, initial=ZEROS, settles=True)
 
     async def flash_remove(self, number: int) -> None:
-        """Remove it; from now on it may be there or not."""
+        """Remove it; from now on it may be there or not, and if it is, with holes."""
         self.vanishing.add(number)
+        self.oracle.end_write(self.oracle.begin_write(number, 0, self.oracle.sizes[number], discard=True))
         await self.cset.volume_remove(self.volumes.pop(number).name)
 
     async def tune(self, target: str, name: str, text: str) -> None:
