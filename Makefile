@@ -10,7 +10,7 @@ KERNEL ?=
 SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden sim crash vm docs clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash vm bench docs clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,11 @@ crash: setup-dev ## power loss at every point of every story, three times (about
 
 vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12 for one kernel only
 	$(if $(KERNEL),BCACHECTL_VM_KERNEL=$(KERNEL)) $(PYTEST) -n $(WORKERS) -m vm
+
+bench: setup-dev ## figures beside their targets: two million buckets, NBD beside nbdkit, a tick of the live view
+	$(BIN)/python -m bench.scale
+	$(BIN)/python -m bench.nbd
+	$(BIN)/python -m bench.tick
 
 docs: setup-dev ## write the manual pages anew from the program's help
 	COLUMNS=100 $(BIN)/python man/generate.py

@@ -20,7 +20,7 @@ import pytest
 from tests.require import all_required, need, need_root, need_tool
 
 TESTS = Path(__file__).resolve().parent
-GROUPS = ("unit", "property", "sim", "crash", "golden", "cli", "export", "system", "vm")
+GROUPS = ("unit", "property", "sim", "crash", "golden", "fsck", "cli", "export", "system", "vm")
 _HOLE_BYTES = 64 << 10
 
 # Machines differ in speed, and a run must be repeatable: no deadlines, and the same examples every time.
