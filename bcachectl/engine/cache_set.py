@@ -375,6 +375,9 @@ class CacheSet:
         while dev.attached and dev.has_dirty and not self.io_disabled and not dev.io_disable:
             await dev.state_changed.wait()
         dev.flushing -= 1
+        async with dev.sb_lock:
+            # The superblock that says CLEAN may still be on its way.
+            pass
         if dev.has_dirty:
             raise WrongState(
                 f"{dev.backing.name} could not be written back: {self.failed or 'it was disabled after errors'}"

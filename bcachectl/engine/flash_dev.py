@@ -146,6 +146,9 @@ class FlashVolume:
             return 0
         claim = await self.ranges.enter(start, end)
         try:
+            if self.removed:
+                # It was removed while this request waited its turn; nobody would ever free what it writes.
+                return EIO
             if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):
                 return 0 if await path.invalidate(cset, start, end, durable=durable) else EIO
             return await path.insert_data(cset, start, request.buf, NewData(True, request.stream, True, durable))

@@ -95,17 +95,18 @@ class MovingGc:
         ]
 
     async def _move_or_fail(self, extent: Extent) -> None:
+        self.in_flight += 1
         try:
             await self._move(extent)
         except Corrupt as bad:
             self.cset.fail(str(bad))
+        self.in_flight -= 1
 
     async def _move(self, extent: Extent) -> None:
         cset = self.cset
         buckets = cset.buckets
         if buckets.is_stale(extent.ptr):
             return
-        self.in_flight += 1
         source = buckets.bucket_of(extent.ptr)
         buckets.pin_at[source] += 1
         size = extent.end - extent.start
@@ -137,4 +138,3 @@ class MovingGc:
             cset.count_io_error(error, "moving gc")
         buckets.unpin(source)
         self.moved_keys += 1
-        self.in_flight -= 1

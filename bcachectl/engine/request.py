@@ -304,7 +304,7 @@ class _Read:
     __slots__ = ("base", "hits", "gaps")
 
     def __init__(self, base: int) -> None:
-        # Of the slot that the device has now; it may be detached, and attached again, before this read ends.
+        # Of the slot that the device had when the read came; it may be detached, and attached again, before it ends.
         self.base = base
         self.hits: list[tuple[Extent, Io, memoryview]] = []
         self.gaps: list[tuple[int, int, Io]] = []
@@ -350,7 +350,8 @@ async def _read_all(dev: CachedDev, fill: Fill | None, start: int, end: int, vie
     # Reads every part from where it is, again if a bucket was reused meanwhile; narrows the fill to the first gap.
     base = dev.base
     while True:
-        pass_ = _start_reads(dev, start, end, await dev.cset.btree.lookup(start, end), view)
+        pass_ = _Read(base)
+        _start_reads(dev, pass_, start, end, await dev.cset.btree.lookup(start, end), view)
         if fill is not None and pass_.gaps:
             low, high, _io = pass_.gaps[0]
             fill.start, fill.end = low - base, min(high, low + FILL_SECTORS_MAX) - base
@@ -362,9 +363,10 @@ async def _read_all(dev: CachedDev, fill: Fill | None, start: int, end: int, vie
             fill.cancelled = True
 
 
-def _start_reads(dev: CachedDev, start: int, end: int, extents: list[Extent], view: memoryview) -> _Read:
+def _start_reads(
+    dev: CachedDev, pass_: _Read, start: int, end: int, extents: list[Extent], view: memoryview
+) -> None:
     cset = dev.cset
-    pass_ = _Read(dev.base)
     position = start
     for extent in extents:
         if extent.start > position:
@@ -375,7 +377,6 @@ def _start_reads(dev: CachedDev, start: int, end: int, extents: list[Extent], vi
         position = extent.end
     if position < end:
         _start_gap(dev, pass_, position, end, start, view)
-    return pass_
 
 
 def _start_gap(dev: CachedDev, pass_: _Read, low: int, high: int, start: int, view: memoryview) -> None:

@@ -212,6 +212,9 @@ class Writeback:
         try:
             await self._run()
         except Corrupt as bad:
+            # All that was copied has arrived; only the map could not be told.
+            self.in_flight.clear()
+            self.settled.wake_all()
             self.dev.cset.fail(str(bad))
 
     async def _run(self) -> None:
