@@ -8,12 +8,11 @@ from the undamaged image and holds the report against it.  ``make damage`` print
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from bcachectl.fsck.walk import JournalEntry, Node
-from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK, ptr_make, ptr_sector
+from bcachectl.ondisk.bkey import ptr_make, ptr_sector
 from tests.fsck.image import SB, Image
 
 Edit = Callable[[Image], None]
@@ -54,7 +53,6 @@ def superblock_cases() -> Iterator[Case]:
     yield from sb("version_7", "SB_VERSION", 16, "Q", 7)
     yield from sb("uuid_zero", "SB_UUID", 40, "16s", bytes(16))
     yield from sb("set_uuid_zero", "SB_UUID", 56, "16s", bytes(16))
-    yield from sb("feature_compat", "SB_FEATURE", 16, "Q88x3Q", 5, 1, 0, 0) if False else ()
     yield from sb("block_size_0", "SB_BLOCK_SIZE", 192, "H", 0)
     yield from sb("block_size_3", "SB_BLOCK_SIZE", 192, "H", 3)
     yield from sb("bucket_size_1000", "SB_BUCKET_SIZE", 194, "H", 1000)
@@ -120,20 +118,20 @@ def journal_cases() -> Iterator[Case]:
         yield Case(f"journal_middle_length_{base}", base,
                    lambda image: image.cache.flip(image.entry_at(_middle(image)) + 30), ("JOURNAL_CSUM",))
         yield on_newest("last_seq_ahead", ("JOURNAL_LAST_SEQ",), 32, "Q", 1 << 40)
-        yield on_newest("last_seq_0", ("JOURNAL_GAP", "JOURNAL_LAST_SEQ", "JOURNAL_LAST_SEQ"), 32, "Q", 0) \
-            if False else on_newest("version_9", ("JOURNAL_VERSION",), 24, "I", 9)
+        yield on_newest("last_seq_0", ("JOURNAL_LAST_SEQ",), 32, "Q", 0)
+        yield on_newest("version_9", ("JOURNAL_VERSION",), 24, "I", 9)
         yield on_newest("root_beyond", ("BTREE_ROOT_PTR",), 120, "Q", nowhere)
         yield on_newest("root_size_0", ("BTREE_ROOT_PTR",), 104, "Q", 1 << 63 | 1 << 60 | 0xFFFFF)
         yield on_newest("root_dirty", ("BTREE_ROOT_PTR",), 104, "Q", 1 << 63 | 1 << 60 | 1 << 36 | 8 << 20 | 0xFFFFF)
         yield on_newest("root_no_ptr", ("BTREE_ROOT_PTR",), 104, "Q", 1 << 63 | 8 << 20 | 0xFFFFF)
-        yield on_newest("uuids_beyond", ("UUID_PTR",), 56, "Q", nowhere)
-        yield on_newest("uuids_no_ptr", ("UUID_PTR",), 40, "Q", 1 << 63 | 8 << 20)
+        yield on_newest("uuids_beyond", ("BACKING_FORGOTTEN", "UUID_PTR"), 56, "Q", nowhere)
+        yield on_newest("uuids_no_ptr", ("BACKING_FORGOTTEN", "UUID_PTR"), 40, "Q", 1 << 63 | 8 << 20)
         yield on_newest("prio_beyond", ("PRIO_PTR",), 176, "Q", 1 << 30)
         yield on_newest("prio_0", ("PRIO_PTR",), 176, "Q", 0)
         yield on_newest("prio_wrong_bucket", ("PRIO_CSUM",), 176, "Q", 300)
         yield Case(f"journal_key_inode_{base}", base,
-                   lambda image: image.jset(_with_keys(image), 240, "Q", 1 << 63 | 8 << 20 | 0xFFFF0),
-                   ("JOURNAL_KEY_INODE",))
+                   lambda image: image.jset(_with_keys(image), 240, "Q", 1 << 63 | 1 << 60 | 8 << 20 | 0xFFFF0),
+                   ("EXTENT_OVERLAP", "JOURNAL_KEY_INODE") if base == "dirty_crash" else ("JOURNAL_KEY_INODE",))
         yield Case(f"journal_key_beyond_{base}", base, lambda image: image.jset(_with_keys(image), 256, "Q", nowhere),
                    ("JOURNAL_KEY",))
         yield Case(f"journal_key_too_long_{base}", base, lambda image: image.jset(_with_keys(image), 248, "Q", 1),
@@ -164,7 +162,7 @@ def prio_cases() -> Iterator[Case]:
     yield Case("prio_next_beyond", "deep_crash", lambda image: image.prio(1, 32, "Q", 1 << 30), ("PRIO_PTR",))
     yield Case("prio_next_reserved", "deep_crash", lambda image: image.prio(1, 32, "Q", 0), ("PRIO_PTR",))
     yield Case("prio_loop", "deep_crash",
-               lambda image: image.prio(1, 32, "Q", image.walk.prio_buckets[0]), ("PRIO_LOOP",) * 1)
+               lambda image: image.prio(1, 32, "Q", image.walk.prio_buckets[0]), ("PRIO_LOOP",))
     yield Case("prio_third_csum", "deep_crash", lambda image: image.prio(2, 0, "Q", 1, fix=False), ("PRIO_CSUM",))
 
 
@@ -187,9 +185,9 @@ def uuid_cases() -> Iterator[Case]:
     for base in ("two_backing", "dirty_crash", "flash_volume"):
         yield Case(f"uuid_twice_{base}", base, _uuid_twice, ("UUID_TWICE",))
         yield Case(f"uuid_freed_{base}", base, lambda image: image.uuid(_slot(image), 0, "16s", bytes(16)),
-                   ("ORPHAN_DIRTY",))
+                   ("BACKING_FORGOTTEN", "ORPHAN_DIRTY"))
         yield Case(f"uuid_unreadable_{base}", base,
-                   lambda image: image.cache.unreadable.add(image.uuid_at >> 9), ("UUID_IO",))
+                   lambda image: image.cache.unreadable.add(image.uuid_at >> 9), ("BACKING_FORGOTTEN", "UUID_IO"))
     yield Case("uuid_flash_0", "flash_volume", lambda image: image.uuid(1, 64, "Q", 0),
                ("EXTENT_BEYOND_VOLUME", "UUID_FLASH_SIZE"))
     yield Case("uuid_flash_small", "flash_volume", lambda image: image.uuid(1, 64, "Q", 8), ("EXTENT_BEYOND_VOLUME",))
@@ -204,6 +202,7 @@ def _uuid_twice(image: Image) -> None:
 def _leaf(image: Image) -> Node:
     """A leaf with many sets and many keys, not the last one if there are several."""
     leaves = [node for node in image.nodes if node.level == 0 and len(node.sets[0].keys.pos) > 8]
+    leaves = leaves or [node for node in image.nodes if node.level == 0]
     return max(leaves[:-1] or leaves, key=lambda node: (len(node.sets), len(node.sets[0].keys.pos)))
 
 
@@ -214,7 +213,7 @@ def _inner(image: Image) -> Node:
 def set_cases() -> Iterator[Case]:
     """Each rule of a set: its header, its checksum, its keys; first, middle and last set; leaves and interior nodes."""
     places: tuple[tuple[str, str, Callable[[Image], Node]], ...] = (
-        ("leaf", "deep_crash", _leaf), ("root_leaf", "dirty_crash", _leaf), ("leaf", "killed", _leaf),
+        ("leaf", "deep_crash", _leaf), ("root_leaf", "attached_clean", _leaf), ("leaf", "killed", _leaf),
         ("interior", "deep_crash", _inner), ("interior", "gen_churn", _inner), ("leaf", "thrash_crash", _leaf))
     for what, base, pick in places:
         def case(name: str, code: str, edit: Callable[[Image, Node], None], *, what: str = what, base: str = base,
@@ -229,7 +228,7 @@ def set_cases() -> Iterator[Case]:
         yield case("length_first", "BTREE_HEADER", lambda image, node: image.bset(node, 0, 28, "I", 1 << 30, fix=False))
         yield case("unreadable", "BTREE_IO", _node_unreadable)
         yield case("zero", "BTREE_HEADER", lambda image, node: image.cache.put(image.bucket(node.bucket), bytes(512)))
-        if base in ("deep_crash", "killed", "dirty_crash") and what != "interior":
+        if base in ("deep_crash", "killed") and what != "interior":
             yield case("csum_middle", "BTREE_CSUM", lambda image, node: image.bset(node, 1, 0, "Q", 5, fix=False))
             yield case("magic_last", "BTREE_MAGIC",
                        lambda image, node: image.bset(node, len(node.sets) - 1, 8, "Q", 5))
@@ -382,32 +381,21 @@ def _swap(image: Image, node: Node, number: int, row: int) -> None:
 
 def bucket_cases() -> Iterator[Case]:
     """Generations against pointers."""
-    for base in ("deep_crash", "dirty_crash"):
-        yield Case(f"gen_dirty_stale_{base}", base, lambda image: _gen(image, 1), ("BTREE_PTR_STALE_DIRTY",))
+    for base in ("killed", "thrash_crash", "deep_crash"):
         yield Case(f"gen_far_behind_{base}", base, lambda image: _gen(image, -100), ("PRIO_GEN",))
+        yield Case(f"gen_dirty_stale_{base}", base, lambda image: _gen(image, 1), ("BTREE_PTR_STALE_DIRTY",))
+        yield Case(f"gen_too_stale_{base}", base, lambda image: _gen(image, 100),
+                   ("BTREE_PTR_STALE_DIRTY", "BTREE_PTR_TOO_STALE"))
 
 
 def _gen(image: Image, by: int) -> None:
-    # A bucket with a single dirty extent that only a leaf knows of.
-    node = _leaf(image)
+    # A bucket with dirty extents that only leaves know of.
     size = image.walk.geometry.bucket_size_sectors
-    users: dict[int, int] = {}
-    for _slot_, found in image.walk.leaf_extents():
-        for ptr in found.ptr.tolist():
-            users[ptr_sector(ptr) // size] = users.get(ptr_sector(ptr) // size, 0) + 1
     journal = {ptr_sector(ptr) // size for ptr in image.walk.journal_map.ptr.tolist()}
-    for number, row in _live_rows(image, node, dirty=True, count=1):
-        bucket = ptr_sector(int(node.sets[number].keys.ptr[row])) // size
-        if by < 0 or (users[bucket] == 1 and bucket not in journal):
-            gen = int(node.sets[number].keys.ptr[row]) & 0xFF
-            image.bucket_gen(bucket, lambda _old: gen + by)
-            return
-    for number, bset in enumerate(node.sets):
-        for row in range(len(bset.keys.pos)):
-            bucket = ptr_sector(int(bset.keys.ptr[row])) // size
-            if users.get(bucket) == 1 and bucket not in journal and bset.keys.dirty[row]:
-                gen = int(bset.keys.ptr[row]) & 0xFF
-                image.bucket_gen(bucket, lambda _old: gen + by)
+    for _slot_, found in image.walk.leaf_extents():
+        for ptr in found.ptr[found.dirty].tolist():
+            if ptr_sector(ptr) // size not in journal:
+                image.bucket_gen(ptr_sector(ptr) // size, lambda _old: (ptr & 0xFF) + by)
                 return
     raise AssertionError("no such bucket")
 
@@ -452,6 +440,3 @@ def _cut(image: Image) -> None:
 def _data_offset(image: Image) -> None:
     image.sb(16, "Q", 4, device=image.backings[0], fix=False)
     image.sb(184, "Q", 8, device=image.backings[0])
-
-
-assert INODE_SHIFT and SECTOR_MASK and struct

@@ -29,15 +29,17 @@ from bcachectl.fsck.check_backing import Backing, check_backings, read_backing, 
 from bcachectl.fsck.check_journal import check_journal
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Finding, Loss, Severity
-from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, bucket_of, expand, has_lost_set, leaf_map
+from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, bucket_of, expand, has_lost_set, journal_map, leaf_map
 from bcachectl.fsck.walk import Damage, JournalEntry, Node, Read, Slot, Walk
 from bcachectl.ondisk import validity
-from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
 from bcachectl.ondisk.magic import bset_magic
 from bcachectl.ondisk.superblock import NBUCKETS_MIN_RUN, SB_SECTOR, Superblock
 from bcachectl.ondisk.uuids import UUID_FLASH_ONLY
 
 FINDINGS_LIMIT = 10_000
+UNKNOWN_CODES = ("JOURNAL_GAP", "JOURNAL_CSUM", "JOURNAL_KEYS", "JOURNAL_EMPTY", "BTREE_ROOT_PTR")
+"""Codes of damage that may have hit keys anywhere."""
 RANGES_LIMIT = 1_000
 PRIO_INITIAL, PRIO_BTREE = 32768, 65535
 
@@ -130,6 +132,7 @@ class Check:
         self.backings = tuple(backings)
         self.findings: list[Finding] = []
         self.slots: list[Slot] = []
+        self.journal = extent.empty()
         self.dirty: dict[int, Extents] = {}
         """Live dirty extents by device number."""
         self.dropped: frozenset[tuple[int, int]] = frozenset()
@@ -139,6 +142,11 @@ class Check:
         self.used: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Buckets that live data is in."""
         self.totals = Totals(0, 0, 0, 0, 0, 0)
+        self.is_doubtful = False
+        """Keys are missing, nobody knows which."""
+        self.unknown: list[Slot] = []
+        """Leaves that nothing, or not all, is known about."""
+        self._lost_ranges: list[tuple[int, int]] = []
         self._pending: list[_Pending] = []
         self._lost: list[Extents] = []
         self._taken: list[npt.NDArray[np.uint64]] = []
@@ -147,8 +155,13 @@ class Check:
 
     @property
     def known_buckets(self) -> int:
-        """Buckets, from 0 on, whose generation the prio sets tell."""
+        """Buckets, from 0 on, whose clean extents can be believed: whose generation the prio sets tell.
+
+        None if keys of the journal are missing: they may have said that any clean extent is out of date.
+        """
         walk = self.walk
+        if self.is_doubtful:
+            return 0
         return min(len(walk.prio_buckets) * walk.geometry.prios_per_bucket, walk.geometry.nbuckets)
 
     @property
@@ -169,6 +182,7 @@ class Check:
             self._superblock(sb)
             if sb.cache_sync and self.walk.newest is not None:
                 self._add_all(check_journal(self.walk))
+                self.is_doubtful = any(pending.finding.code in UNKNOWN_CODES for pending in self._pending)
                 self._prios()
                 self._uuids()
                 self._claim_fixed()
@@ -193,6 +207,8 @@ class Check:
         code = next((code for where, why, code in DAMAGE_CODES
                      if damage.where.startswith(where) and why in damage.why), "BTREE_KEYS")
         bucket = self.walk.geometry.bucket_of(damage.sector) if damage.sector and self.walk.superblock else None
+        if code == "BTREE_PTR" and damage.start < damage.end:
+            self._lost_ranges.append((damage.start, damage.end))
         key = damage.why.partition("spotted extent ")[2].partition(": bad")[0]
         self._add(Finding(code, damage.where, damage.why, bucket, damage.sector, key), damage.start, damage.end)
 
@@ -203,24 +219,22 @@ class Check:
         self.totals = self.totals._replace(lost_dirty_sectors=int(size[lost.dirty].sum()),
                                            lost_clean_sectors=int(size[~lost.dirty].sum()))
         unsure = lost.csum == TAG_UNKNOWN_GEN
-        is_first_prio = True
+        is_first_cause = True
         for finding, start, end in self._pending:
             losses: tuple[Loss, ...] = ()
             unknown: tuple[tuple[int, int], ...] = ()
             if start < end:
                 rows = (lost.start < np.uint64(end)) & (lost.end > np.uint64(start)) & ~unsure
                 losses = self._losses(lost.take(rows))
-                unknown = tuple((max(slot.start, start), min(slot.end, end)) for slot in self.unknown_slots
+                unknown = tuple((max(slot.start, start), min(slot.end, end)) for slot in self.unknown
                                 if slot.start < end and start < slot.end)
-            elif finding.code.startswith("PRIO_") and finding.severity is Severity.ERROR and is_first_prio:
-                losses, is_first_prio = self._losses(lost.take(unsure)), False
+            if finding.code in UNKNOWN_CODES:
+                unknown = ((0, MAX_POS),)
+            is_cause = finding.code in UNKNOWN_CODES or finding.code.startswith("PRIO_")
+            if is_cause and finding.severity is Severity.ERROR and is_first_cause:
+                losses, is_first_cause = self._losses(lost.take(unsure)), False
             self.findings.append(replace(finding, losses=losses, unknown=unknown))
         self.findings.sort(key=lambda finding: -finding.severity)
-
-    @property
-    def unknown_slots(self) -> list[Slot]:
-        """Ranges of positions that nothing at all is known about."""
-        return [slot for slot in self.slots if slot.leaf is None and slot.nsectors == 0 and slot.lost is None]
 
     def _losses(self, lost: Extents) -> tuple[Loss, ...]:
         inodes = lost.start >> np.uint64(INODE_SHIFT)
@@ -405,7 +419,8 @@ class Check:
 
     def _leaves(self) -> Iterator[Progress]:
         walk = self.walk
-        self.slots = expand(walk)
+        self.slots = expand(walk, self._lost_ranges, self.claims)
+        self.journal = journal_map(walk)
         for slot in self.slots:
             if slot.leaf is None and slot.lost is not None:
                 self.claims.setdefault(walk.geometry.bucket_of(slot.lost.sector), "damaged btree node")
@@ -413,7 +428,9 @@ class Check:
         metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
         dirty: dict[int, list[Extents]] = {}
         for number, slot in enumerate(self.slots):
-            found = leaf_map(walk, slot, known_buckets=self.known_buckets)
+            found = leaf_map(walk, slot, self.journal, known_buckets=self.known_buckets)
+            if found.is_unknown:
+                self.unknown.append(slot)
             self._lost.append(found.lost)
             self._count(found.kept, metadata)
             for inode in np.unique(found.kept.start[found.kept.dirty] >> np.uint64(INODE_SHIFT)).tolist():
@@ -457,7 +474,9 @@ class Check:
     def _judge_stale(self, stale_dirty: Extents, too_stale: Extents) -> None:
         behind = self.walk.staleness(stale_dirty)
         for row in range(len(stale_dirty.start)):
-            self._add(self._extent_finding("BTREE_PTR_STALE_DIRTY", stale_dirty, row, f"stale by {int(behind[row])}"))
+            self._add(self._extent_finding("BTREE_PTR_STALE_DIRTY", stale_dirty, row, f"stale by {int(behind[row])}"),
+                      int(stale_dirty.start[row]), int(stale_dirty.end[row]))
+        self._lost.append(stale_dirty)
         behind = self.walk.staleness(too_stale)
         for row in range(len(too_stale.start)):
             self._add(self._extent_finding("BTREE_PTR_TOO_STALE", too_stale, row, f"stale by {int(behind[row])}"))
@@ -476,7 +495,7 @@ class Check:
 
     def _judge_overlaps(self, sectors: npt.NDArray[np.uint64]) -> None:
         # The leaves once more, to see which extents these are.  Clean ones give way; of dirty ones the first stays.
-        parts = [leaf_map(self.walk, slot, known_buckets=self.known_buckets).kept for slot in self.slots]
+        parts = [leaf_map(self.walk, slot, self.journal, known_buckets=self.known_buckets).kept for slot in self.slots]
         found = extent.concatenate([part.take(np.isin(PTR_OFFSET.get(part.ptr), sectors)) for part in parts])
         order = np.lexsort((PTR_OFFSET.get(found.ptr), ~found.dirty))
         taken: list[tuple[int, int]] = []

@@ -94,7 +94,7 @@ def check_backings(walk: Walk, backings: Sequence[Backing], dirty: Mapping[int, 
             yield Finding("BACKING_TWICE", "backing superblock", f"uuid {format_uuid(sb.uuid)} is that of "
                           f"{seen[sb.uuid]}", device=backing.name)
         seen[sb.uuid] = backing.name
-        if walk.superblock is not None and walk.superblock.cache_sync and walk.uuids:
+        if walk.superblock is not None and walk.superblock.cache_sync and walk.newest is not None:
             yield from _check_member(walk, backing, sb, dirty)
 
 

@@ -36,7 +36,8 @@ from bcachectl.fsck.findings import CODES, Finding, Severity
 from bcachectl.fsck.rescue import guess_superblock
 from bcachectl.fsck.salvage import bucket_of, leaf_map
 from bcachectl.fsck.walk import Walk
-from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET, encode_key_columns, pack_key, ptr_make
+from bcachectl.ondisk import validity
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET, Bkey, encode_key_columns, pack_key, ptr_make
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, encode_bset
 from bcachectl.ondisk.jset import encode_jset
 from bcachectl.ondisk.magic import INVALID_UUID, bset_magic, jset_magic, prio_magic
@@ -51,7 +52,7 @@ from bcachectl.ondisk.superblock import (
     encode_superblock,
     parse_superblock,
 )
-from bcachectl.ondisk.uuids import UuidEntry, encode_uuids
+from bcachectl.ondisk.uuids import UUID_FLASH_ONLY, UuidEntry, decode_uuids, encode_uuids
 
 SEQ_MARGIN = 16
 """Entries that damage hides may be newer than the newest that is seen, by no more than this."""
@@ -60,7 +61,7 @@ SWITCH_BYTES = 512
 
 REBUILD_PREFIXES = ("JOURNAL_", "PRIO_", "UUID_", "BTREE_", "EXTENT_", "BUCKET_", "ORPHAN_")
 NOT_REPAIRED = ("SB_UNUSABLE", "SB_OBSO_LARGE_BUCKET", "SB_NODE_BLOCKS", "SB_TOO_FEW_TO_RUN", "JOURNAL_EMPTY",
-                "BTREE_ROOT_PTR", "JOURNAL_IO", "SB_IO")
+                "BTREE_ROOT_PTR", "JOURNAL_IO")
 BACKING_REPAIRED = ("BACKING_CSUM", "BACKING_OFFSET", "BACKING_MODE", "BACKING_DETACHED_DIRTY", "BACKING_CLEAN_DIRTY")
 
 
@@ -115,7 +116,7 @@ def is_repairable(finding: Finding) -> bool:
 
 def _can_rebuild(check: Check) -> bool:
     # Not if nothing is known of the tree: a rebuild would make an empty set of it.
-    unknown = sum(slot.end - slot.start for slot in check.unknown_slots)
+    unknown = sum(slot.end - slot.start for slot in check.unknown)
     return check.walk.newest is not None and unknown < MAX_POS
 
 
@@ -218,7 +219,8 @@ class _Rebuild:
 
     def _live(self) -> Extents:
         check = self.check
-        parts = [leaf_map(self.walk, slot, known_buckets=check.known_buckets).kept for slot in check.slots]
+        parts = [leaf_map(self.walk, slot, check.journal, known_buckets=check.known_buckets).kept
+                 for slot in check.slots]
         live = extent.concatenate(parts)
         live = live.take(np.argsort(live.start, kind="stable"))
         if check.dropped:
@@ -329,8 +331,12 @@ class _Rebuild:
 
     def _lost_uuids(self) -> list[UuidEntry]:
         # An array of an older journal entry may still be there: slots are only ever added or retired.
-        entries = [UuidEntry()] * self.geometry.nr_uuids
         inodes = np.unique(self.extents.start >> np.uint64(INODE_SHIFT)).tolist()
+        for entry in reversed(self.walk.journal):
+            older = self._uuids_of(entry.jset.uuid_bucket)
+            if older and all(inode < len(older) and not older[inode].is_free for inode in inodes):
+                return older
+        entries = [UuidEntry()] * self.geometry.nr_uuids
         for inode in inodes:
             entries[inode] = UuidEntry(uuid=INVALID_UUID)
         members = [backing for backing in self.check.backings if self._is_member(backing)]
@@ -338,6 +344,18 @@ class _Rebuild:
             sb = parse_superblock(members[0].read(SB_SECTOR, SB_BYTES >> 9))
             entries[inodes[0]] = UuidEntry(uuid=sb.uuid, label=sb.label)
         return entries
+
+    def _uuids_of(self, key: Bkey) -> list[UuidEntry]:
+        # The array that a journal entry names, if anything like one stands there: it has no checksum.
+        if validity.btree_ptr_invalid(key, self.geometry) or key.size != self.geometry.meta_sectors:
+            return []
+        try:
+            entries = decode_uuids(self.walk.read(key.ptrs[0].sector, key.size))
+        except BcachectlError:
+            return []
+        free = sum(entry.is_free for entry in entries)
+        odd = any(any(entry.pad) or entry.flags & ~UUID_FLASH_ONLY.mask for entry in entries)
+        return entries if free and not odd else []
 
     def _is_member(self, backing: Backing) -> bool:
         sb = parse_superblock(backing.read(SB_SECTOR, SB_BYTES >> 9))

@@ -24,7 +24,7 @@ from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
 from bcachectl.fsck.walk import Read
 from bcachectl.ondisk.crc64 import crc64
-from bcachectl.ondisk.geometry import Geometry
+from bcachectl.ondisk.geometry import PAGE_SECTORS, Geometry
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, JSET_VERSION, Jset, decode_jset
 from bcachectl.ondisk.magic import BCACHE_MAGIC, JSET_MAGIC, prio_magic
 from bcachectl.ondisk.superblock import (
@@ -137,10 +137,7 @@ def _scan(read: Read, size_sectors: int, magic: int | None) -> list[_Found]:
     found: list[_Found] = []
     for start in range(0, min(size_sectors, SCAN_LIMIT_SECTORS), CHUNK_SECTORS):
         count = min(CHUNK_SECTORS + (JSET_MAX_BYTES >> 9), size_sectors - start)
-        try:
-            buf = read(start, count)
-        except BcachectlError:
-            continue
+        buf = _read_around(read, start, count)
         words = np.frombuffer(buf, "<u8").reshape(-1, 64)[:CHUNK_SECTORS]
         lengths = np.frombuffer(buf, "<u4").reshape(-1, 128)[:CHUNK_SECTORS]
         rows = (lengths[:, 6] == JSET_VERSION) & (lengths[:, 7] <= JSET_MAX_BYTES // 8) & (words[:, 2] > 0)
@@ -154,6 +151,17 @@ def _scan(read: Read, size_sectors: int, magic: int | None) -> list[_Found]:
             if jset is not None:
                 found.append(_Found(start + row, own, jset))
     return found
+
+
+def _read_around(read: Read, start: int, count: int) -> bytes:
+    # Zeros where a page cannot be read.
+    try:
+        return read(start, count)
+    except BcachectlError:
+        if count <= PAGE_SECTORS:
+            return bytes(count << 9)
+    return b"".join(_read_around(read, at, min(PAGE_SECTORS, start + count - at))
+                    for at in range(start, start + count, PAGE_SECTORS))
 
 
 def _bucket_size(read: Read, size_sectors: int, newest: Jset, set_uuid: bytes, likely: list[int]) -> int:

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Container, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +60,15 @@ _ONES = (1 << 64) - 1
 
 
 class SalvagedSet(NamedTuple):
-    """One set of a node: the block it starts at, its keys as far as they can be read, whether its checksum holds."""
+    """One set of a node: the block it starts at, its keys as far as they can be read, whether its checksum holds.
+
+    ``is_whole`` says that all keys that its header promises look like keys.
+    """
 
     block: int
     keys: KeyColumns
     is_valid: bool
+    is_whole: bool = True
 
 
 class LeafMap(NamedTuple):
@@ -137,7 +143,7 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list
             try:
                 found.append(SalvagedSet(block, decode_key_columns(node.view[start:start + keys * 8], keys), True))
             except Corrupt:
-                found.append(SalvagedSet(block, plausible_keys(node.view[start:start + keys * 8]), False))
+                found.append(_damaged(block, node.view[start:start + keys * 8], keys))
             block += node.set_blocks(keys)
             continue
         later = node.next_valid(block)
@@ -147,11 +153,17 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list
         end = (later or node.blocks) * block_bytes
         if start + keys * 8 <= end:
             end = start + keys * 8
-        found.append(SalvagedSet(block, plausible_keys(node.view[start:end]), False))
+        found.append(_damaged(block, node.view[start:end], keys))
         if later is None:
             break
         block = later
     return found
+
+
+def _damaged(block: int, words: memoryview, promised: int) -> SalvagedSet:
+    keys = plausible_keys(words)
+    nr_u64s = 2 * len(keys.pos) + int(keys.nptrs.sum())
+    return SalvagedSet(block, keys, False, 0 < nr_u64s == promised)
 
 
 def has_lost_set(buf: bytes, *, written_blocks: int, magic: int, seed: int, block_bytes: int) -> bool:
@@ -200,19 +212,98 @@ def read_sets(walk: Walk, ptr: Ptr, nsectors: int) -> list[SalvagedSet] | None:
         sets, written_blocks = decode_node(buf, magic=magic, seed=seed, block_bytes=block_bytes,
                                      node_blocks=len(buf) // block_bytes, where="")
     except Corrupt:
-        return salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
+        found = salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
+        if not any(image.is_valid for image in found):
+            gen = _real_gen(buf, magic, seed, block_bytes)
+            if gen is not None:
+                return salvage_sets(buf, magic=magic, seed=seed & ~0xFF | gen, block_bytes=block_bytes)
+        return found
     if has_lost_set(buf, written_blocks=written_blocks, magic=magic, seed=seed, block_bytes=block_bytes):
         return salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
     return [SalvagedSet(image.block, image.keys, True) for image in sets]
 
 
+def _real_gen(buf: bytes, magic: int, seed: int, block_bytes: int) -> int | None:
+    # The generation that makes the first set's checksum right, if the pointer's own does not.
+    for gen in range(256):
+        node = _Node(buf, magic, seed & ~0xFF | gen, block_bytes)
+        if node.header(0)[1] == magic and node.is_valid(0):
+            return gen
+    return None
+
+
 # Interior nodes.
 
-def expand(walk: Walk) -> list[Slot]:
+def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Container[int] = ()) -> list[Slot]:
     """The leaves in key order, with those below damaged interior nodes that can still be found.
 
-    Raises gens by what those nodes and damaged leaves say, so it comes before any `leaf_map`.
+    ``lost_ranges`` are those of children whose pointers are bad.  Leaves that nothing points to any more are looked for
+    in all buckets that are not ``claimed``.  Raises gens by what damaged nodes say, so it comes before any `leaf_map`.
     """
+    slots = _expand(walk)
+    for start, end in lost_ranges:
+        slots = [part for slot in slots for part in _without(slot, start=start, end=end)]
+        slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
+    if any(slot.leaf is None and slot.lost is None for slot in slots):
+        candidates = find_leaves(walk, claimed, {walk.geometry.bucket_of((slot.leaf or slot.lost or Ptr(0, 0, 0)).sector)
+                                                 for slot in slots})
+        slots = [part for slot in slots for part in (_fill(slot, candidates) if slot.leaf is slot.lost is None else [slot])]
+    return slots
+
+
+def _without(slot: Slot, *, start: int, end: int) -> list[Slot]:
+    # What is left of a slot outside [start, end).
+    if slot.end <= start or end <= slot.start:
+        return [slot]
+    parts = [replace(slot, end=start)] if slot.start < start else []
+    return [*parts, replace(slot, start=end)] if end < slot.end else parts
+
+
+def _fill(slot: Slot, candidates: list[Slot]) -> list[Slot]:
+    # The leaves among ``candidates`` whose keys all lie in the range of a lost one.
+    fitting = [each for each in candidates if slot.start <= each.start and each.end <= slot.end]
+    parts: list[Slot] = []
+    at = slot.start
+    for each in fitting:
+        if each.start >= at:
+            parts.append(replace(each, start=at))
+            at = each.end
+    if not parts:
+        return [slot]
+    return [*parts[:-1], replace(parts[-1], end=slot.end)]
+
+
+def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> list[Slot]:
+    """Leaves in buckets that nothing claims, by their magic and a checksum that fits the bucket's generation."""
+    assert walk.superblock is not None
+    geometry, magic = walk.geometry, bset_magic(walk.superblock.set_uuid)
+    found: list[Slot] = []
+    for bucket in range(geometry.first_bucket, geometry.nbuckets):
+        if bucket in claimed or bucket in known:
+            continue
+        sector = geometry.sector_of(bucket)
+        try:
+            if struct.unpack_from("<Q", walk.read(sector, 1), 8)[0] != magic:
+                continue
+            buf = walk.read(sector, geometry.node_sectors)
+        except BcachectlError:
+            continue
+        gen = _real_gen(buf, magic, ptr_make(sector, 0), geometry.block_bytes)
+        if gen is None or (gen != int(walk.gens[bucket]) and validity.gen_after(int(walk.gens[bucket]), gen)):
+            continue
+        sets = [image for image in salvage_sets(buf, magic=magic, seed=ptr_make(sector, gen),
+                                                block_bytes=geometry.block_bytes) if image.is_valid]
+        starts = [image.keys.pos[image.keys.size > 0] - image.keys.size[image.keys.size > 0] for image in sets]
+        ends = [image.keys.pos[image.keys.size > 0] for image in sets]
+        is_leaf = not all(bool(((image.keys.size == geometry.node_sectors) & ~image.keys.dirty).all()) for image in sets)
+        if is_leaf and any(len(end) for end in ends):
+            walk.mark_columns([image.keys for image in sets], 0)
+            found.append(Slot(int(min(start.min() for start in starts if len(start))),
+                              int(max(end.max() for end in ends if len(end))), Ptr(0, sector, gen), geometry.node_sectors))
+    return sorted(found, key=lambda slot: slot.start)
+
+
+def _expand(walk: Walk) -> list[Slot]:
     slots: list[Slot] = []
     at = 0
     for slot in sorted(walk.slots, key=lambda each: each.start):
@@ -239,6 +330,7 @@ def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
         return [slot]
     slots: list[Slot] = []
     start = slot.start
+    is_whole = all(image.is_valid or image.is_whole for image in sets)
     rows = sorted((int(pos), -number, row) for number, image in enumerate(sets)
                   for row, pos in enumerate(image.keys.pos))
     for pos, minus_number, row in rows:
@@ -252,6 +344,13 @@ def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
         if bucket in seen or not (is_node or image.is_valid):
             continue
         seen.add(bucket)
+        if not is_whole and slot.level == 1:
+            # Another child may have stood before this one.
+            first = min((int((each.keys.pos - each.keys.size)[each.keys.size > 0].min()) for each in child or []
+                         if each.is_valid and (each.keys.size > 0).any()), default=pos)
+            if start < first < pos:
+                slots.append(Slot(start, first, None, 0))
+                start = first
         slots.extend(_below(walk, Slot(start, pos, None, key.size, key.ptrs[0], slot.level - 1), seen, depth - 1))
         start = pos
     if start < slot.end:
@@ -269,8 +368,24 @@ def interior_key(keys: KeyColumns, row: int) -> Bkey:
 
 # Leaves.
 
-def leaf_map(walk: Walk, slot: Slot, *, known_buckets: int) -> LeafMap:
-    """The extents of one leaf by the rules above; the gens of buckets from ``known_buckets`` on are not known."""
+def journal_map(walk: Walk) -> Extents:
+    """The journal's keys as a flat map; those that no kernel accepts are tagged as lost."""
+    parts: list[Extents] = []
+    for entry in walk.replay:
+        try:
+            keys, is_valid = decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8), True
+        except Corrupt:
+            keys, is_valid = plausible_keys(entry.jset.keys), False
+        part = _tagged(walk, SalvagedSet(0, keys, is_valid))
+        parts.append(_retag(part, part.csum == TAG_NONE, TAG_JOURNAL))
+    return extent.flatten(extent.concatenate(parts))
+
+
+def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) -> LeafMap:
+    """The extents of one leaf by the rules above, with `journal_map` on top.
+
+    The gens of buckets from ``known_buckets`` on are not known.
+    """
     ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
     sets = read_sets(walk, ptr, slot.nsectors) if ptr is not None else None
     merged = too_stale = outside = extent.empty()
@@ -287,17 +402,17 @@ def leaf_map(walk: Walk, slot: Slot, *, known_buckets: int) -> LeafMap:
         outside = extent.concatenate([before, extent.clip(merged, start=slot.end, end=MAX_POS)])
         outside = _retag(outside, np.ones(len(outside.start), np.bool_), TAG_LOST)
         merged = extent.clip(merged, start=slot.start, end=slot.end)
+    merged = extent.overlay(merged, extent.clip(journal, start=slot.start, end=slot.end))
     is_unsure = ~merged.dirty & (merged.nptrs > 0) & (bucket_of(walk, merged) >= known_buckets)
-    merged = _retag(merged, is_unsure & (merged.csum == TAG_NONE), TAG_UNKNOWN_GEN)
-    journal = extent.clip(walk.journal_map, start=slot.start, end=slot.end)
-    journal = _retag(journal, np.ones(len(journal.start), np.bool_), TAG_JOURNAL)
-    merged = extent.concatenate([extent.overlay(merged, journal), outside])
+    merged = _retag(merged, is_unsure & (merged.csum <= TAG_JOURNAL), TAG_UNKNOWN_GEN)
+    merged = extent.concatenate([merged, outside])
     has_data = (merged.nptrs > 0) & ((PTR_DEV.get(merged.ptr) == 0) | (merged.csum == TAG_LOST))
     stale = (walk.staleness(merged) > 0) & (bucket_of(walk, merged) < walk.geometry.nbuckets)
     kept = has_data & ~stale & (merged.csum <= TAG_JOURNAL)
     lost = has_data & ~stale & (merged.csum > TAG_JOURNAL)
     stale_dirty = has_data & stale & merged.dirty & (merged.csum == TAG_NONE)
-    return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, not sets)
+    is_unknown = not sets or not all(image.is_valid or image.is_whole for image in sets)
+    return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, is_unknown)
 
 
 def bucket_of(walk: Walk, extents: Extents) -> npt.NDArray[np.uint64]:

@@ -229,7 +229,9 @@ class Walk:
                          0, MAX_POS)
             return
         newest = self.journal[-1].jset
-        last_seq = min(newest.last_seq, newest.seq)
+        # One that makes no sense is taken from the entries before.
+        last_seq = next((entry.jset.last_seq for entry in reversed(self.journal)
+                         if 0 < entry.jset.last_seq <= entry.jset.seq), newest.seq)
         by_seq = {entry.jset.seq: entry for entry in self.journal if entry.jset.seq >= last_seq}
         self.replay = [by_seq[seq] for seq in sorted(by_seq)]
         expected = last_seq
@@ -379,7 +381,8 @@ class Walk:
         for pos, minus_number, row in rows:
             key = _interior_key(node.sets[-minus_number].keys, row)
             if validity.btree_ptr_invalid(key, self.geometry):
-                damages.append(Damage(where, f"spotted btree ptr {text(key)}", sector, node.nsectors))
+                lost = (start, pos) if start < pos <= node.end else (0, 0)
+                damages.append(Damage(where, f"spotted btree ptr {text(key)}", sector, node.nsectors, *lost))
                 continue
             if pos == 0 or not _is_here(key) or validity.ptr_stale(key, self.geometry, self.gens):
                 continue

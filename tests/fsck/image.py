@@ -54,11 +54,11 @@ class Device:
 
     def put(self, offset: int, data: bytes) -> None:
         first, last = offset >> 9, (offset + len(data) + 511) >> 9
+        self.unreadable.difference_update(range(first, last))
         buf = bytearray(self.read(first, last - first))
         buf[offset - (first << 9):offset - (first << 9) + len(data)] = data
         for sector in range(first, last):
             self.edits[sector] = bytes(buf[(sector - first) << 9:(sector - first + 1) << 9])
-            self.unreadable.discard(sector)
 
     def flip(self, offset: int, mask: int = 0x5A) -> None:
         self.put(offset, bytes([self.get(offset, 1)[0] ^ mask]))
