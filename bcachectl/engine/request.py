@@ -254,7 +254,7 @@ async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int
     """Write data to the cache and its keys to journal and btree; returns 0 or an errno (request.c, bch_data_insert).
 
     Clean data needs no room: what finds none, or meets an error, is invalidated instead.  Dirty data waits for room,
-    and an error is the caller's: then no key is inserted at all."""
+    and an error is the caller's: then no key is inserted for what was written since the last wait."""
     view = memoryview(buf)
     end = start + (len(view) >> 9)
     cset.gc.note_sectors(end - start)
@@ -265,7 +265,14 @@ async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int
     while position < end:
         piece = cset.sectors.alloc_nowait(position, end - position, write_point=how.stream, flash=how.flash)
         if piece is None and how.dirty:
+            # What there is goes into the map first: the data that it replaces may be all there is to make room.
+            error = await _insert_written(cset, extents, ios, how)
+            if error:
+                return error
+            extents, ios = [], []
             piece = await cset.sectors.alloc(position, end - position, write_point=how.stream, flash=how.flash)
+            if piece is None:
+                return EIO
         if piece is None:
             break
         stop = position + piece.nsectors
@@ -277,6 +284,15 @@ async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int
             cset.cache.write((piece.ptr >> 8) & PTR_SECTOR_MASK, view[(position - start) << 9 : (stop - start) << 9])
         )
         position = stop
+    error = await _insert_written(cset, extents, ios, how)
+    if not error and position < end:
+        error = 0 if await invalidate(cset, position, end, durable=how.durable) else EIO
+    return error
+
+
+async def _insert_written(cset: CacheSet, extents: list[Extent], ios: list[Io], how: NewData) -> int:
+    # Awaits the data of some extents and inserts their keys.
+    buckets = cset.buckets
     for index, io in enumerate(ios):
         error = await io
         cset.congestion.account(cset.sched.now_ns - io.start_ns, is_write=True)
@@ -285,15 +301,12 @@ async def insert_data(cset: CacheSet, start: int, buf: Any, how: NewData) -> int
             failed = extents[index]
             buckets.unpin(buckets.bucket_of(failed.ptr))
             extents[index] = Extent(failed.start, failed.end, 0, 0)
-    if how.dirty and (position < end or not all(extent.flags for extent in extents)):
+    if how.dirty and not all(extent.flags for extent in extents):
         for extent in extents:
             if extent.flags:
                 buckets.unpin(buckets.bucket_of(extent.ptr))
         return EIO
-    ok = await insert_keys(cset, extents, durable=how.durable)
-    if ok and position < end:
-        ok = await invalidate(cset, position, end, durable=how.durable)
-    return 0 if ok else EIO
+    return 0 if await insert_keys(cset, extents, durable=how.durable) else EIO
 
 
 # Reading.

@@ -23,7 +23,7 @@ from bcachectl.errors import BcachectlError, WrongState
 from bcachectl.ondisk.superblock import BdevState, CacheMode
 from tests.sim.disk import SECTOR
 from tests.sim.power import drain
-from tests.sim.world import Backing, Setup, World
+from tests.sim.world import FLASH, Backing, Setup, World
 
 SLOW_NS = 500 * NS_PER_MS
 ONE_CACHED = Setup(settles=False)
@@ -343,5 +343,20 @@ def test_a_stop_after_writeback_met_a_bad_leaf() -> None:
         assert await refused(w.cset.flush_volume("bcache0"))
         assert w.cset.failed
         await w.cset.stop()
+
+    w.run(story())
+
+
+def test_a_write_larger_than_the_free_space_replaces_what_it_overwrites() -> None:
+    """All of it together finds no room, since what it replaces would make some; so it has to go in by and by."""
+    w = up(Setup(backings=()), "large overwrite")
+
+    async def story() -> None:
+        await w.flash_create(FLASH, 3000)
+        for sector in range(0, 3000, 100):
+            await w.write(FLASH, sector, 100)
+        for _ in range(2):
+            await w.write(FLASH, 0, 2000, fua=True)
+        await w.read(FLASH, 0, 2000)
 
     w.run(story())
