@@ -41,7 +41,10 @@ def share(name: str) -> Choose:
     return some
 
 
-@pytest.mark.parametrize("name", ["leaves_come_and_go", "around", "miss_fill", "modes", "detach", "writeback", "interior"])
+ORDER = ("leaves_come_and_go", "around", "miss_fill", "modes", "detach", "writeback", "interior")
+
+
+@pytest.mark.parametrize("name", ORDER)
 def test_without_power_loss(name: str) -> None:
     """More seeds of what is mostly a matter of order, not of what survives."""
     for seed in range(SEED + 1, SEED + 5):
