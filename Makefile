@@ -8,9 +8,10 @@ PYTEST := $(BIN)/pytest
 WORKERS ?= 2
 KERNEL ?=
 SEED ?=
+SHARD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden sim crash vm bench docs clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash damage flips nofalse vm system bench docs clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +37,18 @@ sim: setup-dev ## the engine on simulated disks; SEED=n replays a seed
 
 crash: setup-dev ## power loss at every point of every story, three times (about an hour); SEED=n for other choices
 	$(if $(SEED),BCACHECTL_SIM_SEED=$(SEED)) BCACHECTL_CRASH=all $(PYTEST) -n $(WORKERS) --timeout 7200 -m crash
+
+damage: setup-dev ## every case of damage: exact findings, exact cost, clean after repair
+	$(PYTEST) -n $(WORKERS) tests/fsck/test_damage.py tests/fsck/test_repair.py
+
+flips: setup-dev ## every byte of all metadata flipped (hours); SHARD=3/8 takes the third eighth
+	$(if $(SHARD),BCACHECTL_SHARD=$(SHARD)) BCACHECTL_FLIPS=all $(PYTEST) -n $(WORKERS) -rP tests/fsck/test_flip.py
+
+nofalse: setup-dev ## fsck finds nothing on thousands of images from the simulator
+	BCACHECTL_NOFALSE_EVERY=10 $(PYTEST) -n $(WORKERS) tests/fsck/test_no_false.py
+
+system: setup-dev ## engines as processes: fio, ext4, SIGKILL, dying devices, damaged images
+	$(PYTEST) -n $(WORKERS) -m system
 
 vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12 for one kernel only
 	$(if $(KERNEL),BCACHECTL_VM_KERNEL=$(KERNEL)) $(PYTEST) -n $(WORKERS) -m vm

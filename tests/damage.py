@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Named cases of damage, each made by changing a good image, with the findings that fsck must report.
 
-A `Case` names its base image, the edit, and the exact codes of all warnings and errors.  The checksum is set right again
-where the rule is not the checksum.  What a case costs is not written down here: tests/fsck/test_damage.py works it out
-from the undamaged image and holds the report against it.  ``make damage`` prints all cases.
+A `Case` names its base image, the edit, and the exact codes of all warnings and errors.  The checksum is set right
+again where the rule is not the checksum.  What a case costs is not written down here: tests/fsck/test_damage.py works
+it out from the undamaged image and holds the report against it.  ``make damage`` runs all cases.
 """
 
 from __future__ import annotations
@@ -250,7 +250,8 @@ def _child(image: Image, node: Node) -> tuple[int, int]:
     for number, bset in enumerate(node.sets):
         for row in range(len(bset.keys.pos) - 1):
             child = live.get(ptr_sector(int(bset.keys.ptr[row])) // size)
-            if child is not None and child.gen == int(bset.keys.ptr[row]) & 0xFF and child.end == int(bset.keys.pos[row]):
+            is_live = child is not None and child.gen == int(bset.keys.ptr[row]) & 0xFF
+            if child is not None and is_live and child.end == int(bset.keys.pos[row]):
                 return number, row
     raise AssertionError("no child")
 
@@ -392,12 +393,9 @@ def _gen(image: Image, by: int) -> None:
     # A bucket with dirty extents that only leaves know of.
     size = image.walk.geometry.bucket_size_sectors
     journal = {ptr_sector(ptr) // size for ptr in image.walk.journal_map.ptr.tolist()}
-    for _slot_, found in image.walk.leaf_extents():
-        for ptr in found.ptr[found.dirty].tolist():
-            if ptr_sector(ptr) // size not in journal:
-                image.bucket_gen(ptr_sector(ptr) // size, lambda _old: (ptr & 0xFF) + by)
-                return
-    raise AssertionError("no such bucket")
+    ptrs = (ptr for _slot_, found in image.walk.leaf_extents() for ptr in found.ptr[found.dirty].tolist())
+    chosen = next(ptr for ptr in ptrs if ptr_sector(ptr) // size not in journal)
+    image.bucket_gen(ptr_sector(chosen) // size, lambda _old: (chosen & 0xFF) + by)
 
 
 # Backing devices.

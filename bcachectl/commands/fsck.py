@@ -39,7 +39,7 @@ BackingArgument = Annotated[list[str] | None, typer.Argument(
     metavar="[BACKING...]", autocompletion=complete_device, show_default=False,
     help="Backing devices of the set, to be checked against it.")]
 NoOption = Annotated[bool, typer.Option("-n", "--no", help="Only check, write nothing. This is the default.")]
-PreenOption = Annotated[bool, typer.Option("-p", "--preen", help="Repair what can be repaired without losing anything.")]
+PreenOption = Annotated[bool, typer.Option("-p", "--preen", help="Repair what can be repaired without any loss.")]
 YesOption = Annotated[bool, typer.Option("-y", "--yes", help="Repair everything that can be repaired.")]
 RepairOption = Annotated[bool, typer.Option("--repair", help="Repair, after asking once.")]
 OutputOption = Annotated[Path | None, typer.Option(
@@ -61,9 +61,9 @@ def fsck(cache: CacheArgument, backings: BackingArgument = None, no: NoOption = 
          as_json: Json = False) -> int:
     """Check a cache set offline: every structure, every key, and every rule between them.
 
-    Nothing is written unless -p, -y or --repair asks for it; then an undo file is kept first, and `bcachectl undo` takes
-    the repair back. Exit status as of fsck(8): 0 clean, 1 corrected, 4 left uncorrected, 8 operational error, 16 usage,
-    32 interrupted.
+    Nothing is written unless -p, -y or --repair asks for it; then an undo file is kept first, and `bcachectl undo`
+    takes the repair back. Exit status as of fsck(8): 0 clean, 1 corrected, 4 left uncorrected, 8 operational error, 16
+    usage, 32 interrupted.
     """
     try:
         if sum((no, preen, yes, repair)) > 1:
@@ -150,11 +150,12 @@ def _repair(check: Check, opened: dict[str, BlockDevice], cache: str, files: lis
 
 
 def _plan(repair: Repair, cache: str) -> Plan:
-    return Plan("fsck", tuple(tuple(Write(write.device or cache, write.offset_bytes, len(write.data), write.what, write.data)
-                                    for write in step) for step in repair.steps))
+    return Plan("fsck", tuple(tuple(Write(write.device or cache, write.offset_bytes, len(write.data), write.what,
+                                          write.data) for write in step) for step in repair.steps))
 
 
-def _apply(plan: Plan, opened: dict[str, BlockDevice], cache: str, output: Path | None, backup: Path | None) -> Path | None:
+def _apply(plan: Plan, opened: dict[str, BlockDevice], cache: str, output: Path | None,
+           backup: Path | None) -> Path | None:
     if output is None:
         undo = backup or writeplan.undo_path("fsck", opened, now_s=int(time.time()))
         writeplan.save_undo(plan, opened, undo)

@@ -77,9 +77,9 @@ def _xfs(device: str, offset_bytes: int, block_bytes: int, loss: Loss) -> list[s
     if tool is None:
         return [f"--files: {loss.volume} is xfs; install xfsprogs (xfs_db) to name its files."]
     if offset_bytes:
-        return [f"--files: {loss.volume} is xfs; xfs_db reads no file system that starts inside {device}: attach a loop "
-                f"device with --offset {offset_bytes} --read-only, and ask it `blockget -n`, `fsblock N`, `blockuse -n` for "
-                f"the blocks of {block_bytes} bytes that the ranges above lie in."]
+        return [f"--files: {loss.volume} is xfs; xfs_db reads no file system that starts inside {device}: attach a "
+                f"loop device with --offset {offset_bytes} --read-only, and ask it `blockget -n`, `fsblock N`, "
+                f"`blockuse -n` for the blocks of {block_bytes} bytes that the ranges above lie in."]
     return []
 
 

@@ -56,8 +56,8 @@ def as_json(check: Check, repair: Repair | None, undo: Path | None, files: list[
 
 def _finding_json(finding: Finding) -> dict[str, Any]:
     return {"code": finding.code, "severity": finding.severity.name.lower(), "device": finding.device or "cache",
-            "structure": finding.structure, "bucket": finding.bucket, "sector": finding.sector, "key": finding.key or None,
-            "why": finding.why, "meaning": finding.meaning, "safe": finding.is_safe,
+            "structure": finding.structure, "bucket": finding.bucket, "sector": finding.sector,
+            "key": finding.key or None, "why": finding.why, "meaning": finding.meaning, "safe": finding.is_safe,
             "repairable": is_repairable(finding),
             "losses": [{"volume": loss.volume, "inode": loss.inode, "dirty_sectors": loss.dirty_sectors,
                         "clean_sectors": loss.clean_sectors, "dirty_ranges_bytes": [list(each) for each in loss.ranges]}
@@ -72,12 +72,13 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
     sb, totals = check.walk.superblock, check.totals
     counts = {severity: sum(finding.severity is severity for finding in check.findings) for severity in Severity}
     name = f"set {format_uuid(sb.set_uuid)}" if sb is not None else "unknown set"
-    state = "clean" if check.worst is Severity.NOTE else "DAMAGED" if check.worst is Severity.ERROR else "not as it should be"
+    state = {Severity.NOTE: "clean", Severity.WARNING: "not as it should be", Severity.ERROR: "DAMAGED"}[check.worst]
     yield f"{name}: {state}"
     yield (f"  {counts[Severity.ERROR]} errors, {counts[Severity.WARNING]} warnings, {counts[Severity.NOTE]} notes; "
            f"{totals.nodes} btree nodes, {totals.extents} extents")
-    yield (f"  dirty data: {format_sectors(totals.dirty_sectors)} good, {format_sectors(totals.lost_dirty_sectors)} lost; "
-           f"clean data: {format_sectors(totals.clean_sectors)} good, {format_sectors(totals.lost_clean_sectors)} to drop")
+    good, lost = format_sectors(totals.dirty_sectors), format_sectors(totals.lost_dirty_sectors)
+    clean, dropped = format_sectors(totals.clean_sectors), format_sectors(totals.lost_clean_sectors)
+    yield f"  dirty data: {good} good, {lost} lost; clean data: {clean} good, {dropped} to drop"
     for finding in check.findings:
         yield ""
         yield from _finding_lines(finding)
@@ -89,8 +90,8 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
         yield f"Not repaired: {', '.join(dict.fromkeys(finding.code for finding in repair.left))}"
     if repair is None and check.worst > Severity.NOTE:
         yield ""
-        yield ("Nothing was written. `bcachectl fsck -p` repairs what costs nothing, -y everything; both keep an undo file, "
-               "and --output FILE repairs a copy.")
+        yield ("Nothing was written. `bcachectl fsck -p` repairs what costs nothing, -y everything; both keep an undo "
+               "file, and --output FILE repairs a copy.")
 
 
 def _finding_lines(finding: Finding) -> Iterator[str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Check`: the rules across all structures of a set, over one walk, as `Finding`s with what they cost.
 
-1. `Check.stages` walks the device and yields its `Progress`; each `Damage` becomes a finding by the table `DAMAGE_CODES`.
-   Nodes are judged as they come and not kept.
+1. `Check.stages` walks the device and yields its `Progress`; each `Damage` becomes a finding by `DAMAGE_CODES`.  Nodes
+   are judged as they come and not kept.
 2. Rules that need one structure whole: superblock, journal, prio sets, uuid array.
 3. Who claims which bucket: superblock, journal, prio sets, uuid array, btree nodes; then data.
 4. Every leaf once more with the journal on top (`salvage`): extents against buckets, against each other, against the
@@ -136,7 +136,7 @@ class Check:
         self.dirty: dict[int, Extents] = {}
         """Live dirty extents by device number."""
         self.dropped: frozenset[tuple[int, int]] = frozenset()
-        """Live extents, as (start, first sector), that lie where other data or metadata is; a repair leaves them out."""
+        """Live extents, as (start, first sector), that lie where other data or metadata is; a repair drops them."""
         self.claims: dict[int, str] = {}
         """Buckets of metadata, and whose they are."""
         self.used: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -176,8 +176,8 @@ class Check:
         if sb is None:
             self._add(Finding("SB_UNUSABLE", "superblock", "no geometry", sector=SB_SECTOR))
         elif sb is self.instead:
-            self._add(Finding("SB_GUESSED", "superblock", f"{sb.nbuckets} buckets of {sb.bucket_size} sectors, blocks of "
-                                                          f"{sb.block_size}", sector=SB_SECTOR))
+            self._add(Finding("SB_GUESSED", "superblock", f"{sb.nbuckets} buckets of {sb.bucket_size} sectors, blocks "
+                                                          f"of {sb.block_size}", sector=SB_SECTOR))
         if sb is not None and sb.is_cache:
             self._superblock(sb)
             if sb.cache_sync and self.walk.newest is not None:
@@ -518,8 +518,8 @@ class Check:
         for inode, dirty in sorted(self.dirty.items()):
             sectors = int(dirty.size.sum())
             if inode >= len(walk.uuids):
-                self._add(Finding("EXTENT_INODE", "btree", f"{sectors} dirty sectors of device number {inode}; there are "
-                                  f"{len(walk.uuids)} slots"), inode << INODE_SHIFT, inode + 1 << INODE_SHIFT)
+                self._add(Finding("EXTENT_INODE", "btree", f"{sectors} dirty sectors of device number {inode}; there "
+                                  f"are {len(walk.uuids)} slots"), inode << INODE_SHIFT, inode + 1 << INODE_SHIFT)
                 for row in range(len(dirty.start)):
                     self._drop(dirty, row)
                 continue

@@ -149,7 +149,8 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, dirty: Mapping[i
 def differing_sectors(walk: Walk, backing: Backing, dirty: Extents) -> int:
     """How many sectors of dirty extents have other content on the backing device; unreadable ones count."""
     differs = 0
-    for start, end, ptr in zip(dirty.start.tolist(), dirty.end.tolist(), PTR_OFFSET.get(dirty.ptr).tolist(), strict=True):
+    sectors = PTR_OFFSET.get(dirty.ptr).tolist()
+    for start, end, ptr in zip(dirty.start.tolist(), dirty.end.tolist(), sectors, strict=True):
         sector = start & (1 << INODE_SHIFT) - 1
         for done in range(0, end - start, COMPARE_SECTORS):
             count = min(COMPARE_SECTORS, end - start - done)

@@ -108,13 +108,13 @@ CODES: dict[str, Meaning] = {
     "SB_FIRST_BUCKET": Meaning(_E, "The first bucket would overwrite the superblock; the kernel refuses the device."),
     "SB_GUESSED": Meaning(_N, "The superblock is unusable; what follows goes by geometry found on the device or "
                               "given."),
-    "SB_UNUSABLE": Meaning(_E, "Neither the superblock nor the rest of the device tells the geometry; give --bucket-size "
-                               "and --set-uuid.", safe=False),
+    "SB_UNUSABLE": Meaning(_E, "Neither the superblock nor the rest of the device tells the geometry; "
+                               "give --bucket-size and --set-uuid.", safe=False),
     "SB_FLAGS": Meaning(_N, "The superblock has flag bits that no kernel gives a meaning to."),
     "SB_REPLACEMENT": Meaning(_W, "The replacement policy is none; the allocator of a kernel would never free a "
                                   "bucket."),
-    "SB_OBSO_LARGE_BUCKET": Meaning(_W, "The large buckets are in the form of kernel 5.9; later kernels make every volume "
-                                        "of this set read-only.", safe=False),
+    "SB_OBSO_LARGE_BUCKET": Meaning(_W, "The large buckets are in the form of kernel 5.9; later kernels "
+                                        "make every volume of this set read-only.", safe=False),
     "SB_DISCARD": Meaning(_N, "Discard is on; it has cost users their priorities (kernel bug 197377)."),
     "SB_NEVER_RUN": Meaning(_N, "The set never ran; there is nothing on the device but the superblock."),
     "SB_NODE_BLOCKS": Meaning(_W, "A btree node has room for one block only; this crashes kernels.", safe=False),
@@ -123,24 +123,22 @@ CODES: dict[str, Meaning] = {
     "JOURNAL_TORN": Meaning(_N, "The journal ends in an entry that was not written whole; any power failure leaves "
                                 "that."),
     "JOURNAL_IO": Meaning(_E, "A journal bucket cannot be read."),
-    "JOURNAL_EMPTY": Meaning(_E, "There is no journal entry, and only the journal knows where everything else is.",
-                             safe=False),
-    "JOURNAL_GAP": Meaning(_E, "Journal entries that a start must replay are missing; the kernel refuses the set. What "
-                               "they held is unknown.", safe=False),
-    "JOURNAL_CSUM": Meaning(_E, "A journal entry is damaged, and newer ones behind it are out of reach; the kernel would "
-                                "go back in time without a word.", safe=False),
+    "JOURNAL_GAP": Meaning(_E, "Journal entries that a start must replay are missing; the kernel refuses "
+                               "the set. What they held is unknown.", safe=False),
+    "JOURNAL_CSUM": Meaning(_E, "A journal entry is damaged, and newer ones behind it are out of reach; "
+                                "the kernel would go back in time without a word.", safe=False),
     "JOURNAL_LAST_SEQ": Meaning(_E, "A journal entry names an oldest entry that is newer than itself, or goes back."),
     "JOURNAL_SEQ_TWICE": Meaning(_E, "Two different journal entries have one number.", safe=False),
-    "JOURNAL_RING": Meaning(_E, "The journal's entries are not in the order of the ring; the kernel's search may miss the "
-                                "newest."),
+    "JOURNAL_RING": Meaning(_E, "The journal's entries are not in the order of the ring; the kernel's search may miss "
+                                "the newest."),
     "JOURNAL_VERSION": Meaning(_W, "A journal entry has a version that no kernel writes."),
     "JOURNAL_KEY": Meaning(_E, "A key in the journal points outside the device; the kernel refuses the "
                                "set.", safe=False),
     "JOURNAL_KEYS": Meaning(_E, "The keys of a journal entry cannot be taken apart.", safe=False),
     "JOURNAL_KEY_INODE": Meaning(_E, "A key in the journal belongs to a device number that the set cannot have."),
     # Prio sets.
-    "PRIO_PTR": Meaning(_E, "The chain of priorities leads outside the device; the kernel refuses the set. Priorities can "
-                            "be rebuilt."),
+    "PRIO_PTR": Meaning(_E, "The chain of priorities leads outside the device; the kernel refuses the set. Priorities "
+                            "can be rebuilt."),
     "PRIO_CSUM": Meaning(_E, "A prio set fails its checksum; the kernel refuses the set. Priorities can be rebuilt."),
     "PRIO_MAGIC": Meaning(_E, "A prio set has a wrong magic; the kernel refuses the set. Priorities can be rebuilt."),
     "PRIO_IO": Meaning(_E, "A prio set cannot be read. Priorities can be rebuilt."),
@@ -158,10 +156,11 @@ CODES: dict[str, Meaning] = {
     "UUID_SECTORS": Meaning(_N, "A backing device's slot has a size, which only flash-only volumes have."),
     "UUID_FLAGS": Meaning(_N, "A slot of the uuid array has flags that no kernel gives a meaning to."),
     "UUID_FREE_DIRTY": Meaning(_N, "A free slot of the uuid array is not all zeros."),
-    "ORPHAN_DIRTY": Meaning(_W, "There is dirty data of a device that the set no longer knows; `writeback --orphans` can "
-                                "bring it back. A repair keeps it."),
-    "ORPHAN_RETIRED": Meaning(_N, "There are dirty keys of a device that was detached. An orderly detach leaves them for a "
-                              "while, a forced one for good: `writeback --orphans` lists them. A repair keeps them."),
+    "ORPHAN_DIRTY": Meaning(_W, "There is dirty data of a device that the set no longer knows; `writeback --orphans` "
+                                "can bring it back. A repair keeps it."),
+    "ORPHAN_RETIRED": Meaning(_N, "There are dirty keys of a device that was detached. An orderly detach leaves them "
+                                  "for a while, a forced one for good: `writeback --orphans` lists them. A repair "
+                                  "keeps them."),
     # Btree nodes and sets.
     "BTREE_ROOT_PTR": Meaning(_E, "The pointer to the root of the btree is bad; the kernel refuses the "
                                   "set.", safe=False),
@@ -172,8 +171,8 @@ CODES: dict[str, Meaning] = {
     "BTREE_CSUM": Meaning(_E, "A set of keys fails its checksum; the kernel refuses the set."),
     "BTREE_EMPTY_SET": Meaning(_E, "A set of keys behind the first is empty; the kernel refuses the set."),
     "BTREE_CORRUPTED": Meaning(_E, "A set of keys stands behind the end of its node's log: one between was lost."),
-    "BTREE_SET_LOST": Meaning(_E, "The last set of keys of a node does not carry the node's number, and its checksum says "
-                                  "that it should; the kernel would miss it without a word."),
+    "BTREE_SET_LOST": Meaning(_E, "The last set of keys of a node does not carry the node's number, and its checksum "
+                                  "says that it should; the kernel would miss it without a word."),
     "BTREE_SHORT_KEY": Meaning(_E, "A node holds keys behind the end of its range; the kernel refuses the set."),
     "BTREE_KEY_BEFORE": Meaning(_E, "A leaf holds keys before the start of its range, where no lookup finds them."),
     "BTREE_PTRS": Meaning(_E, "A key has several pointers; sets have had one cache since kernel 5.10."),
@@ -199,8 +198,8 @@ CODES: dict[str, Meaning] = {
     "EXTENT_INODE": Meaning(_E, "Extents belong to a device number that the set cannot have."),
     "EXTENT_BEYOND_VOLUME": Meaning(_W, "Extents lie beyond the end of their flash-only volume."),
     "BTREE_PTR_STALE_DIRTY": Meaning(_W, "Dirty extents whose bucket was used again since: their data is gone."),
-    "BTREE_PTR_TOO_STALE": Meaning(_E, "A pointer is more than 96 generations behind its bucket; the kernel fails "
-                                       "the set."),
+    "BTREE_PTR_TOO_STALE": Meaning(_E, "A pointer is more than 96 generations behind its bucket; the kernel fails the "
+                                       "set."),
     "BUCKET_TWICE": Meaning(_E, "One bucket is claimed by two structures."),
     # Backing devices.
     "BACKING_IO": Meaning(_E, "The superblock of a backing device cannot be read.", safe=False),
@@ -211,25 +210,23 @@ CODES: dict[str, Meaning] = {
     "BACKING_KIND": Meaning(_E, "This is a cache device, not a backing device.", safe=False),
     "BACKING_UUID": Meaning(_E, "A backing superblock has no uuid; the kernel refuses the device.", safe=False),
     "BACKING_DATA_OFFSET": Meaning(_E, "The data of a backing device would start inside its superblock.", safe=False),
-    "BACKING_BLOCK_SIZE": Meaning(_E, "The block size of a backing device is 0 or smaller than its set's; it cannot attach.",
-                                  safe=False),
     "BACKING_FLAGS": Meaning(_N, "A backing superblock has flag bits that no kernel gives a meaning to."),
     "BACKING_MODE": Meaning(_W, "A backing superblock has a cache mode that does not exist."),
     "BACKING_TWICE": Meaning(_E, "Two backing devices have one uuid; one is a copy of the other.", safe=False),
     "BACKING_OTHER_SET": Meaning(_W, "A backing device belongs to another set.", safe=False),
     "BACKING_NOT_ATTACHED": Meaning(_N, "A backing device is attached to no set, and this cache holds no dirty data "
                                         "for it."),
-    "BACKING_FORGOTTEN": Meaning(_E, "A backing device says that it is attached, but the set does not know "
-                                     "it.", safe=False),
+    "BACKING_FORGOTTEN": Meaning(_E, "A backing device says that it is attached, but the set does not "
+                                     "know it.", safe=False),
     "BACKING_DETACHED_DIRTY": Meaning(_E, "A backing device says that it is detached, but the cache holds dirty data "
                                           "of it."),
-    "BACKING_CLEAN_DIRTY": Meaning(_E, "A backing device is marked clean, but the cache holds dirty data that differs from "
-                                       "what is on it: the kernel would never write it back."),
+    "BACKING_CLEAN_DIRTY": Meaning(_E, "A backing device is marked clean, but the cache holds dirty data that differs "
+                                       "from what is on it: the kernel would never write it back."),
     "BACKING_CLEAN_KEYS": Meaning(_N, "A backing device is marked clean while keys still say dirty; their data was "
                                       "written back."),
     "BACKING_DIRTY_CLEAN": Meaning(_N, "A backing device is marked dirty, and no key is; the next start settles that."),
-    "BACKING_INCONSISTENT": Meaning(_E, "A backing device was run without its dirty cache; `bcachectl resolve` tells what "
-                                        "each choice loses.", safe=False),
+    "BACKING_INCONSISTENT": Meaning(_E, "A backing device was run without its dirty cache; `bcachectl "
+                                        "resolve` tells what each choice loses.", safe=False),
     "BACKING_SMALL": Meaning(_E, "The cache holds dirty data beyond the end of a backing device.", safe=False),
     "BACKING_BEFORE_DATA": Meaning(_E, "The cache holds data before the start of a backing device's data.", safe=False),
 }

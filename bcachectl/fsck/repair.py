@@ -4,8 +4,8 @@
 A rebuild is the walk's live map piped into a fresh writer.  Nothing that is in use is overwritten before the switch:
 
 1. fresh leaves, interior nodes, uuid array and prio sets go to buckets that neither data nor any old structure claims;
-2. one sector, a journal entry at the head of the next journal bucket, switches to them: it is the newest entry, names the
-   new root, uuids and prios, and asks for no replay.  Before it the device is what it was, after it the set is new;
+2. one sector, a journal entry at the head of the next journal bucket, switches to them: it is the newest entry, names
+   the new root, uuids and prios, and asks for no replay.  Before it the device is what it was, after it the set is new;
 3. the heads of the other journal buckets are cleared, so that nothing of the old journal is ever found again;
 4. the superblock, if it needs it; a kernel refuses the device until then;
 5. the superblocks of backing devices.
@@ -247,8 +247,8 @@ class _Rebuild:
             self.extents = self.extents.take(~np.isin(bucket_of(self.walk, self.extents), given))
             free += given.tolist()
         if len(free) < need:
-            raise WrongState(f"a repair needs {need} free buckets on the cache and there are {len(free)}; write the dirty "
-                             "data back first, with `bcachectl writeback`")
+            raise WrongState(f"a repair needs {need} free buckets on the cache and there are {len(free)}; write the "
+                             "dirty data back first, with `bcachectl writeback`")
         return free
 
     def _buckets_needed(self) -> int:
@@ -291,8 +291,8 @@ class _Rebuild:
         bucket = self._alloc()
         ptr = ptr_make(self.geometry.sector_of(bucket), int(self.gens[bucket]))
         seq = hashlib.sha256(self.sb.set_uuid + self.seq.to_bytes(8, "little") + bucket.to_bytes(8, "little")).digest()
-        data = encode_bset(keys, seq=int.from_bytes(seq[:8], "little") | 1, magic=bset_magic(self.sb.set_uuid), seed=ptr,
-                           block_bytes=self.geometry.block_bytes)
+        data = encode_bset(keys, seq=int.from_bytes(seq[:8], "little") | 1, magic=bset_magic(self.sb.set_uuid),
+                           seed=ptr, block_bytes=self.geometry.block_bytes)
         self.writes.append(RepairWrite("", self._offset(bucket), bytes(data),
                                        f"btree node of level {level} in bucket {bucket}"))
         return _Node(end, ptr)
@@ -374,5 +374,6 @@ class _Rebuild:
             rows = slice(number * per_bucket, min((number + 1) * per_bucket, geometry.nbuckets))
             following = buckets[number + 1] if number + 1 < len(buckets) else 0
             raw = encode_prio_set(self.seq, following, prios[rows], self.gens[rows], magic, geometry.meta_bytes)
-            self.writes.append(RepairWrite("", self._offset(bucket), bytes(raw), f"prio set {number} in bucket {bucket}"))
+            self.writes.append(RepairWrite("", self._offset(bucket), bytes(raw),
+                                           f"prio set {number} in bucket {bucket}"))
         return buckets[0]

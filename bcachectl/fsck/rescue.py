@@ -5,7 +5,7 @@ What the damaged superblock still says is taken where the rest of the device bea
 
 1. Journal entries, without knowing the set: an entry checks itself, and its magic tells the first half of the set uuid,
    which is all that any magic needs.
-2. The newest entry names the bucket of the first prio set.  The bucket size is the one that makes a prio set stand there.
+2. The newest entry names the bucket of the first prio set.  The bucket size is the one that puts a prio set there.
 3. The places of the entries behind each other tell the block size.
 
 The journal stands at the start of the device, so only that is searched (`SCAN_LIMIT_SECTORS`).
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -186,7 +187,7 @@ def _block_size(entries: list[_Found], bucket_size: int, likely: int) -> int:
         if size not in BLOCK_SIZES or any(entry.sector % size for entry in entries):
             continue
         is_consistent = True
-        for before, after in zip(by_sector, by_sector[1:], strict=False):
+        for before, after in pairwise(by_sector):
             sectors = -(-(JSET_HEADER_BYTES + len(before.jset.keys)) // (size << 9)) * size
             if after.jset.seq == before.jset.seq + 1 and before.sector // bucket_size == after.sector // bucket_size:
                 is_consistent &= before.sector + sectors == after.sector

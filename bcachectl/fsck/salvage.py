@@ -245,9 +245,10 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
         slots = [part for slot in slots for part in _without(slot, start=start, end=end)]
         slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
     if any(slot.leaf is None and slot.lost is None for slot in slots):
-        candidates = find_leaves(walk, claimed, {walk.geometry.bucket_of((slot.leaf or slot.lost or Ptr(0, 0, 0)).sector)
-                                                 for slot in slots})
-        slots = [part for slot in slots for part in (_fill(slot, candidates) if slot.leaf is slot.lost is None else [slot])]
+        ptrs = [slot.leaf or slot.lost or Ptr(0, 0, 0) for slot in slots]
+        candidates = find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
+        slots = [part for slot in slots
+                 for part in (_fill(slot, candidates) if slot.leaf is slot.lost is None else [slot])]
     return slots
 
 
@@ -295,11 +296,13 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> l
                                                 block_bytes=geometry.block_bytes) if image.is_valid]
         starts = [image.keys.pos[image.keys.size > 0] - image.keys.size[image.keys.size > 0] for image in sets]
         ends = [image.keys.pos[image.keys.size > 0] for image in sets]
-        is_leaf = not all(bool(((image.keys.size == geometry.node_sectors) & ~image.keys.dirty).all()) for image in sets)
+        is_leaf = not all(bool(((image.keys.size == geometry.node_sectors) & ~image.keys.dirty).all())
+                          for image in sets)
         if is_leaf and any(len(end) for end in ends):
             walk.mark_columns([image.keys for image in sets], 0)
-            found.append(Slot(int(min(start.min() for start in starts if len(start))),
-                              int(max(end.max() for end in ends if len(end))), Ptr(0, sector, gen), geometry.node_sectors))
+            first = int(min(start.min() for start in starts if len(start)))
+            last = int(max(end.max() for end in ends if len(end)))
+            found.append(Slot(first, last, Ptr(0, sector, gen), geometry.node_sectors))
     return sorted(found, key=lambda slot: slot.start)
 
 

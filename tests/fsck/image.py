@@ -12,10 +12,10 @@ from collections.abc import Callable
 from bcachectl.errors import DeviceError
 from bcachectl.fsck.check_backing import Backing
 from bcachectl.fsck.walk import Damage, JournalEntry, Node, Walk
+from bcachectl.ondisk.bkey import ptr_make
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES
 from bcachectl.ondisk.crc64 import crc64, crc64_seeded
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES
-from bcachectl.ondisk.bkey import ptr_make
 from bcachectl.ondisk.superblock import judge_csum
 
 SB = 4096

@@ -29,12 +29,13 @@ def test_enough_cases() -> None:
 
 
 @lru_cache(maxsize=2)
-def _base(story: Path) -> Image:
+def base_image(story: Path) -> Image:
     return Image((story / "cache.img").read_bytes(), [path.read_bytes() for path in sorted(story.glob("back*.img"))])
 
 
 def check(image: Image) -> Check:
-    return run(open_check(image.cache.read, image.cache.size_sectors, [device.as_backing() for device in image.backings]))
+    backings = [device.as_backing() for device in image.backings]
+    return run(open_check(image.cache.read, image.cache.size_sectors, backings))
 
 
 def serious(checked: Check) -> list[str]:
@@ -65,7 +66,7 @@ def per_sector(extents: Extents, *, dirty: bool) -> set[int]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_damage(golden: Callable[..., Path], case: Case) -> None:
-    image = _base(golden(case.base)).fresh()
+    image = base_image(golden(case.base)).fresh()
     case.edit(image)
     before = check(image)
     assert serious(before) == sorted(case.codes)
@@ -79,7 +80,7 @@ def test_damage(golden: Callable[..., Path], case: Case) -> None:
     assert set(serious(after)) <= {finding.code for finding in repair.left}
     if any(word in case.name for word in ("too_long", "key_inode", "dirty_stale", "too_stale")):
         return  # A damaged key no longer says where it was; clean extents of an old generation are no loss.
-    good = check(_base(golden(case.base)).fresh())
+    good = check(base_image(golden(case.base)).fresh())
     judge_cost(before, good, after)
 
 
@@ -89,6 +90,6 @@ def judge_cost(before: Check, good: Check, after: Check) -> None:
     for dirty, reported in ((True, before.totals.lost_dirty_sectors), (False, before.totals.lost_clean_sectors)):
         missing = per_sector(truth, dirty=dirty) - per_sector(left, dirty=dirty)
         if not any(finding.unknown for finding in before.findings):
-            assert len(missing) <= reported, f"{len(missing)} {'dirty' if dirty else 'clean'} missing, {reported} reported"
+            assert len(missing) <= reported, f"{len(missing)} missing, {reported} reported, dirty: {dirty}"
     assert not per_sector(left, dirty=False) - per_sector(truth, dirty=False)
     assert np.unique(left.start >> np.uint64(INODE_SHIFT)).size <= np.unique(truth.start >> np.uint64(INODE_SHIFT)).size

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A repair that is interrupted at any write can be run again; the verb, its undo file, its copy, its exit status."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bcachectl import cli
+from bcachectl.fsck.repair import RepairWrite, plan_repair
+from tests.damage import Case, cases
+from tests.fsck.image import Image
+from tests.fsck.test_damage import apply, base_image, check, live, per_sector, serious
+
+CASES = {case.name: case for case in cases()}
+INTERRUPTED = ("sb_csum_deep_crash", "prio_csum_deep_crash", "journal_middle_csum_flash_volume",
+               "uuid_twice_two_backing",
+               "set_csum_middle_leaf_deep_crash", "set_zero_interior_deep_crash", "child_beyond_gen_churn",
+               "extent_overlap_killed", "backing_state_none_two_backing", "uuid_flash_0")
+
+
+def interrupted(image: Image, steps: tuple[tuple[RepairWrite, ...], ...], done: int, dice: random.Random) -> None:
+    """Apply ``done`` writes; of the step that is under way any may be missing, and one may be torn."""
+    devices = {"": image.cache, **{device.name: device for device in image.backings}}
+    for step in steps:
+        if done <= 0:
+            return
+        is_whole = done >= len(step)
+        for write in step if is_whole else dice.sample(step, done):
+            data = write.data
+            if not is_whole and len(data) > 512 and dice.random() < 0.5:
+                data = data[:dice.randrange(1, len(data) // 512) * 512]
+            devices[write.device].put(write.offset_bytes, data)
+        done -= len(step)
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_interrupted_anywhere(golden: Callable[..., Path], name: str) -> None:
+    case = CASES[name]
+    base = base_image(golden(case.base))
+    whole = base.fresh()
+    case.edit(whole)
+    repair = plan_repair(check(whole), safe_only=False)
+    apply(whole, repair)
+    wanted = per_sector(live(check(whole)), dirty=True)
+    dice = random.Random(name)
+    writes = sum(len(step) for step in repair.steps)
+    points = sorted(dice.sample(range(writes), min(writes, 6)) + [writes - 1])
+    for done in points:
+        image = base.fresh()
+        case.edit(image)
+        interrupted(image, repair.steps, done, dice)
+        again = check(image)
+        apply(image, plan_repair(again, safe_only=False))
+        after = check(image)
+        assert set(serious(after)) <= {finding.code for finding in repair.left}, f"after {done} of {writes} writes"
+        assert per_sector(live(after), dirty=True) == wanted, f"after {done} of {writes} writes"
+
+
+def damaged_files(golden: Callable[..., Path], tmp_path: Path, case: Case) -> list[Path]:
+    """The devices of a case as files."""
+    image = base_image(golden(case.base)).fresh()
+    case.edit(image)
+    paths = []
+    for device in [image.cache, *image.backings]:
+        path = tmp_path / f"{device.name}.img"
+        path.write_bytes(device.content())
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("name", ["prio_csum_dirty_crash", "sb_all_zero_attached_clean", "backing_csum_dirty_crash",
+                                  "set_csum_first_leaf_thrash_crash"])
+def test_verb_repairs_and_undoes(golden: Callable[..., Path], tmp_path: Path, name: str,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    paths = damaged_files(golden, tmp_path, CASES[name])
+    before = [path.read_bytes() for path in paths]
+    words = [str(path) for path in paths]
+    undo = tmp_path / "undo"
+    assert cli.run(["fsck", *words]) == 4
+    assert [path.read_bytes() for path in paths] == before
+    assert CASES[name].codes[0] in capsys.readouterr().out
+    assert cli.run(["fsck", "-y", "--backup", str(undo), *words]) == 1
+    assert cli.run(["fsck", "--json", *words]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output[output.index('{\n  "schema"'):])["clean"] is True
+    assert cli.run(["undo", str(undo)]) == 0
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_output_leaves_the_device_alone(golden: Callable[..., Path], tmp_path: Path) -> None:
+    paths = damaged_files(golden, tmp_path, CASES["prio_csum_dirty_crash"])
+    before = [path.read_bytes() for path in paths]
+    copy = tmp_path / "copy.img"
+    assert cli.run(["fsck", "-y", "--output", str(copy), *map(str, paths)]) == 1
+    assert [path.read_bytes() for path in paths] == before
+    assert cli.run(["fsck", str(copy), *map(str, paths[1:])]) == 0
+
+
+def test_preen_leaves_what_costs_data(golden: Callable[..., Path], tmp_path: Path) -> None:
+    paths = damaged_files(golden, tmp_path, CASES["set_csum_first_leaf_deep_crash"])
+    before = [path.read_bytes() for path in paths]
+    assert cli.run(["fsck", "-p", *map(str, paths)]) == 4
+    assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize(("words", "status"), [
+    (["fsck"], 16),
+    (["fsck", "-n", "-y", "nowhere"], 16),
+    (["fsck", "--output", "x", "nowhere"], 16),
+    (["fsck", "/nonexistent"], 8),
+])
+def test_exit_status(words: list[str], status: int) -> None:
+    assert cli.run(words) == status
