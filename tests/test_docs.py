@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from bcachectl.cli import COMMANDS
+from bcachectl.engine.tunables import TUNABLES
+from bcachectl.engine.writeback import Rate
+from tests.require import need_tool
 
 pytestmark = pytest.mark.tidy
 
@@ -81,7 +85,7 @@ def members(node: ast.ClassDef) -> Iterator[str]:
 
 
 def name_complaints(text: str, names: Names, *, only_names: bool = True) -> Iterator[str]:
-    """Python names, files and verbs in `backticks` that do not exist; with ``only_names`` anything else as well."""
+    """Python names, files and verbs in `backticks` that do not exist; with ``only_names`` whatever else is there."""
     for quoted in CODE.findall(FENCE.sub("", text)):
         if quoted.startswith(("make ", "bcachectl ")):
             yield from command_complaints(f"`{quoted}`", targets())
@@ -89,7 +93,8 @@ def name_complaints(text: str, names: Names, *, only_names: bool = True) -> Iter
             if not any((base / quoted).exists() for base in (ROOT, ROOT / "bcachectl", ROOT / "bcachectl/engine")):
                 yield f"there is no file {quoted}"
         elif NAME.fullmatch(quoted):
-            if not names.has(quoted):
+            # A decision also speaks of the kernel's words; those have no dots and no capitals.
+            if not names.has(quoted) and (only_names or "." in quoted or not quoted.islower()):
                 yield f"`{quoted}` does not exist"
         elif only_names:
             yield f"`{quoted}` is neither a name nor a file nor a command"
@@ -228,3 +233,51 @@ def test_command_rule_fails(text: str) -> None:
 
 def test_link_rule_fails() -> None:
     assert list(link_complaints(ROOT / "README.md", "[here](docs/nothing.md#a)"))
+
+
+# --- pages of the manual that are written by hand ----------------------------------------------------------------
+
+HAND_WRITTEN = ("bcachectl.7", "bcachectl-tunables.5")
+
+
+def tunables_of(section: str) -> set[str]:
+    """The names in one section of the page about tunables."""
+    body = read("man/bcachectl-tunables.5").split(f".SH {section}\n")[1].split("\n.SH ")[0]
+    return set(re.findall(r"^\.TP\n\.B (\w+)$", body, re.MULTILINE))
+
+
+def test_the_page_about_tunables_has_them_all() -> None:
+    assert tunables_of("OF A SET") == set(TUNABLES["set"])
+    assert tunables_of("OF A VOLUME") == set(TUNABLES["volume"])
+
+
+def test_defaults_in_the_page_are_those_of_an_engine() -> None:
+    body = read("man/bcachectl-tunables.5")
+    stated = dict(re.findall(r"^\.TP\n\.B (writeback_\w+|sequential_cutoff)\n(?:(?!\.TP).*\n)*?Default (\d+)", body,
+                             re.MULTILINE))
+    rate, sources = Rate(), read("bcachectl/engine/writeback.py") + read("bcachectl/engine/cached_dev.py")
+    assert len(stated) > 8
+    for name, text in stated.items():
+        attribute = name if hasattr(rate, name) else ""
+        if attribute:
+            assert int(getattr(rate, attribute)) == int(text), name
+        elif name == "sequential_cutoff":
+            assert int(text) == 4 << 20
+            assert "self.sequential_cutoff = 4 << 20" in sources
+        else:
+            value = re.search(rf"self\.{name} = (\w+)", sources)
+            assert value is not None, name
+            assert int(value[1] == "True" or value[1]) == int(text), name
+
+
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_hand_written_pages(name: str) -> None:
+    text = read(f"man/{name}")
+    for line in re.findall(r"^\\fB(bcachectl .*)\\fR$", text, re.MULTILINE):
+        judge(command_complaints(f"`{line}`".replace("\\-", "-"), targets()))
+    for page, section in re.findall(r"^\.BR (\S+) \((\d)\)", text, re.MULTILINE):
+        assert (ROOT / "man" / f"{page}.{section}".replace("\\-", "-")).exists(), page
+    groff = need_tool("groff")
+    done = subprocess.run([groff, "-man", "-Tutf8", "-ww", ROOT / "man" / name], capture_output=True, text=True,
+                          check=False)
+    assert (done.returncode, done.stderr) == (0, ""), name
