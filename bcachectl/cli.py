@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "format": Command("format:format_devices", "Write superblocks that the kernel registers."),
     "fsck": Command("fsck:fsck", "Check a cache set offline, say what damage costs, repair it."),
     "wipe": Command("wipe:wipe", "Take the superblock away, after a backup of it."),
+    "writeback": Command("writeback:writeback", "Copy dirty data to the backing devices without running the set."),
     "undo": Command("undo:undo", "Take back what a destructive verb did."),
     "show": Command("show:show", "The superblock, every field, its checksum judged."),
     "dump": Command("dump:dump", "A structure of the device as a table, as JSON or as the kernel prints it."),

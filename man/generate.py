@@ -37,6 +37,12 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
                 "A backing device that attaches to an existing set when it is registered.")],
     "wipe": [("bcachectl wipe /dev/sdb", "No longer a bcache device; the superblock is kept in an undo file."),
              ("bcachectl wipe --backup /root/sdb.undo /dev/sdb", "The same, with a place for the undo file.")],
+    "writeback": [
+        ("bcachectl writeback --dry-run /dev/nvme0n1p3 /dev/sdb", "List each write that it takes."),
+        ("bcachectl writeback --map sdb.map --retries 3 /dev/nvme0n1p3 /dev/sdb",
+         "Save all dirty data from a failing cache device; the same line goes on after an interruption."),
+        ("bcachectl writeback --orphans cache.img", "Dirty data that a forced detach left behind."),
+        ("bcachectl writeback --slot 0 --to saved.img cache.img", "Write that of one device number to a new image.")],
     "undo": [("bcachectl undo /var/lib/bcachectl/undo/wipe-sdb-1795200755.undo", "Put a wiped superblock back.")],
     "fsck": [("bcachectl fsck /dev/nvme0n1p3 /dev/sdb", "Check a set that does not run; nothing is written."),
              ("bcachectl fsck -p cache.img", "Repair what costs nothing."),

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``bcachectl writeback``: the devices of a copy, its progress on a terminal, and its map on disk."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.claim import claim
+from bcachectl.errors import BcachectlError, DeviceError
+from bcachectl.fsck import rescue_map
+from bcachectl.fsck.rescue_map import Owner
+from bcachectl.fsck.walk import Read
+from bcachectl.fsck.writeback import Copy, Source
+
+SAVE_S = 5.0
+"""How often the map is written: what a kill may cost is to be copied once more."""
+
+
+class Cache(NamedTuple):
+    """The cache device, held so that nobody runs it; ``read_sector`` asks the device for no more than it is asked."""
+
+    path: str
+    size_sectors: int
+    read: Read
+    read_sector: Read
+
+
+class Sink:
+    """A backing device as the copy sees it: sectors, and nothing but writes."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self.device = device
+
+    def write(self, sector: int, data: memoryview) -> None:
+        """Write whole sectors."""
+        self.device.write(sector << 9, data)
+
+
+@contextmanager
+def open_cache(path: str) -> Iterator[Cache]:
+    """Hold the cache device for reading."""
+    with ExitStack() as stack:
+        device = stack.enter_context(claim([path], write=False))[path]
+        careful = device
+        if device.is_block:
+            # Through the page cache one bad sector takes those beside it along, which direct I/O reads.
+            try:
+                careful = stack.enter_context(open_device(path, direct=True))
+            except DeviceError:
+                pass
+        yield Cache(path, device.size_bytes >> 9, lambda sector, count: device.read(sector << 9, count << 9),
+                    lambda sector, count: careful.read(sector << 9, count << 9))
+
+
+def prepare(cache: Cache, device: BlockDevice, found: Source, owner: Owner, map_file: Path | None, retries: int, *,
+            end_sector: int | None = None) -> Copy:
+    """The copy, with what the map of an earlier run says."""
+    earlier = None
+    if map_file is not None and map_file.exists():
+        earlier = rescue_map.parse(map_file.read_text(encoding="utf-8", errors="replace"), str(map_file), owner)
+    return Copy(cache.read, cache.read_sector, Sink(device), found, owner, earlier=earlier, retries=retries,
+                end_sector=device.size_bytes >> 9 if end_sector is None else end_sector)
+
+
+def run(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool) -> None:
+    """Copy, flush the device, and keep the map up to date on the way."""
+    save(copy, device, map_file)
+    try:
+        _copy(copy, device, map_file, show=show and sys.stderr.isatty())
+    except DeviceError:
+        # What was written last may not be there: the map stays as it was when the device was flushed.
+        raise
+    except BaseException:
+        save(copy, device, map_file)
+        if map_file is not None:
+            print(f"bcachectl: {map_file} says how far it is; the same command goes on from there", file=sys.stderr)
+        raise
+    device.flush()
+    save(copy, device, map_file)
+
+
+def save(copy: Copy, device: BlockDevice, map_file: Path | None) -> None:
+    """Write the map, after a flush of what it says is done."""
+    if map_file is None:
+        return
+    device.flush()
+    draft = map_file.with_name(map_file.name + ".new")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in rescue_map.render(copy.rescue_map()))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(map_file)
+        directory = os.open(map_file.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise BcachectlError(f"{map_file}: the map cannot be written ({error.strerror}); name another place with "
+                             "--map") from error
+
+
+def _copy(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool) -> None:
+    saved_s = time.monotonic()
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+                  TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+                  disable=not show) as bars:
+        bar = bars.add_task(device.path, total=None)
+        for step in copy.run():
+            lost = f", {step.lost_sectors} sectors lost" if step.lost_sectors else ""
+            bars.update(bar, description=f"{device.path}{lost}", completed=step.done_sectors << 9,
+                        total=step.total_sectors << 9)
+            if map_file is not None and time.monotonic() - saved_s >= SAVE_S:
+                save(copy, device, map_file)
+                saved_s = time.monotonic()
