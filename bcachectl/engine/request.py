@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 CUTOFF_CACHE_ADD = 95
 """With more of the cache in use than this percentage nothing is added (request.c)."""
 HOLE_SECTORS_MAX = 1 << 15
+WRITEBACK_SHARE_SHIFT = 3
+"""A single write of more than 1/8 of the cache is not kept back."""
 FILL_SECTORS_MAX = 2048
 """The largest part of a read miss that is kept for the cache (request.c, cached_dev_cache_miss)."""
 
@@ -186,6 +188,9 @@ def should_writeback(dev: CachedDev, request: Request, *, bypass: bool) -> bool:
     if dev.cache_mode != CacheMode.WRITEBACK or dev.detaching or in_use > dev.cset.cutoff_writeback_sync:
         return False
     if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or bypass:
+        return False
+    if request.nsectors > dev.cset.buckets.nbuckets << dev.cset.buckets.bucket_shift >> WRITEBACK_SHARE_SHIFT:
+        # Nothing of a write is written back before all of it has room, and so much room may never come.
         return False
     # Who sets FUA or flushes waits for the write, as REQ_SYNC says it.
     return bool(request.flags & (REQ_SYNC | REQ_META | REQ_FUA | REQ_PREFLUSH)) or in_use <= dev.cset.cutoff_writeback
