@@ -397,6 +397,38 @@ async def fills_and_gc(w: World) -> None:
         await w.together(w.cset.run_gc(), w.read(0, dice.randrange(0, 500), 20))
 
 
+async def full_prepare(w: World) -> None:
+    await w.flash_create(FLASH, 3600)
+    await scatter(w, FLASH, list(range(0, 3600, 8)), 8, at_once=3)
+    await w.flush(FLASH)
+
+
+async def full(w: World) -> None:
+    """Three quarters of the cache hold data that never leaves it, and are overwritten: each write waits for a gc."""
+    dice = rng(w)
+    for _ in range(12):
+        writes = [w.write(FLASH, dice.randrange(0, 440) * 8, 8 * dice.choice((1, 1, 4)), fua=dice.random() < 0.3)
+                  for _ in range(3)]
+        await w.together(*writes, w.read(FLASH, dice.randrange(0, 3500), 32))
+    await w.write(FLASH, 800, 512)
+    await w.flush(FLASH)
+
+
+async def full_writeback_prepare(w: World) -> None:
+    for name, text in (("writeback_percent", "0"), ("writeback_delay", "0"), ("sequential_cutoff", "0")):
+        await w.tune("bcache0", name, text)
+    await scatter(w, 0, list(range(0, 3200, 32)), 32, at_once=4)
+
+
+async def full_writeback(w: World) -> None:
+    """Faster than it can be written back: past both cutoffs, and waiting for buckets."""
+    dice = rng(w)
+    for _ in range(8):
+        await w.together(*[w.write(0, dice.randrange(0, 700) * 8, dice.choice((8, 64, 200)), fua=dice.random() < 0.2,
+                                   sync=dice.random() < 0.5) for _ in range(5)])
+    await w.flush(0)
+
+
 async def leaf_sets(w: World) -> None:
     dice = rng(w)
     for _ in range(5):
@@ -429,6 +461,9 @@ STORIES = {story.name: story for story in (
     Story("leaves_come_and_go", Setup(nbuckets=1200, options={"node_cache_bytes": 2 * 4096}), leaves_come_and_go,
           leaves_come_and_go_prepare),
     Story("fills_and_gc", WRITETHROUGH, fills_and_gc),
+    Story("full", Setup(backings=()), full, full_prepare),
+    Story("full_writeback", Setup(backings=(Backing(data_sectors=6000),), settles=False), full_writeback,
+          full_writeback_prepare),
     Story("leaf_sets", Setup(), leaf_sets),
     Story("moving_gc", Setup(nbuckets=1200), moving_gc, moving_prepare),
     Story("writeback", Setup(), writeback, writeback_prepare),
