@@ -4,10 +4,10 @@
 How strictly a dump can equal the kernel's, and why (the kernel printed its keys while it ran, then was reset):
 
 * `EXACT`: line by line.  Everything the kernel knew was on the device;
-* `FILLS_LOST`: what a read miss put into the cache is not journaled, so the newest of it existed in memory only.  Every key
-  of ours is the kernel's, and what is missing is clean;
-* `WRITING_BACK`: write-back went on around the dump, and clearing a dirty bit is not journaled either.  The keys are the
-  same but for that bit, and again for clean ones that are missing.
+* `FILLS_LOST`: what a read miss put into the cache is not journaled, so the newest of it existed in memory only.
+  Every key of ours is the kernel's, and what is missing is clean;
+* `WRITING_BACK`: write-back went on around the dump, and clearing a dirty bit is not journaled either.  The keys are
+  the same but for that bit, and again for clean ones that are missing.
 
 Whatever the keys, the content must be what the users wrote: `test_content`.
 """
@@ -133,7 +133,7 @@ def test_t5_no_freed_node_is_visited(golden: Callable[..., Path]) -> None:
 
 
 def test_t6_newest_entry_is_found_across_the_wrap(golden: Callable[..., Path]) -> None:
-    """T6: in a journal that went round, the newest entry stands before older ones, and all that is to be replayed is there."""
+    """T6: in a journal that went round the newest entry stands before older ones, and all to be replayed is there."""
     walk, _damages, values = open_walk(golden("thrash_crash") / "cache.img")
     entries = [value for value in values if isinstance(value, JournalEntry)]
     by_place = [entry.jset.seq for entry in entries]
