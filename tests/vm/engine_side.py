@@ -13,11 +13,13 @@ from tests.conftest import TESTS
 from tests.export.engine import Engine
 
 
-def bcachectl(*arguments: str | Path, directory: Path) -> str:
-    """Run the program, which has to succeed; its output.  Undo files go below ``directory``."""
+def bcachectl(*arguments: str | Path, directory: Path, runtime: Path | None = None) -> str:
+    """Run the program, which has to succeed; its output.  Undo files go below ``directory``, engines are in
+    ``runtime``."""
     done = subprocess.run([sys.executable, "-m", "bcachectl", *map(str, arguments)], capture_output=True, text=True,
                           cwd=TESTS.parent, stdin=subprocess.DEVNULL, timeout=300,
-                          env={**os.environ, "XDG_STATE_HOME": str(directory / "state")})
+                          env={**os.environ, "XDG_STATE_HOME": str(directory / "state"),
+                               "XDG_RUNTIME_DIR": str(runtime or directory / "run")})
     assert done.returncode == 0, f"bcachectl {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 

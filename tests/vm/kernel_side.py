@@ -48,11 +48,12 @@ class Seen:
 class Visit:
     """One boot of a kernel with one cache set; see the module's text."""
 
-    def __init__(self, share: Path, *, cache: Path, backings: Sequence[Path], series: str = machine.DEFAULT_SERIES,
-                 ) -> None:
+    def __init__(self, share: Path, *, cache: Path, backings: Sequence[Path], flash_bytes: Sequence[int] = (),
+                 series: str = machine.DEFAULT_SERIES) -> None:
         self.share = share
         self.series = series
         self.disks = [cache, *backings]
+        self._volume_bytes = [*map(os.path.getsize, backings), *flash_bytes]   # not less than the volumes' sizes
         self._names = [f"/dev/vd{chr(ord('a') + number)}" for number in range(len(self.disks))]
         self._outs: list[Path] = []
         self._steps: list[str] = []
@@ -73,20 +74,35 @@ class Visit:
         self._has_cache = True
 
     def register(self) -> None:
-        """Register all devices, and wait for the volumes; $volume0, $volume1 ... are their names."""
+        """Register all devices, and wait for the volumes; $volume0, $volume1 ... are their names.
+
+        The volumes of the backing devices come first, then the flash-only ones, which the kernel makes in their order.
+        """
         self.step(f"register {' '.join(self._names[self._has_cache:])}")
         for number, name in enumerate(self._names[1:]):
             link = f"/sys/block/{name.removeprefix('/dev/')}/bcache/dev"
             self.step(f"wait_for 60 test -e {link}\nvolume{number}=$(basename $(readlink {link}))\n"
                       f"wait_volume $volume{number}")
+        backed = len(self.disks) - 1
+        if len(self._volume_bytes) > backed:
+            names = " ".join(f"$volume{number}" for number in range(backed))
+            self.step(f"""number={backed}
+                for folder in /sys/block/bcache*; do
+                    name=${{folder##*/}}
+                    case " {names} " in *" $name "*) continue ;; esac
+                    eval volume$number=$name
+                    number=$((number + 1))
+                done
+                [ $number = {len(self._volume_bytes)} ] || fail "$number volumes"
+                wait_volume {' '.join(f'$volume{number}' for number in range(backed, len(self._volume_bytes)))}""")
 
     def copy_out(self) -> None:
         """Read every volume as a whole."""
         assert not self._outs, "once a visit"
-        for number, backing in enumerate(self.disks[1:]):
+        for number, size_bytes in enumerate(self._volume_bytes):
             out = self.share / f"volume{number}.out"
             with out.open("wb") as file:
-                file.truncate(os.path.getsize(backing))
+                file.truncate(size_bytes)
             self._outs.append(out)
             disk = f"/dev/vd{chr(ord('a') + len(self.disks) + number)}"
             self.step(f"cat /sys/block/$volume{number}/size >/job/volume{number}.sectors\n"

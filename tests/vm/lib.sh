@@ -48,7 +48,8 @@ set_attribute() {
 stop_all() {
     sync
     for folder in /sys/block/bcache*; do
-        [ ! -e $folder/bcache ] || echo 1 >$folder/bcache/stop
+        # A flash-only volume has no such attribute; it goes with its set.
+        [ ! -e $folder/bcache/stop ] || echo 1 >$folder/bcache/stop
     done
     for folder in /sys/fs/bcache/*-*; do
         [ ! -e $folder ] || echo 1 >$folder/stop

@@ -145,3 +145,38 @@ def test_t7_t8_three_handovers_in_a_row(case: Case, tmp_path: Path) -> None:
         content = NbdClient(engine.socket()).read_all()
         assert acceptance.carry_over(seen.contents[0]).judge(content) == [], "kernel stopped, engine reads"
         assert engine.stop() == 0
+
+
+@pytest.mark.timeout(400)
+def test_t7_two_backing_devices_and_flash_only_volumes(tmp_path: Path) -> None:
+    """One set with everything, killed while the last volume is written: the kernel has all of it."""
+    cache, backings = tmp_path / "cache.img", [tmp_path / "back0.img", tmp_path / "back1.img"]
+    flash_bytes = [6 << 20, 3 << 20]
+    for path, size_bytes in ((cache, 64 << 20), (backings[0], 24 << 20), (backings[1], 16 << 20)):
+        with path.open("wb") as file:
+            file.truncate(size_bytes)
+    bcachectl("format", "--cache", cache, "--backing", *backings, "--bucket-size", "32k", "--block-size", "4k",
+              "--cache-mode", "writeback", directory=tmp_path)
+    sizes = [(24 << 20) - DATA_OFFSET_BYTES, (16 << 20) - DATA_OFFSET_BYTES, *flash_bytes]
+    judges = [Acceptance(size_bytes) for size_bytes in sizes]
+    with engine_on(tmp_path, cache, backings, "--debug-checks") as engine:
+        for size_bytes in flash_bytes:
+            bcachectl("volume", "create", cache, f"{size_bytes >> 20}M", directory=tmp_path,
+                      runtime=Path(engine.runtime.name))
+        for number, size_bytes in enumerate(sizes):
+            plan = plan_for(10 + number, size_bytes, ops=400, max_kib=48)
+            is_last = number == len(sizes) - 1
+            client = NbdClient(engine.socket(), f"bcache{number}")
+            assert client.size_bytes == size_bytes
+            ended = write_plan(client, draw(**plan), judges[number], seed=10 + number, fua=0.05,
+                               stop_after=200 if is_last else None, on_write=engine.kill)
+            assert ended is not is_last
+    visit = Visit(tmp_path / "kernel-reads", cache=cache, backings=backings, flash_bytes=flash_bytes)
+    visit.register()
+    visit.copy_out()
+    visit.stop()
+    seen = visit.run()
+    for judge, content in zip(judges, seen.contents, strict=True):
+        assert judge.judge(content) == []
+        assert judge.completed_flushes() > 2
+    assert seen.result.complaints() == []
