@@ -132,6 +132,14 @@ async def journal_wrap(w: World) -> None:
         await w.write(0, dice.randrange(0, 64), 1, fua=True)
 
 
+async def journal_batches(w: World) -> None:
+    """Entries of several blocks, so that one that enters an old bucket can be torn."""
+    dice = rng(w)
+    for _ in range(40):
+        await w.together(*[w.write(0, dice.randrange(0, 120) * 2, 1, fua=dice.random() < 0.05) for _ in range(24)])
+        await w.flush(0)
+
+
 # 7. Leaves fill up and are split; then the root is.
 
 async def split_prepare(w: World) -> None:
@@ -272,6 +280,22 @@ async def modes(w: World) -> None:
             await w.together(w.write(0, dice.randrange(0, 120), dice.randrange(1, 17), fua=dice.random() < 0.3),
                              w.read(0, dice.randrange(0, 120), dice.randrange(1, 24)))
         await w.flush(0)
+
+
+async def obsoletes(w: World) -> None:
+    """Durable dirty data is overwritten past the cache, and the journal says so while the newer data is not durable."""
+    dice = rng(w)
+    await w.tune("bcache0", "writeback_running", "0")
+    for mode in ("writethrough", "writearound", "none", "writethrough"):
+        await w.tune("bcache0", "cache_mode", "writeback")
+        for start in range(0, 64, 16):
+            await w.write(0, start, 16, fua=True)
+        await w.tune("bcache0", "cache_mode", mode)
+        for _ in range(3):
+            await w.write(0, dice.randrange(0, 56), dice.randrange(1, 9))
+        await w.zeroes(0, dice.randrange(0, 56), dice.randrange(1, 9))
+        await w.sleep(130)
+        await w.read(0, 0, 64)
 
 
 # 13. Flash-only volumes.
@@ -453,6 +477,8 @@ STORIES = {story.name: story for story in (
     Story("gen_wrap", Setup(nbuckets=520, backings=BIG_BACKING, settles=False), reuse, gen_wrap_prepare),
     Story("prio_write", Setup(nbuckets=1400), prio_write),
     Story("journal_wrap", Setup(), journal_wrap),
+    Story("journal_batches", Setup(), journal_batches),
+    Story("obsoletes", Setup(settles=False), obsoletes),
     Story("split", Setup(), split, split_prepare),
     Story("gc", Setup(), gc, gc_prepare),
     Story("interior", Setup(nbuckets=1200, backings=()), interior, interior_prepare),

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from bcachectl.engine import request
 from bcachectl.engine.alloc import Allocator
 from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.btree import Btree
 from bcachectl.engine.journal import Journal
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, Io
 from bcachectl.engine.split import Splitter
@@ -122,6 +124,46 @@ def old_journal_bucket_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Journal, "reclaim", early)
 
 
+def prio_not_blocked(patch: pytest.MonkeyPatch) -> None:
+    """Gens of freed nodes get into the prio sets before the parent says that the nodes are gone."""
+    write_prios = Allocator._write_prios
+
+    async def unblocked(self: Allocator) -> bool:
+        blocked, self.prio_blocked = self.prio_blocked, 0
+        try:
+            return await write_prios(self)
+        finally:
+            self.prio_blocked += blocked
+    patch.setattr(Allocator, "_write_prios", unblocked)
+
+
+def gc_does_not_write_leaves(patch: pytest.MonkeyPatch) -> None:
+    """gc's marks take for granted what the leaves do not say on disk: moved keys are not journaled."""
+    write_leaf = Btree.write_leaf
+
+    async def skipped(self: Btree, leaf: Any) -> None:
+        if not self.cset.gc.running:
+            await write_leaf(self, leaf)
+    patch.setattr(Btree, "write_leaf", skipped)
+
+
+def dirty_data_obsoleted_early(patch: pytest.MonkeyPatch) -> None:
+    """A write past the cache makes dirty data obsolete before it is durable itself."""
+    async def covers(*_args: Any) -> bool:
+        return False
+    patch.setattr(request, "_covers_dirty", covers)
+
+
+def fills_not_cancelled(patch: pytest.MonkeyPatch) -> None:
+    """A write lets the fills go on that it overlaps."""
+    async def enter(self: request.Ranges, start: int, end: int) -> tuple[int, int]:
+        while self.writing(start, end):
+            await self.queue.wait()
+        self.writes.append((start, end))
+        return start, end
+    patch.setattr(request.Ranges, "enter", enter)
+
+
 MUTATIONS = (
     Mutation("journal without PREFLUSH", ("overwrite", "split"), without("journal", PREFLUSH)),
     Mutation("journal without FUA", ("overwrite",), without("journal", FUA)),
@@ -139,6 +181,11 @@ MUTATIONS = (
     Mutation("uuid array not awaited", ("first_attach", "flash"), not_awaited("uuids")),
     Mutation("data not awaited", ("overwrite",), not_awaited("data", backing=False)),
     Mutation("old nodes freed early", ("split", "gc"), patch=old_nodes_freed_early),
+    Mutation("superblock in one piece", ("first_attach_many_journal_buckets",), not_awaited("superblock")),
+    Mutation("prio write not blocked by freed nodes", ("interior", "gc_always_rewrite"), patch=prio_not_blocked),
+    Mutation("gc does not write leaves", ("moving_gc", "leaf_sets"), patch=gc_does_not_write_leaves),
+    Mutation("dirty data obsoleted early", ("obsoletes",), patch=dirty_data_obsoleted_early),
+    Mutation("fills not cancelled", ("miss_fill_writeback", "around"), patch=fills_not_cancelled),
     Mutation("journal bucket reused early", ("journal_wrap",), patch=old_journal_bucket_early),
 )
 
