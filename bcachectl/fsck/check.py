@@ -146,6 +146,8 @@ class Check:
         """Keys are missing, nobody knows which."""
         self.unknown: list[Slot] = []
         """Leaves that nothing, or not all, is known about."""
+        self.lost_positions = 0
+        """Positions covered by leaves that told nothing at all."""
         self._lost_ranges: list[tuple[int, int]] = []
         self._pending: list[_Pending] = []
         self._lost: list[Extents] = []
@@ -431,6 +433,7 @@ class Check:
             found = leaf_map(walk, slot, self.journal, known_buckets=self.known_buckets)
             if found.is_unknown:
                 self.unknown.append(slot)
+            self.lost_positions += slot.end - slot.start if found.is_lost else 0
             self._lost.append(found.lost)
             self._count(found.kept, metadata)
             for inode in np.unique(found.kept.start[found.kept.dirty] >> np.uint64(INODE_SHIFT)).tolist():

@@ -123,6 +123,8 @@ CODES: dict[str, Meaning] = {
     "JOURNAL_TORN": Meaning(_N, "The journal ends in an entry that was not written whole; any power failure leaves "
                                 "that."),
     "JOURNAL_IO": Meaning(_E, "A journal bucket cannot be read."),
+    "JOURNAL_EMPTY": Meaning(_E, "There is no journal entry, and only the journal knows where everything else is.",
+                             safe=False),
     "JOURNAL_GAP": Meaning(_E, "Journal entries that a start must replay are missing; the kernel refuses "
                                "the set. What they held is unknown.", safe=False),
     "JOURNAL_CSUM": Meaning(_E, "A journal entry is damaged, and newer ones behind it are out of reach; "
@@ -210,6 +212,8 @@ CODES: dict[str, Meaning] = {
     "BACKING_KIND": Meaning(_E, "This is a cache device, not a backing device.", safe=False),
     "BACKING_UUID": Meaning(_E, "A backing superblock has no uuid; the kernel refuses the device.", safe=False),
     "BACKING_DATA_OFFSET": Meaning(_E, "The data of a backing device would start inside its superblock.", safe=False),
+    "BACKING_BLOCK_SIZE": Meaning(_E, "The block size of a backing device is 0 or smaller than its set's; it cannot "
+                                      "attach.", safe=False),
     "BACKING_FLAGS": Meaning(_N, "A backing superblock has flag bits that no kernel gives a meaning to."),
     "BACKING_MODE": Meaning(_W, "A backing superblock has a cache mode that does not exist."),
     "BACKING_TWICE": Meaning(_E, "Two backing devices have one uuid; one is a copy of the other.", safe=False),

@@ -116,8 +116,7 @@ def is_repairable(finding: Finding) -> bool:
 
 def _can_rebuild(check: Check) -> bool:
     # Not if nothing is known of the tree: a rebuild would make an empty set of it.
-    unknown = sum(slot.end - slot.start for slot in check.unknown)
-    return check.walk.newest is not None and unknown < MAX_POS
+    return check.walk.newest is not None and check.lost_positions < MAX_POS
 
 
 def _with_all_entries(check: Check) -> Check:

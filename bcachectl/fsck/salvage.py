@@ -74,7 +74,8 @@ class SalvagedSet(NamedTuple):
 class LeafMap(NamedTuple):
     """A leaf with the journal on top: what is live, what is lost, and dirty extents whose bucket was used again.
 
-    ``too_stale`` are raw keys that the kernel would fail the set for; ``is_unknown`` says that the leaf told nothing.
+    ``too_stale`` are raw keys that the kernel would fail the set for; ``is_unknown`` says that not all is known that the
+    leaf held, ``is_lost`` that nothing is.
     """
 
     kept: Extents
@@ -82,6 +83,7 @@ class LeafMap(NamedTuple):
     stale_dirty: Extents
     too_stale: Extents
     is_unknown: bool
+    is_lost: bool
 
 
 class _Node:
@@ -143,7 +145,7 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list
             try:
                 found.append(SalvagedSet(block, decode_key_columns(node.view[start:start + keys * 8], keys), True))
             except Corrupt:
-                found.append(_damaged(block, node.view[start:start + keys * 8], keys))
+                found.append(_damaged(node, block, node.view[start:start + keys * 8]))
             block += node.set_blocks(keys)
             continue
         later = node.next_valid(block)
@@ -153,17 +155,20 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list
         end = (later or node.blocks) * block_bytes
         if start + keys * 8 <= end:
             end = start + keys * 8
-        found.append(_damaged(block, node.view[start:end], keys))
+        found.append(_damaged(node, block, node.view[start:end]))
         if later is None:
             break
         block = later
     return found
 
 
-def _damaged(block: int, words: memoryview, promised: int) -> SalvagedSet:
+def _damaged(node: _Node, block: int, words: memoryview) -> SalvagedSet:
+    # Whole if as many keys are there as the header promises; a header that promises none must look like one.
     keys = plausible_keys(words)
     nr_u64s = 2 * len(keys.pos) + int(keys.nptrs.sum())
-    return SalvagedSet(block, keys, False, 0 < nr_u64s == promised)
+    _csum, magic, seq, _version, promised = node.header(block)
+    is_header = promised > 0 or (magic, seq) == (node.magic, node.seq)
+    return SalvagedSet(block, keys, False, nr_u64s == promised and is_header)
 
 
 def has_lost_set(buf: bytes, *, written_blocks: int, magic: int, seed: int, block_bytes: int) -> bool:
@@ -415,7 +420,7 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
     lost = has_data & ~stale & (merged.csum > TAG_JOURNAL)
     stale_dirty = has_data & stale & merged.dirty & (merged.csum == TAG_NONE)
     is_unknown = not sets or not all(image.is_valid or image.is_whole for image in sets)
-    return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, is_unknown)
+    return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, is_unknown, not sets)
 
 
 def bucket_of(walk: Walk, extents: Extents) -> npt.NDArray[np.uint64]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from bcachectl.fsck import extents as extent
+from bcachectl.fsck import findings
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.extents import Extents
-from bcachectl.fsck.findings import Severity
+from bcachectl.fsck.findings import CODES, Severity
 from bcachectl.fsck.repair import Repair, plan_repair
 from bcachectl.fsck.rescue import open_check
 from bcachectl.fsck.salvage import leaf_map
@@ -26,6 +28,15 @@ CASES = cases()
 
 def test_enough_cases() -> None:
     assert len(CASES) >= 150
+    assert {code for case in CASES for code in case.codes} <= set(CODES)
+
+
+def test_every_code_exists() -> None:
+    package = Path(findings.__file__).parent
+    used = {code for path in package.glob("check*.py")
+            for code in re.findall(r'"((?:SB|JOURNAL|PRIO|UUID|BTREE|EXTENT|BUCKET|BACKING|ORPHAN)_[A-Z0-9_]+)"',
+                                   path.read_text())}
+    assert used - set(CODES) == {"PRIO_INTO_JOURNAL"} - set(CODES)
 
 
 @lru_cache(maxsize=2)
