@@ -24,7 +24,6 @@ from bcachectl.fsck.rescue import guess_superblock, superblock_problem
 from bcachectl.fsck.rescue_map import Owner
 from bcachectl.fsck.writeback import Copy, Dirty, find_dirty, sectors_of, source, with_all_entries, writes
 from bcachectl.fsck.writeback_target import HAZARD_STALE, Member, member
-from bcachectl.ondisk.bkey import MAX_POS
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR
 from bcachectl.units import format_sectors, format_uuid, parse_size, parse_uuid
 
@@ -96,7 +95,7 @@ def writeback(cache: CacheArgument, backings: BackingArgument = None, map_file: 
         opened = stack.enter_context(claim(names, write=is_copy))
         members = [_backing(opened[name]) for name in names]
         check = _examine(held, members, bucket_size, set_uuid, as_json)
-        dirty = _dirty(check)
+        dirty = find_dirty(check)
         if orphans or to is not None:
             order = writeback_orphans.Order(slot, to, data_offset, writeback_orphans.HAZARD_OVERWRITE in hazards,
                                             map_file, retries, accept_loss, dry_run, as_json)
@@ -157,11 +156,6 @@ def _examine(held: Cache, members: list[Backing], bucket_size: str | None, set_u
     if check.walk.newest is None:
         raise BcachectlError(f"{held.path}: no journal entry is left, and only the journal knows where the keys are")
     return with_all_entries(check)
-
-
-def _dirty(check: Check) -> Dirty:
-    dirty = find_dirty(check)
-    return dirty._replace(unknown=[(0, MAX_POS)]) if check.is_doubtful else dirty
 
 
 def _part(held: Cache, check: Check, dirty: Dirty, backing: Backing, opened: dict[str, BlockDevice],

@@ -33,7 +33,7 @@ from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.rescue_map import DONE, LOST, UNKNOWN, Owner, RescueMap
 from bcachectl.fsck.salvage import leaf_map
 from bcachectl.fsck.walk import Read
-from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET
 
 PIECE_SECTORS = 8192
 """The longest write, and what a range of the map grows by."""
@@ -75,15 +75,46 @@ class Progress(NamedTuple):
 
 
 def with_all_entries(check: Check) -> Check:
-    """The check once more, with the valid journal entries behind a damaged one, if there are any."""
-    if not any(finding.code == "JOURNAL_CSUM" for finding in check.findings):
+    """The check once more, with every journal entry that can still be read, if some were out of reach.
+
+    An unreadable sector makes a whole bucket of the journal unreadable, and nobody knows whether an entry stood there
+    that was newer than all others; so such a check is doubtful whatever is found.
+    """
+    walk, codes = check.walk, {finding.code for finding in check.findings}
+    if "JOURNAL_IO" in codes and walk.superblock is not None:
+        geometry = walk.geometry
+        buckets = frozenset(walk.superblock.d)
+        check = run(Check(_Patched(walk.read, buckets, geometry.bucket_size_sectors).read, walk.size_sectors,
+                          instead=check.instead))
+        check.is_doubtful = True
+        codes |= {finding.code for finding in check.findings}
+    if "JOURNAL_CSUM" not in codes or check.walk.newest is None:
         return check
-    walk = check.walk
-    return run(Check(walk.read, walk.size_sectors, instead=check.instead, more=list(leftovers(walk))))
+    walk, is_doubtful = check.walk, "JOURNAL_IO" in codes
+    check = run(Check(walk.read, walk.size_sectors, instead=check.instead, more=list(leftovers(walk))))
+    check.is_doubtful |= is_doubtful
+    return check
+
+
+class _Patched:
+    # Reads zeros for the sectors of some buckets that cannot be read.
+    def __init__(self, read: Read, buckets: frozenset[int], bucket_size_sectors: int) -> None:
+        self.read_through, self.buckets, self.bucket_size_sectors = read, buckets, bucket_size_sectors
+
+    def read(self, sector: int, count: int) -> bytes:
+        try:
+            return self.read_through(sector, count)
+        except BcachectlError:
+            if sector // self.bucket_size_sectors not in self.buckets:
+                raise
+            if count == 1:
+                return bytes(512)
+        half = count // 2
+        return self.read(sector, half) + self.read(sector + half, count - half)
 
 
 def find_dirty(check: Check) -> Dirty:
-    """All dirty data of the checked set."""
+    """All dirty data of the checked set; nothing is sure anywhere if keys of the journal are missing."""
     kept: list[Extents] = []
     lost: list[Extents] = []
     unknown: list[tuple[int, int]] = []
@@ -97,6 +128,8 @@ def find_dirty(check: Check) -> Dirty:
         lost += [part.take(part.dirty) for part in (leaf.kept.take(is_dropped), leaf.lost, leaf.stale_dirty)]
         if leaf.is_unknown:
             unknown.append((slot.start, slot.end))
+    if check.is_doubtful:
+        unknown = [(0, MAX_POS)]
     return Dirty(_by_inode(extent.concatenate(kept)), _by_inode(extent.concatenate(lost)), unknown)
 
 
