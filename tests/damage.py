@@ -30,7 +30,7 @@ class Case(NamedTuple):
 def cases() -> list[Case]:
     """Every case, names unique."""
     found = [*superblock_cases(), *journal_cases(), *prio_cases(), *uuid_cases(), *set_cases(), *interior_cases(),
-             *extent_cases(), *bucket_cases(), *backing_cases()]
+             *extent_cases(), *bucket_cases(), *backing_cases(), *order_cases(), *pointer_cases()]
     names = [case.name for case in found]
     assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
     return found
@@ -307,7 +307,7 @@ def _live_rows(image: Image, node: Node, *, dirty: bool | None = None, count: in
             if not bool(((journal.start < end) & (journal.end > end - size)).any()):
                 rows.append((number, row))
     assert len(rows) >= count, "no such key"
-    return rows[:count]
+    return rows[:count] if count else rows
 
 
 def extent_cases() -> Iterator[Case]:
@@ -396,6 +396,166 @@ def _gen(image: Image, by: int) -> None:
     ptrs = (ptr for _slot_, found in image.walk.leaf_extents() for ptr in found.ptr[found.dirty].tolist())
     chosen = next(ptr for ptr in ptrs if ptr_sector(ptr) // size not in journal)
     image.bucket_gen(ptr_sector(chosen) // size, lambda _old: (chosen & 0xFF) + by)
+
+
+# Order, numbers and ranges.
+
+def order_cases() -> Iterator[Case]:
+    """Rules of order: of journal entries, of keys in a set, of a node's range."""
+    yield Case("journal_gap", "killed", _journal_gap, ("JOURNAL_GAP",))
+    yield Case("journal_gap_thrash", "thrash_crash", _journal_gap, ("JOURNAL_GAP",))
+    yield Case("journal_unreadable", "attached_clean", lambda image: image.cache.unreadable.add(
+        image.walk.geometry.sector_of(_journal_buckets(image)[-1])), ("JOURNAL_IO",))
+    yield Case("journal_seq_twice", "thrash_crash", _seq_twice, ("JOURNAL_SEQ_TWICE",))
+    yield Case("sb_obso_large_bucket", "attached_clean", lambda image: _features(image, 1), ("SB_OBSO_LARGE_BUCKET",))
+    yield Case("sb_first_bucket_0", "attached_clean", _first_bucket_0, ("SB_FIRST_BUCKET",))
+    for base in ("deep_crash", "killed", "gen_churn"):
+        yield Case(f"set_empty_{base}", base, _empty_set, ("BTREE_EMPTY_SET",))
+        yield Case(f"set_overlap_{base}", base, _set_overlap, ("BTREE_SET_OVERLAP",))
+        yield Case(f"set_short_key_{base}", base, _short_key, ("BTREE_SHORT_KEY",))
+        yield Case(f"set_key_beyond_8_pib_{base}", base, _beyond_8_pib, ("BTREE_KEYS",))
+        yield Case(f"set_keys_cut_{base}", base, _keys_cut, ("BTREE_KEYS",))
+        yield Case(f"extent_size_{base}", base, _extent_size, ("EXTENT_SIZE",))
+
+
+def _journal_buckets(image: Image) -> tuple[int, ...]:
+    assert image.walk.superblock is not None
+    return image.walk.superblock.d
+
+
+def _journal_gap(image: Image) -> None:
+    # The head of a bucket whose entries lie between others that are to be replayed.
+    replay = image.walk.replay
+    indices = list(dict.fromkeys(entry.index for entry in replay))
+    chosen = indices[1] if len(indices) > 2 else indices[0]
+    image.cache.put(image.bucket(_journal_buckets(image)[chosen]), bytes(image.walk.geometry.bucket_bytes))
+
+
+def _seq_twice(image: Image) -> None:
+    # The last entry of some bucket, other than the newest, says that it is another one.
+    newest = image.walk.replay[-1]
+    chosen = next(entry for entry in image.walk.journal if entry.index != newest.index
+                  and not any(other.index == entry.index and other.offset_bytes > entry.offset_bytes
+                              for other in image.walk.journal) and entry.jset.seq < image.walk.replay[0].jset.seq - 1)
+    image.jset(chosen, 16, "Q", chosen.jset.seq + 1)
+
+
+def _features(image: Image, bits: int) -> None:
+    image.sb(128, "Q", bits, fix=False)
+    image.sb(16, "Q", 5)
+
+
+def _first_bucket_0(image: Image) -> None:
+    image.sb(204, "H", 0, fix=False)
+    image.sb(208, f"{len(_journal_buckets(image))}Q", *range(len(_journal_buckets(image))))
+
+
+def _two_sets(image: Image) -> Node:
+    return max((node for node in image.nodes if node.level == 0), key=lambda node: len(node.sets))
+
+
+def _empty_set(image: Image) -> None:
+    image.bset(_two_sets(image), 1, 28, "I", 0)
+
+
+def _row_before(image: Image, node: Node) -> tuple[int, int]:
+    # A set and a row in it such that the keys at row and row + 1 both have sectors.
+    for number, bset in enumerate(node.sets):
+        keys = bset.keys
+        for row in range(len(keys.pos) - 2):
+            is_pair = keys.size[row] > 1 and keys.size[row + 1] > 1 and keys.nptrs[row] == keys.nptrs[row + 1] == 1
+            if is_pair and keys.pos[row + 1] - keys.size[row + 1] >= keys.pos[row]:
+                return number, row
+    raise AssertionError("no such pair")
+
+
+def _set_overlap(image: Image) -> None:
+    # The second key becomes long enough to reach into the first, as a hole, which points nowhere it must not.
+    node = _leaf(image)
+    number, row = _row_before(image, node)
+    keys = node.sets[number].keys
+    size = int(keys.pos[row + 1] - keys.pos[row]) + 1
+    image.key(node, number, row + 1, size=size, ptr=CHECK_PTR)
+
+
+def _short_key(image: Image) -> None:
+    node = _leaf(image)
+    number = next(number for number, bset in enumerate(node.sets) if len(bset.keys.pos))
+    last = len(node.sets[number].keys.pos) - 1
+    image.key(node, number, last, pos=(0xF0000, 1 << 20), ptr=CHECK_PTR)
+
+
+def _beyond_8_pib(image: Image) -> None:
+    node = _leaf(image)
+    number = next(number for number, bset in enumerate(node.sets) if len(bset.keys.pos))
+    image.key(node, number, len(node.sets[number].keys.pos) - 1, pos=(0, 1 << 50))
+
+
+def _keys_cut(image: Image) -> None:
+    # The last key says that it has six pointers.
+    node = _leaf(image)
+    number = next(number for number, bset in enumerate(node.sets) if len(bset.keys.pos))
+    last = len(node.sets[number].keys.pos) - 1
+    image.key(node, number, last, high=int(node.sets[number].keys.high[last]) & ~(7 << 60) | 6 << 60)
+
+
+def _extent_size(image: Image) -> None:
+    node = min((node for node in image.nodes if node.level == 0 and len(node.sets[0].keys.pos)),
+               key=lambda node: node.start)
+    image.key(node, 0, 0, pos=(0, 1), size=2)
+
+
+# Where pointers lead.
+
+CHECK_PTR = 4095 << 51 | 12345
+
+
+def pointer_cases() -> Iterator[Case]:
+    """Pointers to nodes and structures that belong to others."""
+    for base in ("deep_crash", "gen_churn"):
+        yield Case(f"child_same_{base}", base, _same_child, ("BTREE_NODE_TWICE",))
+        yield Case(f"child_gap_{base}", base, _child_gap, ("BTREE_CHILD_GAP",))
+        yield Case(f"child_into_journal_{base}", base, _child_into_journal, ("BTREE_MAGIC",))
+    yield Case("extent_inode_deep_crash", "deep_crash", _extent_inode, ("EXTENT_INODE",))
+    yield Case("backing_before_data", "dirty_crash", _before_data, ("BACKING_BEFORE_DATA",))
+
+
+def _same_child(image: Image) -> None:
+    node = _inner(image)
+    number, row = _child(image, node)
+    keys = node.sets[number].keys
+    live = {(each.bucket, each.gen) for each in image.nodes}
+    size = image.walk.geometry.bucket_size_sectors
+    other = next(index for index in range(row + 1, len(keys.pos))
+                 if (ptr_sector(int(keys.ptr[index])) // size, int(keys.ptr[index]) & 0xFF) in live)
+    image.key(node, number, other, ptr=int(keys.ptr[row]))
+
+
+def _child_gap(image: Image) -> None:
+    # The pointer to the last child turns into the marker of a freed node.
+    node = _inner(image)
+    for number, bset in enumerate(node.sets):
+        for row in range(len(bset.keys.pos)):
+            if int(bset.keys.pos[row]) == node.end:
+                image.key(node, number, row, ptr=CHECK_PTR)
+
+
+def _child_into_journal(image: Image) -> None:
+    node = _inner(image)
+    image.key(node, *_child(image, node), ptr=ptr_make(image.walk.geometry.sector_of(_journal_buckets(image)[1]), 0))
+
+
+def _extent_inode(image: Image) -> None:
+    # The last key of the last leaf moves to a device number that no set can have.
+    node = max((node for node in image.nodes if node.level == 0), key=lambda node: node.end)
+    number, row = next((number, row) for number, row in _live_rows(image, node, dirty=True, count=0)
+                       if row == len(node.sets[number].keys.pos) - 1)
+    image.key(node, number, row, pos=(0xF0000, int(node.sets[number].keys.pos[row]) & (1 << 44) - 1))
+
+
+def _before_data(image: Image) -> None:
+    image.sb(16, "Q", 4, device=image.backings[0], fix=False)
+    image.sb(184, "Q", 4096, device=image.backings[0])
 
 
 # Backing devices.

@@ -74,8 +74,8 @@ class SalvagedSet(NamedTuple):
 class LeafMap(NamedTuple):
     """A leaf with the journal on top: what is live, what is lost, and dirty extents whose bucket was used again.
 
-    ``too_stale`` are raw keys that the kernel would fail the set for; ``is_unknown`` says that not all is known that the
-    leaf held, ``is_lost`` that nothing is.
+    ``too_stale`` are raw keys that the kernel would fail the set for; ``is_unknown`` says that not all is known that
+    the leaf held, ``is_lost`` that nothing is.
     """
 
     kept: Extents
@@ -143,7 +143,9 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list
         start = block * block_bytes + BSET_HEADER_BYTES
         if seq == node.seq and node.is_valid(block):
             try:
-                found.append(SalvagedSet(block, decode_key_columns(node.view[start:start + keys * 8], keys), True))
+                columns = decode_key_columns(node.view[start:start + keys * 8], keys)
+                # Only the first set of a node may be empty; any other has lost its keys.
+                found.append(SalvagedSet(block, columns, keys > 0 or not found, keys > 0 or not found))
             except Corrupt:
                 found.append(_damaged(node, block, node.view[start:start + keys * 8]))
             block += node.set_blocks(keys)
@@ -246,6 +248,9 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
     in all buckets that are not ``claimed``.  Raises gens by what damaged nodes say, so it comes before any `leaf_map`.
     """
     slots = _expand(walk)
+    leaves = {slot.leaf.sector for slot in slots if slot.leaf is not None}
+    slots = [Slot(slot.start, slot.end, None, 0) if slot.lost is not None and slot.lost.sector in leaves else slot
+             for slot in slots]
     for start, end in lost_ranges:
         slots = [part for slot in slots for part in _without(slot, start=start, end=end)]
         slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
