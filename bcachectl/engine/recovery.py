@@ -39,7 +39,7 @@ MAX_BTREE_LEVEL = 16
 
 
 async def start_existing(cset: CacheSet) -> None:
-    """Recover and run a set; raises Corrupt or DeviceError, and then nothing is running."""
+    """Recover and run a set; raises Corrupt or DeviceError, and then the set must not be used."""
     entries = await cset.journal.read()
     newest = entries[-1]
     await cset.prios.read(newest.prio_bucket[cset.sb.nr_this_dev])
