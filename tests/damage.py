@@ -516,6 +516,14 @@ def pointer_cases() -> Iterator[Case]:
         yield Case(f"child_same_{base}", base, _same_child, ("BTREE_NODE_TWICE",))
         yield Case(f"child_gap_{base}", base, _child_gap, ("BTREE_CHILD_GAP",))
         yield Case(f"child_into_journal_{base}", base, _child_into_journal, ("BTREE_MAGIC",))
+        yield Case(f"child_twice_{base}", base, _child_twice, ("BTREE_CHILD_TWICE",))
+        yield Case(f"child_not_at_start_{base}", base, _child_inside,
+                   ("BTREE_VERSION" if base == "deep_crash" else "BTREE_CSUM", "BTREE_PTR_OFFSET"))
+        yield Case(f"key_before_{base}", base, _key_before, ("BTREE_KEY_BEFORE",))
+        yield Case(f"prio_in_journal_{base}", base, _prio_in_journal, ("PRIO_INTO_JOURNAL",))
+    yield Case("sb_unusable", "attached_clean", _unusable, ("SB_OFFSET", "SB_UNUSABLE"))
+    yield Case("journal_ring", "thrash_crash", _swap_journal, ("JOURNAL_RING",))
+    yield Case("uuids_in_prio", "two_backing", _uuids_in_prio, ("BACKING_FORGOTTEN", "BUCKET_TWICE"))
     yield Case("extent_inode_deep_crash", "deep_crash", _extent_inode, ("EXTENT_INODE",))
     yield Case("backing_before_data", "dirty_crash", _before_data, ("BACKING_BEFORE_DATA",))
 
@@ -538,6 +546,59 @@ def _child_gap(image: Image) -> None:
         for row in range(len(bset.keys.pos)):
             if int(bset.keys.pos[row]) == node.end:
                 image.key(node, number, row, ptr=CHECK_PTR)
+
+
+def _child_twice(image: Image) -> None:
+    node = _inner(image)
+    number, row = _child(image, node)
+    pos = int(node.sets[number].keys.pos[row + 1])
+    image.key(node, number, row, pos=(pos >> 44, pos & (1 << 44) - 1))
+
+
+def _child_inside(image: Image) -> None:
+    node = _inner(image)
+    number, row = _child(image, node)
+    size = image.walk.geometry.bucket_size_sectors
+    image.key(node, number, row, ptr=int(node.sets[number].keys.ptr[row]) + (size // 2 << 8), size=size // 2)
+
+
+def _key_before(image: Image) -> None:
+    # The first key of a leaf that is not the first one becomes a check key before its range.
+    node = next(node for node in sorted(image.nodes, key=lambda node: node.start)
+                if node.level == 0 and node.start > 4096 and len(node.sets[0].keys.pos))
+    before = node.start - 8
+    image.key(node, 0, 0, pos=(before >> 44, before & (1 << 44) - 1), size=8, ptr=CHECK_PTR)
+
+
+def _prio_in_journal(image: Image) -> None:
+    # A copy of the first prio set in a journal bucket that nobody needs.
+    needed = {entry.index for entry in image.walk.replay}
+    index = max(index for index in range(len(_journal_buckets(image))) if index not in needed)
+    bucket = _journal_buckets(image)[index]
+    image.cache.put(image.bucket(bucket), image.cache.get(image.bucket(image.walk.prio_buckets[0]),
+                                                          image.walk.geometry.meta_bytes))
+    image.jset(_newest(image), 176, "Q", bucket)
+
+
+def _unusable(image: Image) -> None:
+    _clear_journal(image)
+    image.cache.put(SB, bytes(4096))
+
+
+def _swap_journal(image: Image) -> None:
+    # Two journal buckets of old entries change places.
+    first, second = image.walk.journal[0].index, image.walk.journal[0].index + 2
+    count = len(_journal_buckets(image))
+    one, two = (image.bucket(_journal_buckets(image)[index % count]) for index in (first, second))
+    size = image.walk.geometry.bucket_bytes
+    content = image.cache.get(one, size)
+    image.cache.put(one, image.cache.get(two, size))
+    image.cache.put(two, content)
+
+
+def _uuids_in_prio(image: Image) -> None:
+    sector = image.walk.geometry.sector_of(image.walk.prio_buckets[0])
+    image.jset(_newest(image), 56, "Q", ptr_make(sector, int(image.walk.gens[image.walk.prio_buckets[0]])))
 
 
 def _child_into_journal(image: Image) -> None:

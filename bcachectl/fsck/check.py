@@ -211,6 +211,8 @@ class Check:
         bucket = self.walk.geometry.bucket_of(damage.sector) if damage.sector and self.walk.superblock else None
         if code == "BTREE_PTR" and damage.start < damage.end:
             self._lost_ranges.append((damage.start, damage.end))
+        if code == "BTREE_CHILD_TWICE":
+            self.unknown.append(Slot(damage.start, damage.end, None, 0))
         key = damage.why.partition("spotted extent ")[2].partition(": bad")[0]
         self._add(Finding(code, damage.where, damage.why, bucket, damage.sector, key), damage.start, damage.end)
 

@@ -424,7 +424,9 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
     kept = has_data & ~stale & (merged.csum <= TAG_JOURNAL)
     lost = has_data & ~stale & (merged.csum > TAG_JOURNAL)
     stale_dirty = has_data & stale & merged.dirty & (merged.csum == TAG_NONE)
-    is_unknown = not sets or not all(image.is_valid or image.is_whole for image in sets)
+    # Where no set is good the node may be another's altogether.
+    is_unknown = not any(image.is_valid for image in sets or []) or not all(
+        image.is_valid or image.is_whole for image in sets or [])
     return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, is_unknown, not sets)
 
 

@@ -388,7 +388,7 @@ class Walk:
                 continue
             if pos <= start:
                 damages.append(Damage(where, f"two children end at {pos >> INODE_SHIFT}:{pos & SECTOR_MASK}", sector,
-                                      node.nsectors))
+                                      node.nsectors, children[-1][2] if children else 0, start))
                 continue
             children.append((node.level - 1, key, start, pos))
             start = pos
