@@ -26,8 +26,8 @@ from tests.crash.stories import STORIES
 from tests.sim.power import Choose, run_story
 from tests.sim.world import SimFailure
 
-SEARCH_S = 20.0
-"""Seconds after which a mutation counts as survived."""
+SEARCH_S = 60.0
+"""Seconds of processor time after which a mutation counts as survived; it takes 15 at most."""
 
 Mutate = Callable[[Io], bool]
 
@@ -192,14 +192,14 @@ MUTATIONS = (
 
 def some(seed: int, end: float) -> Choose:
     """A third of the points, another third for each seed."""
-    return lambda number: (seed,) if number % 3 == seed % 3 and time.monotonic() < end else ()
+    return lambda number: (seed,) if number % 3 == seed % 3 and time.process_time() < end else ()
 
 
 def search(mutation: Mutation, seconds: float) -> str:
     """The failure that a mutation leads to; empty if none was found in time."""
-    end = time.monotonic() + seconds
+    end = time.process_time() + seconds
     seed = 0
-    while time.monotonic() < end:
+    while time.process_time() < end:
         seed += 1
         for name in mutation.stories:
             try:
@@ -209,6 +209,7 @@ def search(mutation: Mutation, seconds: float) -> str:
     return ""
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.name.replace(" ", "_") for mutation in MUTATIONS])
 def test_mutation_is_caught(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
     if mutation.patch is not None:
