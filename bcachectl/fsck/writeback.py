@@ -31,8 +31,8 @@ from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.rescue_map import DONE, LOST, UNKNOWN, Owner, RescueMap
-from bcachectl.fsck.salvage import leaf_map
-from bcachectl.fsck.walk import Read
+from bcachectl.fsck.salvage import leaf_map, read_sets
+from bcachectl.fsck.walk import Read, Slot
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET
 
 PIECE_SECTORS = 8192
@@ -126,7 +126,7 @@ def find_dirty(check: Check) -> Dirty:
             is_dropped = np.array([pair in check.dropped for pair in pairs], np.bool_)
         kept.append(leaf.kept.take(leaf.kept.dirty & ~is_dropped))
         lost += [part.take(part.dirty) for part in (leaf.kept.take(is_dropped), leaf.lost, leaf.stale_dirty)]
-        if leaf.is_unknown:
+        if leaf.is_unknown or ((slot.leaf is None or len(leaf.lost.start)) and not _is_sound(check, slot)):
             unknown.append((slot.start, slot.end))
     if check.is_doubtful:
         unknown = [(0, MAX_POS)]
@@ -290,6 +290,14 @@ class Copy:
             still += self._copy(first, pieces)
         place = self.bad.index((start, end))
         self.bad[place:place + 1] = still
+
+
+def _is_sound(check: Check, slot: Slot) -> bool:
+    # Every set has a good checksum.  The keys of one that has not may look like keys and yet name other sectors than
+    # they did, so any dirty data in the leaf's range may be missing or out of date.
+    ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
+    sets = read_sets(check.walk, ptr, slot.nsectors) if ptr is not None else None
+    return bool(sets) and all(image.is_valid for image in sets or [])
 
 
 def _by_inode(extents: Extents) -> dict[int, Extents]:

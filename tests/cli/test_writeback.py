@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`bcachectl writeback` as a program: what it writes and what not, its map, its refusals and exit statuses."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bcachectl.blockdev import BlockDevice
+from bcachectl.ondisk.superblock import BdevState, decode_superblock
+from tests.cli.conftest import Result
+
+Cli = Callable[..., Result]
+DATA_BYTES = 16 << 9
+
+
+def digest(path: Path, skip_bytes: int = 0) -> str:
+    return hashlib.sha256(path.read_bytes()[skip_bytes:]).hexdigest()
+
+
+def state(path: Path) -> BdevState:
+    return decode_superblock(path.read_bytes()[4096:8192]).state
+
+
+def volume_digest(story: Path, number: int = 0) -> str:
+    found: str = json.loads((story / f"truth{number}.json").read_text())["sha256"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["dirty_crash", "thrash_crash", "two_backing", "flash_volume"])
+def test_write_back(cli: Cli, golden: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    images = golden(name, writable=True)
+    cache, backings = images / "cache.img", sorted(images.glob("back*.img"))
+    before = digest(cache)
+    result = cli("writeback", cache, *backings, "--json", "--map", tmp_path / "map")
+    assert (result.status, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert (found["schema"], found["kind"]) == (1, "writeback")
+    assert digest(cache) == before
+    for number, (backing, device) in enumerate(zip(backings, found["devices"], strict=True)):
+        assert digest(backing, DATA_BYTES) == volume_digest(golden(name), number)
+        assert state(backing) is BdevState.CLEAN
+        assert device["copied_bytes"] == device["dirty_bytes"] > 0
+        assert device["marked_clean"]
+        assert sum(int(line.split()[1], 16) for line in Path(device["map"]).read_text().splitlines()
+                   if line.endswith("+") and line.count("0x") == 2) == device["copied_bytes"]
+    after = [digest(backing) for backing in backings]
+    again = cli("writeback", cache, *backings, "--map", tmp_path / "map")
+    assert again.status == 0
+    assert "0 B written back" in again.out
+    assert "an earlier run" in again.out
+    assert [digest(backing) for backing in backings] == after
+
+
+def test_dry_run(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
+    story = golden("dirty_crash")
+    before = {path: digest(path) for path in sorted(story.glob("*.img"))}
+    words = ["writeback", story / "cache.img", story / "back0.img", "--dry-run", "--map", tmp_path / "map"]
+    result = cli(*words)
+    assert (result.status, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[-1].endswith("back0.img: write 4096 bytes at byte 4096: superblock, state clean")
+    assert len(lines) > 10
+    found = json.loads(cli(*words, "--json").out)
+    assert found["dry_run"]
+    assert len(found["writes"]) == len(lines)
+    assert sum(write["length_bytes"] for write in found["writes"][:-1]) == found["devices"][0]["dirty_bytes"]
+    assert {path: digest(path) for path in sorted(story.glob("*.img"))} == before
+    assert not (tmp_path / "map").exists()
+
+
+def break_reads(monkeypatch: pytest.MonkeyPatch, cache: Path, start: int, end: int) -> None:
+    """Reads of bytes [start, end) of the cache fail."""
+    real = BlockDevice.read_into
+
+    def read_into(self: BlockDevice, offset_bytes: int, buf: memoryview) -> None:
+        if self.path == str(cache) and offset_bytes < end and start < offset_bytes + len(buf):
+            raise OSError(5, os.strerror(5))
+        real(self, offset_bytes, buf)
+
+    monkeypatch.setattr(BlockDevice, "read_into", read_into)
+
+
+
+
+def test_lost_sectors(cli: Cli, golden: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not marked clean without a word of the user's; the map and the report say exactly what is lost."""
+    images = golden("dirty_crash", writable=True)
+    cache, backing, map_file = images / "cache.img", images / "back0.img", tmp_path / "map"
+    first = json.loads(cli("writeback", cache, backing, "--dry-run", "--json").out)["writes"][0]
+    at = first["offset_bytes"]
+    where = json.loads(cli("where", backing, (at - DATA_BYTES) >> 9, 1, "--cache", cache, "--json").out)["pieces"][0]
+    place = where["device_sector"] << 9
+    with monkeypatch.context() as patch:
+        break_reads(patch, cache, place, place + 512)
+        words = ["writeback", cache, backing, "--map", map_file]
+        result = cli(*words, "--json")
+        assert result.status == 3
+        [device] = json.loads(result.out)["devices"]
+        assert device["lost_ranges_bytes"] == [[at - DATA_BYTES, at - DATA_BYTES + 512]]
+        assert not device["marked_clean"]
+        assert state(backing) is BdevState.DIRTY
+        assert f"0x{at:08X}  0x00000200  -" in map_file.read_text()
+        text = cli(*words)
+        assert text.status == 3
+        assert f"lost bytes {at - DATA_BYTES} to {at - DATA_BYTES + 512} of the volume" in text.out
+        assert "--accept-loss" in text.err
+        assert cli(*words, "--accept-loss", "--files").status == 0
+    assert state(backing) is BdevState.CLEAN
+    assert cli("writeback", cache, backing, "--map", map_file).status == 0
+    assert digest(backing, DATA_BYTES) == volume_digest(golden("dirty_crash"))
+
+
+def test_interrupted(cli: Cli, golden: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control-C after some writes: the map is kept, and the same command goes on from there."""
+    images = golden("dirty_crash", writable=True)
+    words = ["writeback", images / "cache.img", images / "back0.img", "--map", tmp_path / "map"]
+    real, left = BlockDevice.write, 5
+
+    def write(self: BlockDevice, offset_bytes: int, data: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        real(self, offset_bytes, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockDevice, "write", write)
+        result = cli(*words)
+    assert result.status == 130
+    assert "goes on from there" in result.err
+    assert state(images / "back0.img") is BdevState.DIRTY
+    found = cli(*words, "--json")
+    assert found.status == 0
+    assert json.loads(found.out)["devices"][0]["earlier_bytes"] > 0
+    assert digest(images / "back0.img", DATA_BYTES) == volume_digest(golden("dirty_crash"))
+
+
+def test_failed_flush_marks_nothing(cli: Cli, golden: Callable[..., Path], tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    images = golden("dirty_crash", writable=True)
+    flushes = 0
+
+    def sync(self: BlockDevice) -> None:
+        nonlocal flushes
+        flushes += 1
+        if flushes > 1:
+            raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(BlockDevice, "sync", sync)
+    result = cli("writeback", images / "cache.img", images / "back0.img", "--map", tmp_path / "map")
+    assert result.status == 1
+    assert "flush" in result.err
+    assert state(images / "back0.img") is BdevState.DIRTY
+    assert "+" not in "".join(line[-1] for line in (tmp_path / "map").read_text().splitlines() if line[0] == "0")
+
+
+def test_map_after_the_set_ran(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
+    images = golden("dirty_crash", writable=True)
+    words = ["writeback", images / "cache.img", images / "back0.img", "--map", tmp_path / "map"]
+    assert cli(*words).status == 0
+    text = (tmp_path / "map").read_text()
+    head, number = text.splitlines()[1].rsplit(" ", 1)
+    (tmp_path / "map").write_text(text.replace(f"{head} {number}", f"{head} {int(number) - 1}"))
+    result = cli(*words)
+    assert result.status == 4
+    assert "has run since" in result.err
+
+
+@pytest.mark.parametrize(("words", "status", "said"), [
+    (["cache.img"], 2, "name the backing devices"),
+    (["cache.img", "cache.img"], 2, "same device"),
+    (["back0.img", "cache.img"], 2, "is a backing device"),
+    (["cache.img", "nothing.img"], 1, "no such file"),
+    (["cache.img", "back0.img", "--force=dirty"], 2, "overrides nothing"),
+    (["cache.img", "back0.img", "--slot", "1"], 2, "--to"),
+    (["cache.img", "--to", "x.img"], 2, "no"),
+    (["cache.img", "--to", "x.img", "--slot", "77"], 4, "no dirty data"),
+    (["cache.img", "back0.img", "--to", "x.img"], 2, "leave BACKING out")])
+def test_refusals(cli: Cli, golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, words: list[str],
+                  status: int, said: str) -> None:
+    monkeypatch.chdir(golden("dirty_crash", writable=True))
+    result = cli("writeback", *words)
+    assert (result.status, result.err.count("\n")) == (status, 1)
+    assert said in result.err
+    assert not Path("x.img").exists()
+
+
+@pytest.mark.parametrize("name", ["cache.img", "back0.img"])
+def test_set_that_runs(cli: Cli, golden: Callable[..., Path], name: str) -> None:
+    images = golden("dirty_crash", writable=True)
+    with (images / name).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = cli("writeback", images / "cache.img", images / "back0.img")
+    assert result.status == 3
+    assert "in use" in result.err
+
+
+def test_orphans(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
+    images = golden("two_backing", writable=True)
+    cache = images / "cache.img"
+    assert "No orphans" in cli("writeback", cache, "--orphans").out
+    assert json.loads(cli("writeback", cache, "--orphans", "--json").out)["orphans"] == []
+    # The data of a slot, on an image that is as the former device was: what its users wrote.
+    target = tmp_path / "saved.img"
+    target.write_bytes((images / "back1.img").read_bytes()[DATA_BYTES:])
+    refused = cli("writeback", cache, "--slot", 1, "--to", target)
+    assert refused.status == 3
+    assert "--force=overwrite" in refused.err
+    assert cli("writeback", cache, "--slot", 1, "--to", target, "--force=overwrite").status == 0
+    assert digest(target) == volume_digest(golden("two_backing"), 1)
+    fresh = tmp_path / "new.img"
+    assert cli("writeback", cache, "--slot", 1, "--to", fresh, "--dry-run").status == 0
+    assert not fresh.exists()
+    assert cli("writeback", cache, "--slot", 1, "--to", fresh).status == 0
+    assert 0 < fresh.stat().st_size <= target.stat().st_size
+    assert cli("writeback", cache, "--slot", 1, "--to", images / "back1.img").status == 3
+
+
+def test_flash_volume_to_image(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
+    """A volume without a backing device, whole, as an image."""
+    story = golden("flash_volume")
+    assert cli("writeback", story / "cache.img", "--slot", 1, "--to", tmp_path / "flash.img").status == 0
+    assert digest(tmp_path / "flash.img") == volume_digest(story, 1)
