@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bcachectl import writeplan
+from bcachectl import discovery, writeplan
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.claim import claim
 from bcachectl.commands import fsck_files, fsck_report
@@ -24,7 +24,7 @@ from bcachectl.fsck.check_backing import Backing
 from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.repair import Repair, plan_repair
 from bcachectl.fsck.rescue import open_check
-from bcachectl.units import parse_size, parse_uuid
+from bcachectl.units import format_uuid, parse_size, parse_uuid
 from bcachectl.writeplan import Plan, Write
 
 EXIT_CORRECTED = 1
@@ -103,8 +103,16 @@ def _check(opened: dict[str, BlockDevice], cache: str, names: Sequence[str], buc
            set_uuid: bytes | None, as_json: bool) -> Check:
     members = [_member(opened[name]) for name in names]
     device = _member(opened[cache])
+    for name, each in opened.items():
+        users = discovery.users_of(name) if each.read_only else []
+        if users:
+            print(f"bcachectl: {name}: is in use ({', '.join(users)}); what is found may be work under way",
+                  file=sys.stderr)
     check = open_check(device.read, device.size_sectors, members, bucket_size=bucket_size, set_uuid=set_uuid)
     fsck_report.watch(check, show=sys.stderr.isatty() and not as_json)
+    sb = check.walk.superblock
+    if sb is not None and sb.is_backing:
+        raise UsageError(f"{cache}: is a backing device of set {format_uuid(sb.set_uuid)}; name the cache device first")
     return check
 
 

@@ -107,7 +107,7 @@ def _finding_lines(finding: Finding) -> Iterator[str]:
         yield (f"  nothing is known about {start >> INODE_SHIFT}:{start & SECTOR_MASK} to "
                f"{end >> INODE_SHIFT}:{end & SECTOR_MASK}")
     if finding.severity > Severity.NOTE and not finding.losses and not finding.unknown:
-        yield "  It costs no data."
+        yield "  It costs no data." if finding.is_safe else "  What it costs cannot be told."
 
 
 def _loss_lines(loss: Loss) -> Iterator[str]:

@@ -116,3 +116,17 @@ def test_preen_leaves_what_costs_data(golden: Callable[..., Path], tmp_path: Pat
 ])
 def test_exit_status(words: list[str], status: int) -> None:
     assert cli.run(words) == status
+
+
+def test_backing_device_in_the_place_of_the_cache(golden: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+                                                  ) -> None:
+    assert cli.run(["fsck", str(golden("dirty_crash") / "back0.img")]) == 16
+    assert "name the cache device first" in capsys.readouterr().err
+
+
+def test_no_set_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "random.img"
+    path.write_bytes(random.Random(1).randbytes(1 << 20))
+    assert cli.run(["fsck", str(path)]) == 4
+    path.write_bytes(bytes(600))
+    assert cli.run(["fsck", str(path)]) == 4
