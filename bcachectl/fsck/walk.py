@@ -310,14 +310,18 @@ class Walk:
     # The btree.
 
     def _walk_btree(self, newest: Jset) -> Iterator[Record | Damage]:
-        root = newest.btree_root
-        if validity.btree_ptr_invalid(root, self.geometry) or root.ptrs[0].dev:
+        root, level = newest.btree_root, newest.btree_level
+        if not self._is_root(root):
             yield Damage("btree root", f"bad btree root {text(root)}", 0, 0, 0, MAX_POS)
-            self.slots.append(Slot(0, MAX_POS, None, 0))
-            return
+            # The root seldom changes: the entry before most likely named the same one.
+            older = next((entry.jset for entry in reversed(self.journal) if self._is_root(entry.jset.btree_root)), None)
+            if older is None:
+                self.slots.append(Slot(0, MAX_POS, None, 0))
+                return
+            root, level = older.btree_root, older.btree_level
         self._mark_ptr(root.ptrs[0])
         # A stack, not recursion: the level of a damaged root may say anything.
-        todo = [(newest.btree_level, root, 0, MAX_POS)]
+        todo = [(level, root, 0, MAX_POS)]
         while todo:
             level, key, start, end = todo.pop()
             node, damages = self._read_node(level, key.ptrs[0], key.size, start=start, end=end)
@@ -336,6 +340,9 @@ class Walk:
                 children, damages = self.children(node)
                 yield from damages
                 todo.extend(reversed(children))
+
+    def _is_root(self, key: Bkey) -> bool:
+        return not validity.btree_ptr_invalid(key, self.geometry) and key.ptrs[0].dev == 0
 
     def _read_node(self, level: int, ptr: Ptr, nsectors: int, *, start: int,
                    end: int) -> tuple[Node | None, list[Damage]]:
