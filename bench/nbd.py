@@ -6,6 +6,9 @@ and its speed changes from second to second: a figure is the median of the round
 largest behind it.  Each server has image files of its own, all of it in the page cache; the engine's cache holds the
 whole volume, so that every read is a hit.
 
+The engine is one thread and nbdkit sixteen, so a busy machine gives nbdkit the larger share of its cores and the ratios
+say nothing; ``chrt -r 5 python -m bench.nbd`` puts client and servers before everything else for as long as it takes.
+
 A QD1 figure says how long two processes take to wake each other up, and hardly anything of the servers.
 """
 
