@@ -48,7 +48,8 @@ def test_lost_blocks_get_names(tmp_path: Path) -> None:
     check.findings.append(Finding("BTREE_CSUM", "btree node", "bad checksum",
                                   losses=(Loss(0, "bcache0", 24, 0, ((first, last),)),)))
     lines = lost_files(check)
-    assert lines == ["bcache0 (ext4, as its backing device alone shows it): 3 blocks lost", "  /photos/cat.raw: 3 blocks"]
+    assert lines == ["bcache0 (ext4, as its backing device alone shows it): 3 blocks lost",
+                     "  /photos/cat.raw: 3 blocks"]
 
 
 def test_nothing_lost_is_said() -> None:
