@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,12 +69,13 @@ def test_overview_loads_nothing_heavy(words: list[str]) -> None:
 
 
 def test_overview_is_quick() -> None:
-    """57 ms on the machine this was written on; the limit is for the slowest one."""
+    """57 ms on the machine this was written on; the limit is for the slowest one.  Processor time: others may be busy."""
     best = 9.0
     for _ in range(5):
-        began = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "bcachectl", "--help"], check=True, stdout=subprocess.DEVNULL)
-        best = min(best, time.monotonic() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert best < 0.3
 
 
