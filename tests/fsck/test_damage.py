@@ -92,16 +92,22 @@ def test_damage(golden: Callable[..., Path], case: Case) -> None:
     assert set(serious(after)) <= {finding.code for finding in repair.left}
     if any(word in case.name for word in MOVED):
         return  # A damaged key no longer says where it was; clean extents of an old generation are no loss.
-    good = check(base_image(golden(case.base)).fresh())
-    judge_cost(before, good, after)
+    judge_cost(before, truth_of(golden(case.base)), after)
 
 
-def judge_cost(before: Check, good: Check, after: Check) -> None:
+@lru_cache(maxsize=2)
+def truth_of(story: Path) -> tuple[Extents, set[int], set[int]]:
+    """The live map of an undamaged image, and its clean and dirty sectors."""
+    extents = live(check(base_image(story).fresh()))
+    return extents, per_sector(extents, dirty=False), per_sector(extents, dirty=True)
+
+
+def judge_cost(before: Check, good: tuple[Extents, set[int], set[int]], after: Check) -> None:
     """What was reported as lost is what is missing, and nothing that is there was not there before."""
-    truth, left = live(good), live(after)
+    truth, left = good[0], live(after)
     for dirty, reported in ((True, before.totals.lost_dirty_sectors), (False, before.totals.lost_clean_sectors)):
-        missing = per_sector(truth, dirty=dirty) - per_sector(left, dirty=dirty)
+        missing = good[1 + dirty] - per_sector(left, dirty=dirty)
         if not any(finding.unknown for finding in before.findings):
             assert len(missing) <= reported, f"{len(missing)} missing, {reported} reported, dirty: {dirty}"
-    assert not per_sector(left, dirty=False) - per_sector(truth, dirty=False)
+    assert not per_sector(left, dirty=False) - good[1]
     assert np.unique(left.start >> np.uint64(INODE_SHIFT)).size <= np.unique(truth.start >> np.uint64(INODE_SHIFT)).size
