@@ -228,3 +228,35 @@ def test_flash_volume_to_image(cli: Cli, golden: Callable[..., Path], tmp_path: 
     story = golden("flash_volume")
     assert cli("writeback", story / "cache.img", "--slot", 1, "--to", tmp_path / "flash.img").status == 0
     assert digest(tmp_path / "flash.img") == volume_digest(story, 1)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_without_superblock(cli: Cli, golden: Callable[..., Path], told: bool) -> None:
+    """A cache device whose superblock is gone: its geometry is found, or told."""
+    images = golden("dirty_crash", writable=True)
+    cache, backing = images / "cache.img", images / "back0.img"
+    sb = decode_superblock(cache.read_bytes()[4096:8192])
+    with cache.open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(4096))
+    words = ["--bucket-size", str(sb.bucket_size << 9), "--set-uuid", sb.set_uuid.hex()] if told else []
+    result = cli("writeback", cache, backing, *words)
+    assert (result.status, result.err) == (0, "")
+    assert digest(backing, DATA_BYTES) == volume_digest(golden("dirty_crash"))
+    assert state(backing) is BdevState.CLEAN
+    assert cache.read_bytes()[4096:8192] == bytes(4096)
+
+
+def test_without_prio_sets(cli: Cli, golden: Callable[..., Path]) -> None:
+    """Priorities and generations are gone; the pointers themselves tell enough, and nothing is lost."""
+    images = golden("dirty_crash", writable=True)
+    cache, backing = images / "cache.img", images / "back0.img"
+    newest = json.loads(cli("dump", "prio", cache, "--json").out)
+    sb = decode_superblock(cache.read_bytes()[4096:8192])
+    with cache.open("r+b") as file:
+        for bucket in newest["prio_buckets"]:
+            file.seek(bucket * sb.bucket_size << 9)
+            file.write(bytes(4096))
+    result = cli("writeback", cache, backing)
+    assert (result.status, result.err) == (0, "")
+    assert digest(backing, DATA_BYTES) == volume_digest(golden("dirty_crash"))
