@@ -150,6 +150,10 @@ class EngineSet:
         """The state now, with a map in ``cells`` cells."""
         return from_json(SetSnapshot, self.call("snapshot", cells=cells))
 
+    def places(self) -> dict[str, dict[str, str | None]]:
+        """By volume: the ``device`` and the ``uri`` where the engine exports it."""
+        return {place["volume"]: place for place in self.call("places")}
+
     def get(self, target: str, names: list[str]) -> dict[str, str]:
         """Attributes by name."""
         values: dict[str, str] = self.call("get", target=target, names=names)

@@ -26,6 +26,9 @@ def engine_list(as_json: Json = False) -> None:
                      f"{volume['state']:<12}", f"{format_sectors(volume['dirty_bytes'] >> 9)} dirty",
                      volume["backing"] or "")
             print("  ".join(words).rstrip())
+            for place in (volume["device"], volume["uri"]):
+                if place:
+                    print(f"    {place}")
 
 
 def _describe(engine: EngineSet) -> dict[str, Any]:
@@ -33,6 +36,7 @@ def _describe(engine: EngineSet) -> dict[str, Any]:
                               "cache": None, "failed": None, "volumes": []}
     try:
         snapshot = engine.snapshot(0)
+        places = engine.places()
     except BcachectlError:
         # It ended meanwhile, or is too busy to answer; that it is there is worth a line all the same.
         return record
@@ -42,6 +46,7 @@ def _describe(engine: EngineSet) -> dict[str, Any]:
     record["failed"] = snapshot.failed
     record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label, "size": volume.size_bytes,
                           "kind": volume.kind, "mode": volume.mode, "state": volume.state,
-                          "dirty_bytes": volume.dirty_sectors * 512, "backing": volume.backing_path}
+                          "dirty_bytes": volume.dirty_sectors * 512, "backing": volume.backing_path,
+                          **{where: places.get(volume.name, {}).get(where) for where in ("device", "uri")}}
                          for volume in snapshot.volumes]
     return record

@@ -31,7 +31,10 @@ def test_a_day_in_the_life_of_an_engine(cli: Cli, engine: Engine) -> None:
     listed = json.loads(cli("engine", "list", "--json").out)["engines"]
     assert [volume["volume"] for volume in listed[0]["volumes"]] == ["bcache0", "bcache1"]
     uuid = listed[0]["set"]
-    assert f"set {uuid}  pid {engine.process.pid}" in cli("engine", "list").out
+    text = cli("engine", "list").out
+    assert f"set {uuid}  pid {engine.process.pid}" in text
+    uris = [volume["uri"] for volume in listed[0]["volumes"]]
+    assert all(uri.startswith("nbd+unix:///bcache") and uri in text for uri in uris)
 
     page = cli("status").out
     assert "writeback is paused" in page

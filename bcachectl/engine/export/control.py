@@ -88,6 +88,10 @@ class Host(Protocol):
         """Export a volume that has just appeared."""
         ...
 
+    def places(self) -> list[dict[str, str | None]]:
+        """Where each volume is exported: ``volume``, ``device`` and ``uri``."""
+        ...
+
     def request_stop(self) -> None:
         """Stop the engine in good order, as SIGTERM does."""
         ...
@@ -289,6 +293,9 @@ class ControlServer:
 
     def _do_volumes(self) -> Any:
         return to_json(self._snapshot(0).volumes)
+
+    def _do_places(self) -> Any:
+        return self.host.places()
 
     def _do_events(self, since: int = 0) -> Any:
         return [to_json(event) for event in self._snapshot(0).events if event.serial > since]

@@ -153,6 +153,10 @@ class EngineHost:
                                None if export is None else export.device, uri))
         return found
 
+    def places(self) -> list[dict[str, str | None]]:
+        """`ready` for the control socket."""
+        return [{"volume": here.volume, "device": here.device, "uri": here.uri} for here in self.ready()]
+
     async def wait_for_stop(self, *, deadline_ns: int | None = None) -> bool:
         """True if the engine is to stop; False at the deadline, and when the set has just failed."""
         if self.loop.signalled:

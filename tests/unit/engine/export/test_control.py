@@ -74,6 +74,10 @@ class Served:
     def publish(self, volume: Volume) -> None:
         self.published.append(volume.name)
 
+    def places(self) -> list[dict[str, str | None]]:
+        return [{"volume": volume.name, "device": None, "uri": f"nbd+unix:///{volume.name}?socket=s"}
+                for volume in self.world.cset.volumes]
+
     def request_stop(self) -> None:
         self.is_stopped = True
 
