@@ -47,6 +47,7 @@ from bcachectl.ondisk.superblock import (
     BdevState,
     Replacement,
     Superblock,
+    check_backing_features,
     check_superblock,
     decode_superblock,
     encode_superblock,
@@ -195,6 +196,7 @@ class CacheSet:
             if sb.is_cache:
                 raise WrongState(f"{backing.name} is a cache device; it cannot be a backing device")
             check_superblock(sb, device_sectors=backing.size_sectors, logical_block_sectors=backing.atomic_sectors)
+            check_backing_features(sb)
         except Corrupt as bad:
             raise Corrupt(backing.name, str(bad)) from None
         if sb.data_offset >= backing.size_sectors:

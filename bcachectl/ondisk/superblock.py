@@ -350,6 +350,18 @@ def _check_features(sb: Superblock) -> None:
         raise _bad("Unsupported incompatible feature found")
 
 
+def check_backing_features(sb: Superblock) -> None:
+    """Corrupt if a backing device of version 6 asks for a feature; none is known.
+
+    The kernel does not look at these words, and writes zeros into them.  Whoever is about to write the device should
+    not guess what they mean.
+    """
+    if sb.version == BDEV_WITH_FEATURES and sb.feature_ro_compat:
+        raise _bad("Unsupported read-only compatible feature found")
+    if sb.version == BDEV_WITH_FEATURES and sb.feature_incompat:
+        raise _bad("Unsupported incompatible feature found")
+
+
 def _check_cache(sb: Superblock, *, device_sectors: int, for_kernel: bool) -> None:
     if sb.keys > SB_JOURNAL_BUCKETS:
         raise _bad("Too many journal buckets")

@@ -69,7 +69,7 @@ def test_overview_loads_nothing_heavy(words: list[str]) -> None:
 
 
 def test_overview_is_quick() -> None:
-    """57 ms on the machine this was written on; the limit is for the slowest one.  Processor time: others may be busy."""
+    """57 ms on the machine this was written on; the limit is for the slowest.  Processor time: others may be busy."""
     best = 9.0
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -35,7 +35,14 @@ from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.overlay import Overlay
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.errors import BcachectlError, Corrupt, DeviceError, Refused, UsageError, WrongState
-from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState, check_superblock, decode_superblock
+from bcachectl.ondisk.superblock import (
+    SB_BYTES,
+    SB_SECTOR,
+    BdevState,
+    check_backing_features,
+    check_superblock,
+    decode_superblock,
+)
 from bcachectl.units import format_uuid
 
 
@@ -284,6 +291,7 @@ class EngineHost:
                 found.append(decode_superblock(raw))
                 check_superblock(found[-1], device_sectors=medium.size_bytes >> 9,
                                  logical_block_sectors=medium.logical_block_bytes >> 9)
+                check_backing_features(found[-1])
                 if found[-1].is_backing and found[-1].data_offset >= medium.size_bytes >> 9:
                     raise Corrupt("superblock", "the data offset lies beyond the end of the device (truncated?)")
             except OSError as error:
