@@ -10,7 +10,9 @@ from __future__ import annotations
 import lzma
 import os
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -18,6 +20,10 @@ import hypothesis
 import pytest
 
 from tests.require import all_required, need, need_root, need_tool
+
+# A shell that starts the tests in the background has them ignore SIGINT, and whatever they start inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).resolve().parent
 GROUPS = ("unit", "property", "sim", "crash", "golden", "fsck", "cli", "export", "system", "vm")

@@ -21,7 +21,8 @@ if [ -e /job/wants-host ]; then
     mkdir /tmp/upper/up /tmp/upper/work
     mount -t overlay -o lowerdir=/host,upperdir=/tmp/upper/up,workdir=/tmp/upper/work overlay /newroot
     for folder in proc sys dev; do mount --rbind /$folder /newroot/$folder; done
-    for folder in tmp run; do mount -t tmpfs tmpfs /newroot/$folder; done
+    # Not /tmp: the project may be there, and the overlay takes what is written.
+    mount -t tmpfs tmpfs /newroot/run
     mkdir -p /newroot/job /newroot/bin
     mount --bind /job /newroot/job
 fi
