@@ -138,7 +138,6 @@ class Writeback:
         "at_full_speed",
         "idle_rounds",
         "stopping",
-        "detach_done",
         "rounds",
     )
 
@@ -160,7 +159,6 @@ class Writeback:
         self.idle_rounds = 0
         self.at_full_speed = False
         self.stopping = False
-        self.detach_done = False
         self.rounds = 0
 
     # What requests ask.
