@@ -20,6 +20,10 @@ entry that is left still asks for the entries that were overwritten, and the set
 entered with an entry without keys, which fits one sector: either it is there, and asks for nothing old, or the old
 entry is.
 
+The very last block of the ring is kept for such an entry without keys.  When there is no other place, a start that
+was interrupted often enough can still name a new root: the entry in that block is written again where it is, in one
+sector, with the roots as they are now.
+
 Kernel: journal.c, the essay in journal.h.
 """
 
@@ -28,7 +32,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from bcachectl.engine.sched import FUA, NS_PER_MS, PREFLUSH, WaitQueue
+from bcachectl.engine.sched import FUA, NS_PER_MS, NS_PER_S, PREFLUSH, WaitQueue
 from bcachectl.errors import Corrupt
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, Jset, encode_jset, walk_journal_bucket
 from bcachectl.ondisk.magic import jset_magic
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 MAX_PINS = 32767
 FLUSH_BATCH = 8
 """Leaves written at once when the journal needs space (journal.h, BTREE_FLUSH_NR)."""
+PATIENCE_NS = 60 * NS_PER_S
+"""How long a start may have no room in the journal and replay nothing before it gives up."""
 
 
 class JournalPin:
@@ -69,6 +75,12 @@ class Journal:
         "sector",
         "resume_sector",
         "resume_blocks",
+        "kept_blocks",
+        "newest_sector",
+        "newest_is_bare",
+        "rewrites_wanted",
+        "rewrites_begun",
+        "rewrites_done",
         "cur_idx",
         "last_idx",
         "durable_last_seq",
@@ -101,6 +113,12 @@ class Journal:
         self.sector = 0
         self.resume_sector = 0
         self.resume_blocks = 0
+        self.kept_blocks = 0
+        self.newest_sector = 0
+        self.newest_is_bare = False
+        self.rewrites_wanted = 0
+        self.rewrites_begun = 0
+        self.rewrites_done = 0
         self.cur_idx = 0
         self.last_idx = 0
         self.durable_last_seq = 0
@@ -135,7 +153,8 @@ class Journal:
 
     def add_nowait(self, keys: bytes) -> JournalPin | None:
         """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now."""
-        capacity = min(self.blocks_free * self.cset.geometry.block_bytes, JSET_MAX_BYTES) - JSET_HEADER_BYTES
+        blocks = self.blocks_free - self.kept_blocks
+        capacity = min(blocks * self.cset.geometry.block_bytes, JSET_MAX_BYTES) - JSET_HEADER_BYTES
         if self.guarded or len(self.keys) + len(keys) > capacity or len(self.pins) > MAX_PINS - 2:
             return None
         self.keys += keys
@@ -181,9 +200,18 @@ class Journal:
         """Write an entry with the roots as they are now, and wait for it (journal.c, bch_journal_meta); False if the
         set failed.
         """
-        if not self.cset.sync:
-            return not self.cset.io_disabled
-        return await self.wait_durable(self.seq)
+        cset = self.cset
+        if not cset.sync:
+            return not cset.io_disabled
+        # A rewrite that has begun does not hold what is to be made durable now; the next one does.
+        seq, begun = self.seq, self.rewrites_begun
+        self.rewrites_wanted = begun + 1
+        self.request_write()
+        while self.written_seq < seq and self.rewrites_done <= begun:
+            if cset.io_disabled:
+                return False
+            await self.written.wait()
+        return True
 
     def unpin(self, pin: JournalPin | None) -> None:
         """Drop a reference; the last one of the oldest entry may make room."""
@@ -208,7 +236,7 @@ class Journal:
     @property
     def full(self) -> bool:
         """Nothing can be added before old entries are given up."""
-        return self.blocks_free == 0 or len(self.pins) > MAX_PINS - 2
+        return self.blocks_free <= self.kept_blocks or len(self.pins) > MAX_PINS - 2
 
     def reclaim(self, *, use_reserve: bool = False) -> None:
         """Give up old entries, and enter the next bucket if the current one has no room (journal.c,
@@ -231,6 +259,7 @@ class Journal:
             # An earlier start was interrupted after it had entered the last bucket there was; a replay that needs a
             # new root would wait for room, which only the replay can make.  So that bucket is filled up.
             self.sector, self.blocks_free, self.resume_blocks = self.resume_sector, self.resume_blocks, 0
+        self.kept_blocks = int(self.free_buckets(0) == 0)
         if not self.full:
             self.space.wake_all()
 
@@ -247,8 +276,16 @@ class Journal:
     async def _relieve(self) -> None:
         # Writes the leaves that hold the oldest entries until there is room (journal.c, btree_flush_write).
         cset = self.cset
+        progress, since_ns = -1, cset.sched.now_ns
         while self.full and not cset.io_disabled:
             pin = self.pins[0]
+            if cset.running or progress != cset.replayed_keys + self.reclaims:
+                progress, since_ns = cset.replayed_keys + self.reclaims, cset.sched.now_ns
+            elif cset.sched.now_ns - since_ns >= PATIENCE_NS:
+                # The newest entry has keys and lies in the last block: another driver filled the ring to its end.
+                cset.fail("the journal is full to its last block and its replay needs room; serve the set with "
+                          "'engine run --read-only', or save its data with 'bcachectl writeback'")
+                break
             leaves = [leaf for leaf in cset.btree.dirty_leaves if leaf.pin is pin][:FLUSH_BATCH]
             if leaves:
                 self.flush_writes += len(leaves)
@@ -274,7 +311,11 @@ class Journal:
                 self.reclaim(use_reserve=True)
                 if self.blocks_free == 0:
                     self._relieve_if_full()
-                    await self.space.wait()
+                    if self.newest_is_bare and self.rewrites_begun < self.rewrites_wanted:
+                        if not await self._rewrite_newest():
+                            return
+                    elif self.blocks_free == 0:
+                        await self.space.wait()
                     continue
             if not await self._write_entry():
                 return
@@ -291,23 +332,28 @@ class Journal:
             await self.wake.wait(deadline_ns=self.deadline_ns)
         return False
 
-    async def _write_entry(self) -> bool:
+    def _encode(self, seq: int, last_seq: int, keys: bytes) -> bytearray:
+        # An entry with the roots as they are now.
         cset = self.cset
-        geometry = cset.geometry
-        self._drop_free_pins()
-        seq, last_seq, root = self.seq, self.last_seq, cset.btree.root
-        assert not (self.guarded and self.keys)
-        raw = encode_jset(
+        return encode_jset(
             seq=seq,
             last_seq=last_seq,
             uuid_bucket=cset.uuid_array.journal_key(),
             btree_root=cset.btree.root_key(),
-            btree_level=root.level,
+            btree_level=cset.btree.root.level,
             prio_bucket0=cset.prios.current[0],
-            keys=bytes(self.keys),
+            keys=keys,
             magic=self.magic,
-            block_bytes=geometry.block_bytes,
+            block_bytes=cset.geometry.block_bytes,
         )
+
+    async def _write_entry(self) -> bool:
+        cset = self.cset
+        geometry = cset.geometry
+        self._drop_free_pins()
+        seq, last_seq, is_bare = self.seq, self.last_seq, not self.keys
+        assert is_bare or not self.guarded
+        raw = self._encode(seq, last_seq, bytes(self.keys))
         blocks = len(raw) // geometry.block_bytes
         assert blocks <= self.blocks_free, (blocks, self.blocks_free)
         sector = self.sector
@@ -322,19 +368,47 @@ class Journal:
         self.open_entry(seq + 1)
         self.reclaim()
         cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=len(data) >> 9)
+        if not await self._write(sector, data, last_seq):
+            return False
+        self.written_seq = seq
+        self.newest_sector, self.newest_is_bare = sector, is_bare
+        self._written()
+        return True
+
+    async def _rewrite_newest(self) -> bool:
+        # Writes the newest entry again where it is.  It has no keys, and what counts of it is in its first sector:
+        # either the old or the new one is there.  Its seq stays, so that none is missing.
+        self.rewrites_begun += 1
+        begun, seq = self.rewrites_begun, self.written_seq
+        self._drop_free_pins()
+        last_seq = min(self.last_seq, seq)
+        raw = self._encode(seq, last_seq, b"")
+        self.cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=self.cset.cache.atomic_sectors)
+        data = memoryview(raw)[: self.cset.cache.atomic_sectors << 9]
+        if not await self._write(self.newest_sector, data, last_seq):
+            return False
+        self.rewrites_done = begun
+        # The open entry has no keys, so whoever wanted it has what was wanted.
+        self.wanted = self.rewrites_wanted > begun
+        self._written()
+        return True
+
+    async def _write(self, sector: int, data: memoryview, last_seq: int) -> bool:
+        cset = self.cset
         error = await cset.cache.write(sector, data, PREFLUSH | FUA, "journal")
         if error:
             cset.fail(f"journal io error {error}")
             return False
         self.writes += 1
         cset.meta_sectors_written += len(data) >> 9
-        self.written_seq = seq
         self.durable_last_seq = last_seq
+        return True
+
+    def _written(self) -> None:
         self.written.wake_all()
         self.reclaim()
         # Whoever waits for space looks again, even if there is none: it is the waiters who ask for relief.
         self.space.wake_all()
-        return True
 
     def open_entry(self, seq: int) -> None:
         """Start to fill entry ``seq`` (journal.c, bch_journal_next)."""
@@ -373,6 +447,8 @@ class Journal:
                 self.bucket_seq[index] = max(self.bucket_seq[index], jset.seq)
                 if jset.seq > newest_seq:
                     newest_seq = jset.seq
+                    self.newest_sector = geometry.sector_of(bucket) + (offset >> 9)
+                    self.newest_is_bare = not jset.keys
                     end = offset + jset.blocks * geometry.block_bytes
                     self.resume_sector = geometry.sector_of(bucket) + (end >> 9)
                     self.resume_blocks = (geometry.bucket_bytes - end) // geometry.block_bytes

@@ -26,7 +26,6 @@ from tests.sim.disk import SimDisk
 GEOMETRY = Geometry(block_size_sectors=1, bucket_size_sectors=8, nbuckets=64, first_bucket=3)
 LEAVES = 4
 LEAF_SECTOR = 32 * 8
-ROOT = pack_key(1 << 50, 8, False, 5 << 8)
 
 
 class Leaf:
@@ -51,8 +50,10 @@ class Set:
         self.events = self.btree = self
         self.prios = SimpleNamespace(current=[9])
         self.root = SimpleNamespace(level=0)
+        self.root_serial = 0
         self.uuid_array = SimpleNamespace(journal_key=self.root_key)
         self.sync, self.io_disabled, self.stopping, self.read_only = True, False, False, False
+        self.running, self.replayed_keys = False, 0
         self.meta_sectors_written = 0
         self.leaves = [Leaf(number) for number in range(LEAVES)]
         self.dirty_leaves: dict[Leaf, None] = {}
@@ -64,7 +65,7 @@ class Set:
         """No one looks."""
 
     def root_key(self) -> bytes:
-        return ROOT
+        return pack_key(1 << 50, 8, False, self.root_serial << 8)
 
     def fail(self, text: str) -> None:
         raise AssertionError(text)
@@ -104,6 +105,7 @@ class JournalMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.serial = 0
         self.durable: set[int] = set()
+        self.durable_root = 0
         self.crashes = 0
         self.disk = SimDisk("cache", GEOMETRY.nbuckets * 8, seed="journal")
         self.flying: list[Io] = []
@@ -157,9 +159,15 @@ class JournalMachine(RuleBasedStateMachine):
         self.spawn(self.set.write_leaf(self.set.leaves[leaf]))
         self.turn([])
 
+    async def new_root(self) -> None:
+        self.set.root_serial += 1
+        serial = self.set.root_serial
+        assert await self.set.journal.write_meta()
+        self.durable_root = max(self.durable_root, serial)
+
     @rule()
     def meta(self) -> None:
-        self.spawn(self.set.journal.write_meta())
+        self.spawn(self.new_root())
         self.turn([])
 
     @precondition(lambda self: self.flying)
@@ -190,8 +198,8 @@ class JournalMachine(RuleBasedStateMachine):
                 self.turn([], max(0, timer_ns - self.set.sched.now_ns))
         raise AssertionError(f"no end: {[task for task in self.tasks if not task.done]}")
 
-    @rule(draw=st.integers(0, 1 << 30))
-    def crash(self, draw: int) -> None:
+    @rule(draw=st.integers(0, 1 << 30), roots=st.integers(0, 4))
+    def crash(self, draw: int, roots: int = 0) -> None:
         self.crashes += 1
         image = self.disk.survive(random.Random(draw))
         in_leaves = self.set.in_leaves
@@ -211,6 +219,8 @@ class JournalMachine(RuleBasedStateMachine):
         entries = reading.result
         assert entries
         journal = self.set.journal
+        self.set.root_serial = entries[-1].btree_root.ptrs[0].sector
+        assert self.set.root_serial >= self.durable_root
         replayed: list[int] = []
         for entry in entries:
             pin = JournalPin(entry.seq, 1)
@@ -219,14 +229,21 @@ class JournalMachine(RuleBasedStateMachine):
             for key in decode_keys(entry.keys):
                 replayed.append(key.start)
                 self.set.insert(self.set.leaves[key.start // 8 % LEAVES], key.start, pin)
-            pin.count -= 1
         assert self.durable <= in_leaves | set(replayed), sorted(self.durable - in_leaves - set(replayed))[:5]
         assert len(replayed) == len(set(replayed))
         self.durable.update(replayed)
         journal.seq = entries[-1].seq
         journal.reclaim()
         journal.open_entry(entries[-1].seq + 1)
-        self.go()
+        self.set.sched.spawn(self.set.journal.run(), "journal writer")
+        # The replay needs new roots, and holds every entry until it has them.
+        for _ in range(roots):
+            self.spawn(self.new_root())
+            self.drain()
+        for pin in list(journal.pins)[: len(entries)]:
+            journal.unpin(pin)
+        journal.do_reserve = 1
+        self.turn([])
 
     @invariant()
     def pins_are_in_order(self) -> None:
