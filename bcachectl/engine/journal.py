@@ -383,8 +383,8 @@ class Journal:
         self._drop_free_pins()
         last_seq = min(self.last_seq, seq)
         raw = self._encode(seq, last_seq, b"")
-        self.cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=self.cset.cache.atomic_sectors)
         data = memoryview(raw)[: self.cset.cache.atomic_sectors << 9]
+        self.cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=len(data) >> 9)
         if not await self._write(self.newest_sector, data, last_seq):
             return False
         self.rewrites_done = begun
