@@ -11,7 +11,7 @@ SEED ?=
 SHARD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden sim crash damage flips nofalse vm system bench docs clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash damage flips nofalse vm campaign system bench docs clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ system: setup-dev ## engines as processes: fio, ext4, SIGKILL, dying devices, da
 
 vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12 for one kernel only
 	$(if $(KERNEL),BCACHECTL_VM_KERNEL=$(KERNEL)) $(PYTEST) -n $(WORKERS) -m vm
+
+campaign: setup-dev ## sets of every shape that a kernel makes, judged by every program; SEEDS=1-40 (half a minute each)
+	$(BIN)/python -m tests.vm.campaign $(or $(SEEDS),1-10)
 
 bench: setup-dev ## figures beside their targets: two million buckets, NBD beside nbdkit, a tick of the live view
 	$(BIN)/python -m bench.scale

@@ -113,14 +113,15 @@ class Visit:
         for number in range(len(self.disks) - 1):
             self.step(f"set_attribute /sys/block/$volume{number}/bcache/cache_mode {mode}")
 
-    def write(self, plan: dict[str, Any], *, volume: int = 0) -> None:
-        """Carry out a plan (the arguments of `tests.stamps.draw`) on a volume."""
+    def write(self, plan: dict[str, Any], *, volume: int = 0, progress: str = PROGRESS) -> None:
+        """Carry out a plan (the arguments of `tests.stamps.draw`) on a volume; `Seen` tells of the plan whose numbers
+        go to the file `PROGRESS`."""
         self._wants_host = True
         shutil.copy(HERE.parent / "stamps.py", self.share / "stamps.py")
         shutil.copy(HERE / "stamp_writer.py", self.share / "stamp_writer.py")
-        (self.share / PROGRESS).unlink(missing_ok=True)
+        (self.share / progress).unlink(missing_ok=True)
         python = os.path.realpath(sys.executable)
-        self.step(f"host {python} -SE /job/stamp_writer.py /dev/$volume{volume} /job/{PROGRESS} '{json.dumps(plan)}'")
+        self.step(f"host {python} -SE /job/stamp_writer.py /dev/$volume{volume} /job/{progress} '{json.dumps(plan)}'")
 
     def facts(self) -> None:
         """Leave the btree and all attributes in the share's directory ``facts``."""
