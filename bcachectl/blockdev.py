@@ -8,6 +8,9 @@ missing path, a directory, a character device, an empty file, a device that some
 * an image file is locked with flock: LOCK_EX by the one who writes, LOCK_SH by an engine that only reads.  Commands
   that look at a file open it without ``exclusive`` and take no lock.
 
+A file that is a metadata image (`bcachectl.metaimage`) is read as the device that it was made of.  It holds no data, so
+it is refused wherever something is to be written or a set is to be run.
+
 Offsets and lengths are bytes.  Every failure is a `DeviceError` with the errno; the engine's own Ios go to ``fd``
 directly (`bcachectl.engine.io`) or to the methods `read_into`, `write_from` and so on, which raise OSError instead.
 With O_DIRECT, buffers that are not aligned are copied through an aligned one here.
@@ -24,6 +27,7 @@ import stat
 import struct
 from types import TracebackType
 
+from bcachectl import metaimage
 from bcachectl.errors import DeviceError
 
 Buffer = bytes | bytearray | memoryview
@@ -57,11 +61,11 @@ class BlockDevice:
 
     ``can_discard``: it takes a discard.  ``can_zero``: it zeroes a range without being sent the zeros.
     ``nowait_flag``: what preadv is given to read only what is in memory; 0 where the file system (tmpfs) has no such
-    thing, and a read of it is taken for quick.
+    thing, and a read of it is taken for quick.  ``image``: what the file holds if it is a metadata image.
     """
 
     __slots__ = ("path", "fd", "size_bytes", "logical_block_bytes", "optimal_io_bytes", "is_block", "can_discard",
-                 "can_zero", "read_only", "direct", "device_number", "nowait_flag")
+                 "can_zero", "read_only", "direct", "device_number", "nowait_flag", "image")
 
     def __init__(self, path: str, fd: int, *, read_only: bool, direct: bool) -> None:
         status = os.fstat(fd)
@@ -83,6 +87,10 @@ class BlockDevice:
             self.logical_block_bytes = _FILE_BLOCK_BYTES
             self.optimal_io_bytes = 0
             self.can_discard = self.can_zero = not read_only
+        self.image = None if self.is_block else metaimage.open_image(path, fd)
+        if self.image is not None:
+            self.size_bytes = self.image.size_sectors << 9
+            self.logical_block_bytes = self.image.logical_block_bytes
 
     def __enter__(self) -> BlockDevice:
         return self
@@ -147,7 +155,9 @@ class BlockDevice:
 
     def read_into(self, offset_bytes: int, buf: memoryview) -> None:
         """Fill ``buf``; the end of a file that shrank is EIO."""
-        if self.direct and not self._is_aligned(offset_bytes, buf):
+        if self.image is not None:
+            self.image.read_into(offset_bytes, buf)
+        elif self.direct and not self._is_aligned(offset_bytes, buf):
             mask = self.logical_block_bytes - 1
             start, end = offset_bytes & ~mask, (offset_bytes + len(buf) + mask) & ~mask
             with mmap.mmap(-1, end - start) as bounce:
@@ -280,6 +290,9 @@ def open_device(path: str, *, write: bool = False, exclusive: bool = False, dire
         device = BlockDevice(path, fd, read_only=not write, direct=use_direct)
         if write and is_block and _ioctl_number(fd, _BLKROGET, "i"):
             raise DeviceError(f"{path}: is a read-only device", errno=errno.EROFS)
+        if device.image is not None and (write or exclusive):
+            raise DeviceError(f"{path}: is a metadata image, which holds no data and is only looked at; "
+                              "`bcachectl image extract` makes a device of it that can be written", errno=errno.EROFS)
         if device.size_bytes < _FILE_BLOCK_BYTES:
             raise DeviceError(f"{path}: is empty (0 sectors)", errno=errno.ENODATA)
     except OSError as error:

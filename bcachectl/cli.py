@@ -49,6 +49,8 @@ COMMANDS: dict[str, Command] = {
     "wipe": Command("wipe:wipe", "Take the superblock away, after a backup of it."),
     "writeback": Command("writeback:writeback", "Copy dirty data to the backing devices without running the set."),
     "undo": Command("undo:undo", "Take back what a destructive verb did."),
+    "image create": Command("image:create", "Copy a device's metadata into a small file for a bug report."),
+    "image extract": Command("image:extract", "Make a sparse raw file of a metadata image."),
     "show": Command("show:show", "The superblock, every field, its checksum judged."),
     "dump": Command("dump:dump", "A structure of the device as a table, as JSON or as the kernel prints it."),
     "where": Command("where:where", "Where a sector of a volume lies."),
@@ -71,6 +73,7 @@ COMMANDS: dict[str, Command] = {
 """Verb -> function, as ``module:function`` below `bcachectl.commands`.  The order is the overview's."""
 
 GROUPS = {
+    "image": "Metadata images: a device without its data, to be looked at elsewhere.",
     "volume": "Flash-only volumes.",
     "engine": "Run a cache set in user space.",
 }

@@ -93,11 +93,22 @@ def named(path: str) -> BlockNode:
     except OSError:
         return BlockNode(path, "missing", 0)
     if not stat.S_ISBLK(status.st_mode):
-        return BlockNode(path, "file" if stat.S_ISREG(status.st_mode) else "other", status.st_size)
+        return _named_file(path, status)
     device = pyudev.Devices.from_device_number(pyudev.Context(), "block", status.st_rdev)
     node = node_of(device)
     return BlockNode(path, "disk", 0) if node is None else BlockNode(
         path, node.kind, node.size_bytes, node.file, node.name, node.read_only, node.holders)
+
+
+def _named_file(path: str, status: os.stat_result) -> BlockNode:
+    # A metadata image says how large its device was.
+    if not stat.S_ISREG(status.st_mode):
+        return BlockNode(path, "other", status.st_size)
+    try:
+        with open_device(path) as device:
+            return BlockNode(path, "file" if device.image is None else "image", device.size_bytes)
+    except BcachectlError:
+        return BlockNode(path, "file", status.st_size)
 
 
 def probe(node: BlockNode) -> Probe:

@@ -47,6 +47,13 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     "fsck": [("bcachectl fsck /dev/nvme0n1p3 /dev/sdb", "Check a set that does not run; nothing is written."),
              ("bcachectl fsck -p cache.img", "Repair what costs nothing."),
              ("bcachectl fsck -y --output repaired.img cache.img", "Repair a copy, and leave the device alone.")],
+    "image create": [
+        ("bcachectl image create --anonymise /dev/nvme0n1p3 cache.bcimg",
+         "A file of some MiB for a bug report, without data, labels and uuids."),
+        ("bcachectl image create --anonymise /dev/sdb back.bcimg",
+         "The superblock of its backing device; `bcachectl fsck cache.bcimg back.bcimg` then checks both.")],
+    "image extract": [("bcachectl image extract cache.bcimg cache.img",
+                       "A sparse file as large as the device, to try a repair on.")],
     "show": [("bcachectl show /dev/sdb", "The superblock, and whether the kernel would take it."),
              ("bcachectl show --format=bcache-super-show /dev/sdb", "As bcache-super-show prints it.")],
     "dump": [("bcachectl dump btree --format=kernel cache.img", "Every live key, as the kernel's debugfs file has it."),

@@ -79,6 +79,8 @@ def fsck(cache: CacheArgument, backings: BackingArgument = None, no: NoOption = 
                 opened = stack.enter_context(claim([cache, *names], write=True))
             else:
                 opened = {name: stack.enter_context(open_device(name)) for name in [cache, *names]}
+            if output is not None and opened[cache].image is not None:
+                raise UsageError(f"{cache}: is a metadata image; repair what `bcachectl image extract` makes of it")
             check = _check(opened, cache, names, sectors, uuid, as_json)
             lines = fsck_files.lost_files(check) if files else []
             if not wants_repair:
@@ -101,7 +103,8 @@ def _fail(error: BcachectlError) -> NoReturn:
 
 def _check(opened: dict[str, BlockDevice], cache: str, names: Sequence[str], bucket_size: int | None,
            set_uuid: bytes | None, as_json: bool) -> Check:
-    members = [_member(opened[name]) for name in names]
+    has_data = all(device.image is None for device in opened.values())
+    members = [_member(opened[name])._replace(has_data=has_data) for name in names]
     device = _member(opened[cache])
     for name, each in opened.items():
         users = discovery.users_of(name) if each.read_only else []

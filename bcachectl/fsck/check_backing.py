@@ -38,11 +38,12 @@ IN_FLIGHT_SECTORS = 8192
 
 
 class Backing(NamedTuple):
-    """A backing device that fsck was given."""
+    """A backing device that fsck was given; of a metadata image there is no data."""
 
     name: str
     read: Read
     size_sectors: int
+    has_data: bool = True
 
 
 def read_backing(backing: Backing) -> tuple[Superblock | None, list[Finding]]:
@@ -128,6 +129,8 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, dirty: Mapping[i
         yield say("BACKING_INCONSISTENT", "state inconsistent")
     elif slot is None:
         yield say("BACKING_FORGOTTEN", f"state {sb.state.name.lower()}, uuid {format_uuid(sb.uuid)}")
+    elif sb.state is BdevState.CLEAN and sectors and not backing.has_data:
+        yield say("BACKING_CLEAN_KEYS", f"{sectors} dirty sectors; whether they differ, an image does not tell")
     elif sb.state is BdevState.CLEAN and sectors:
         differs = differing_sectors(walk, backing, own)
         is_wrong = differs > IN_FLIGHT_SECTORS and differs * 2 > sectors

@@ -148,7 +148,7 @@ def test_p1_devices_that_refuse_writes(cli: Cli, golden: Golden, loop_device: Ca
 
 
 @pytest.mark.parametrize("name", ["deep_crash", "flash_volume", "fresh"])
-def test_p1_reading_verbs_never_write(cli: Cli, golden: Golden, name: str) -> None:
+def test_p1_reading_verbs_never_write(cli: Cli, golden: Golden, tmp_path: Path, name: str) -> None:
     """P1: the files are read-only, their content stays, and so do their times."""
     story = golden(name)
     images = sorted(story.glob("*.img"))
@@ -159,4 +159,5 @@ def test_p1_reading_verbs_never_write(cli: Cli, golden: Golden, name: str) -> No
         for structure in STRUCTURES:
             cli("dump", structure, image)
         cli("where", image, 0, 100, "--cache", images[-1])
+        assert cli("image", "create", image, tmp_path / f"{image.name}.bcimg").status == 0
     assert before == [(hashlib.sha256(image.read_bytes()).hexdigest(), os.stat(image).st_mtime_ns) for image in images]
