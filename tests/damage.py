@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from bcachectl.fsck.walk import JournalEntry, Node
 from bcachectl.ondisk.bkey import ptr_make, ptr_sector
+from tests.damage_rare import rare_cases
 from tests.fsck.image import SB, Image
 
 Edit = Callable[[Image], None]
@@ -25,12 +26,15 @@ class Case(NamedTuple):
     base: str
     edit: Edit
     codes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Notes that it adds to those of its base, beside what goes with any damaged superblock or journal."""
 
 
 def cases() -> list[Case]:
     """Every case, names unique."""
     found = [*superblock_cases(), *journal_cases(), *prio_cases(), *uuid_cases(), *set_cases(), *interior_cases(),
-             *extent_cases(), *bucket_cases(), *backing_cases(), *order_cases(), *pointer_cases()]
+             *extent_cases(), *bucket_cases(), *backing_cases(), *order_cases(), *pointer_cases(),
+             *(Case(*case) for case in rare_cases())]
     names = [case.name for case in found]
     assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
     return found
@@ -185,7 +189,7 @@ def uuid_cases() -> Iterator[Case]:
     for base in ("two_backing", "dirty_crash", "flash_volume"):
         yield Case(f"uuid_twice_{base}", base, _uuid_twice, ("UUID_TWICE",))
         yield Case(f"uuid_freed_{base}", base, lambda image: image.uuid(_slot(image), 0, "16s", bytes(16)),
-                   ("BACKING_FORGOTTEN", "ORPHAN_DIRTY"))
+                   ("BACKING_FORGOTTEN", "ORPHAN_DIRTY"), ("UUID_FREE_DIRTY",) if base == "two_backing" else ())
         yield Case(f"uuid_unreadable_{base}", base,
                    lambda image: image.cache.unreadable.add(image.uuid_at >> 9), ("BACKING_FORGOTTEN", "UUID_IO"))
     yield Case("uuid_flash_0", "flash_volume", lambda image: image.uuid(1, 64, "Q", 0),
@@ -523,7 +527,7 @@ def pointer_cases() -> Iterator[Case]:
         yield Case(f"prio_in_journal_{base}", base, _prio_in_journal, ("PRIO_INTO_JOURNAL",))
     yield Case("sb_unusable", "attached_clean", _unusable, ("SB_OFFSET", "SB_UNUSABLE"))
     yield Case("journal_ring", "thrash_crash", _swap_journal, ("JOURNAL_RING",))
-    yield Case("uuids_in_prio", "two_backing", _uuids_in_prio, ("BACKING_FORGOTTEN", "BUCKET_TWICE"))
+    yield Case("uuids_in_prio", "two_backing", _uuids_in_prio, ("BACKING_FORGOTTEN", "BUCKET_TWICE"), ("UUID_FLAGS",))
     yield Case("extent_inode_deep_crash", "deep_crash", _extent_inode, ("EXTENT_INODE",))
     yield Case("backing_before_data", "dirty_crash", _before_data, ("BACKING_BEFORE_DATA",))
 

@@ -18,6 +18,7 @@ from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.claim import claim
 from bcachectl.commands import fsck_files, fsck_report
 from bcachectl.commands.options import Json, complete_device, print_json
+from bcachectl.commands.superblock_options import check_given
 from bcachectl.errors import BcachectlError, Refused, UsageError
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing
@@ -111,16 +112,19 @@ def _check(opened: dict[str, BlockDevice], cache: str, names: Sequence[str], buc
         if users:
             print(f"bcachectl: {name}: is in use ({', '.join(users)}); what is found may be work under way",
                   file=sys.stderr)
-    check = open_check(device.read, device.size_sectors, members, bucket_size=bucket_size, set_uuid=set_uuid)
+    check = open_check(device.read, device.size_sectors, members, bucket_size=bucket_size, set_uuid=set_uuid,
+                       logical_block_sectors=device.logical_block_sectors)
     fsck_report.watch(check, show=sys.stderr.isatty() and not as_json)
     sb = check.walk.superblock
+    check_given(cache, device.read, device.size_sectors, sb, bucket_size=bucket_size, set_uuid=set_uuid)
     if sb is not None and sb.is_backing:
         raise UsageError(f"{cache}: is a backing device of set {format_uuid(sb.set_uuid)}; name the cache device first")
     return check
 
 
 def _member(device: BlockDevice) -> Backing:
-    return Backing(device.path, lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9)
+    return Backing(device.path, lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
+                   device.logical_block_bytes >> 9)
 
 
 def _print(check: Check, repair: Repair | None, undo: Path | None, files: list[str], as_json: bool) -> None:

@@ -15,12 +15,13 @@ from bcachectl.blockdev import BlockDevice
 from bcachectl.claim import claim
 from bcachectl.commands import fsck_files, fsck_report, writeback_copy, writeback_orphans
 from bcachectl.commands.options import DryRun, Force, Json, complete_device, print_json
+from bcachectl.commands.superblock_options import check_given
 from bcachectl.commands.writeback_copy import Cache, open_cache
 from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing
 from bcachectl.fsck.findings import Finding, Loss
-from bcachectl.fsck.rescue import guess_superblock, superblock_problem
+from bcachectl.fsck.rescue import superblock_instead
 from bcachectl.fsck.rescue_map import Owner
 from bcachectl.fsck.writeback import Copy, Dirty, find_dirty, sectors_of, source, with_all_entries, writes
 from bcachectl.fsck.writeback_target import HAZARD_STALE, Member, member
@@ -138,13 +139,12 @@ def _examine(held: Cache, members: list[Backing], bucket_size: str | None, set_u
              as_json: bool) -> Check:
     sectors = parse_size(bucket_size) >> 9 if bucket_size is not None else None
     uuid = parse_uuid(set_uuid) if set_uuid is not None else None
-    guess = None
-    if superblock_problem(held.read, held.size_sectors):
-        guess = guess_superblock(held.read, held.size_sectors, members, bucket_size=sectors, set_uuid=uuid)
+    guess = superblock_instead(held.read, held.size_sectors, members, bucket_size=sectors, set_uuid=uuid)
     # Without the backing devices: whether they agree with the cache is what this verb is about to change.
     check = Check(held.read, held.size_sectors, instead=guess)
     fsck_report.watch(check, show=sys.stderr.isatty() and not as_json)
     sb = check.walk.superblock
+    check_given(held.path, held.read, held.size_sectors, sb, bucket_size=sectors, set_uuid=uuid)
     if sb is None:
         raise BcachectlError(f"{held.path}: {check.findings[0].why}; its geometry is not to be found, give "
                              "--bucket-size and --set-uuid")

@@ -27,6 +27,7 @@ from bcachectl.errors import BcachectlError
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.check_backing import Backing, check_backings, read_backing, slot_of
 from bcachectl.fsck.check_journal import check_journal
+from bcachectl.fsck.check_sizes import check_sizes
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, bucket_of, expand, has_lost_set, journal_map, leaf_map
@@ -70,9 +71,10 @@ DAMAGE_CODES: tuple[tuple[str, str, str], ...] = (
     ("prio set", "bad magic", "PRIO_MAGIC"),
     ("prio set", "", "PRIO_IO"),
     ("uuid array", "bad uuid pointer", "UUID_PTR"),
-    ("uuid array", "multiple", "UUID_LENGTH"),
     ("uuid array", "", "UUID_IO"),
+    ("btree root", "bad level", "BTREE_LEVEL"),
     ("btree root", "", "BTREE_ROOT_PTR"),
+    ("btree node", "bad level", "BTREE_LEVEL"),
     ("btree node", "two pointers", "BTREE_NODE_TWICE"),
     ("btree node", "bad btree header", "BTREE_HEADER"),
     ("btree node", "unsupported bset version", "BTREE_VERSION"),
@@ -182,6 +184,7 @@ class Check:
                                                           f"of {sb.block_size}", sector=SB_SECTOR))
         if sb is not None and sb.is_cache:
             self._superblock(sb)
+            self._add_all(check_sizes(self.walk, sb))
             if sb.cache_sync and self.walk.newest is not None:
                 self._add_all(check_journal(self.walk))
                 self.is_doubtful = any(pending.finding.code in UNKNOWN_CODES for pending in self._pending)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bcachectl.errors import BcachectlError
+from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Finding
@@ -26,6 +26,7 @@ from bcachectl.ondisk.superblock import (
     SB_SECTOR,
     BdevState,
     Superblock,
+    check_backing_features,
     judge_csum,
     parse_superblock,
 )
@@ -44,6 +45,7 @@ class Backing(NamedTuple):
     read: Read
     size_sectors: int
     has_data: bool = True
+    logical_block_sectors: int = 1
 
 
 def read_backing(backing: Backing) -> tuple[Superblock | None, list[Finding]]:
@@ -76,6 +78,13 @@ def read_backing(backing: Backing) -> tuple[Superblock | None, list[Finding]]:
         add("BACKING_DATA_OFFSET", f"Bad data offset {sb.data_offset}")
     if not sb.block_size:
         add("BACKING_BLOCK_SIZE", "block size 0")
+    elif sb.block_size < backing.logical_block_sectors:
+        add("BACKING_BLOCK_SIZE", f"blocks of {sb.block_size} sectors, the device's of "
+                                  f"{backing.logical_block_sectors}")
+    try:
+        check_backing_features(sb)
+    except Corrupt as error:
+        add("BACKING_FEATURE", error.why)
     if sb.cache_mode is None:
         add("BACKING_MODE", f"flags {sb.flags:#x}")
     if sb.unknown_flags:

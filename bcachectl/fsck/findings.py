@@ -91,13 +91,14 @@ _N, _W, _E = Severity.NOTE, Severity.WARNING, Severity.ERROR
 CODES: dict[str, Meaning] = {
     # The cache device's superblock.
     "SB_IO": Meaning(_E, "The superblock cannot be read; fsck goes on with what the rest of the device tells."),
-    "SB_OFFSET": Meaning(_E, "The superblock does not say that it stands at sector 8; the kernel does not know the "
-                             "device."),
+    "SB_OFFSET": Meaning(_E, "There is no bcache superblock at sector 8, or it is damaged; the kernel does not know "
+                             "the device as bcache's."),
     "SB_MAGIC": Meaning(_E, "The superblock's magic is damaged; the kernel does not know the device as bcache's."),
     "SB_CSUM": Meaning(_E, "The superblock's checksum is wrong; the kernel refuses the device."),
-    "SB_VERSION": Meaning(_E, "The superblock has a version that no kernel knows."),
+    "SB_VERSION": Meaning(_E, "The superblock has a version that no kernel knows.", safe=False),
     "SB_UUID": Meaning(_E, "The superblock has no device uuid or no set uuid; the kernel refuses the device."),
-    "SB_FEATURE": Meaning(_E, "The superblock asks for features that no kernel has."),
+    "SB_FEATURE": Meaning(_E, "The superblock asks for features that no kernel has; what the device holds may not "
+                              "be what it seems.", safe=False),
     "SB_BLOCK_SIZE": Meaning(_E, "The block size is one that the kernel refuses."),
     "SB_BUCKET_SIZE": Meaning(_E, "The bucket size is one that the kernel refuses."),
     "SB_NBUCKETS": Meaning(_E, "The number of buckets is one that the kernel refuses."),
@@ -108,6 +109,9 @@ CODES: dict[str, Meaning] = {
     "SB_FIRST_BUCKET": Meaning(_E, "The first bucket would overwrite the superblock; the kernel refuses the device."),
     "SB_GUESSED": Meaning(_N, "The superblock is unusable; what follows goes by geometry found on the device or "
                               "given."),
+    "SB_HALF_UUID": Meaning(_E, "Only the first half of the set uuid is left on this device, which is enough to read "
+                                "it; name a backing device of the set, or give --set-uuid, to have the superblock "
+                                "written.", safe=False),
     "SB_UNUSABLE": Meaning(_E, "Neither the superblock nor the rest of the device tells the geometry; "
                                "give --bucket-size and --set-uuid.", safe=False),
     "SB_FLAGS": Meaning(_N, "The superblock has flag bits that no kernel gives a meaning to."),
@@ -119,6 +123,15 @@ CODES: dict[str, Meaning] = {
     "SB_NEVER_RUN": Meaning(_N, "The set never ran; there is nothing on the device but the superblock."),
     "SB_NODE_BLOCKS": Meaning(_W, "A btree node has room for one block only; this crashes kernels.", safe=False),
     "SB_TOO_FEW_TO_RUN": Meaning(_W, "The kernel's allocator refuses to run fewer than 513 buckets.", safe=False),
+    "SB_OVERRULED": Meaning(_E, "The superblock contradicts --set-uuid or --bucket-size, which count.", safe=False),
+    "SB_JOURNAL_SHORT": Meaning(_E, "The superblock names too few journal buckets; the kernel would go back in time "
+                                    "without a word."),
+    "SB_DEVICE_LARGER": Meaning(_N, "The device is larger than the set uses; bcache cannot use the rest."),
+    "SB_BLOCK_ABOVE_PAGE": Meaning(_W, "The block size is larger than a page of 4 KiB; kernels with such pages refuse "
+                                       "the device.", safe=False),
+    "SB_BLOCK_BELOW_DEVICE": Meaning(_E, "The block size is smaller than the device's own; the kernel refuses it here. "
+                                         "Copied to a device with smaller blocks, the set is as good as ever.",
+                                     safe=False),
     # The journal.
     "JOURNAL_TORN": Meaning(_N, "The journal ends in an entry that was not written whole; any power failure leaves "
                                 "that."),
@@ -151,7 +164,9 @@ CODES: dict[str, Meaning] = {
     # The uuid array.
     "UUID_PTR": Meaning(_E, "The pointer to the uuid array is bad; the kernel refuses the set."),
     "UUID_IO": Meaning(_E, "The uuid array cannot be read."),
-    "UUID_LENGTH": Meaning(_E, "The uuid array has an impossible length."),
+    "UUID_LENGTH": Meaning(_W, "The pointer to the uuid array has another length than a set like this writes; a kernel "
+                               "would miss slots, or read too much."),
+    "UUID_STALE": Meaning(_E, "The bucket of the uuid array was used again since; what is there is not the array."),
     "UUID_INTO_JOURNAL": Meaning(_E, "The pointer to the uuid array leads into the journal."),
     "UUID_TWICE": Meaning(_E, "Two slots of the uuid array hold one uuid; a backing device finds only the first."),
     "UUID_FLASH_SIZE": Meaning(_E, "A flash-only volume has 0 sectors; volumes behind it vanish at the next start."),
@@ -164,6 +179,8 @@ CODES: dict[str, Meaning] = {
                                   "for a while, a forced one for good: `writeback --orphans` lists them. A repair "
                                   "keeps them."),
     # Btree nodes and sets.
+    "BTREE_LEVEL": Meaning(_E, "A node of the btree stands on another level than it is read at; the kernel would take "
+                               "pointers to nodes for data, or data for nodes."),
     "BTREE_ROOT_PTR": Meaning(_E, "The pointer to the root of the btree is bad; the kernel refuses the "
                                   "set.", safe=False),
     "BTREE_IO": Meaning(_E, "A btree node cannot be read.", safe=False),
@@ -212,9 +229,11 @@ CODES: dict[str, Meaning] = {
     "BACKING_KIND": Meaning(_E, "This is a cache device, not a backing device.", safe=False),
     "BACKING_UUID": Meaning(_E, "A backing superblock has no uuid; the kernel refuses the device.", safe=False),
     "BACKING_DATA_OFFSET": Meaning(_E, "The data of a backing device would start inside its superblock.", safe=False),
-    "BACKING_BLOCK_SIZE": Meaning(_E, "The block size of a backing device is 0 or smaller than its set's; it cannot "
-                                      "attach.", safe=False),
+    "BACKING_BLOCK_SIZE": Meaning(_E, "The block size of a backing device is 0, or smaller than its set's or than "
+                                      "the device's own; it cannot attach.", safe=False),
     "BACKING_FLAGS": Meaning(_N, "A backing superblock has flag bits that no kernel gives a meaning to."),
+    "BACKING_FEATURE": Meaning(_W, "A backing superblock asks for features that nobody knows; what the device holds "
+                                   "may not be what it seems.", safe=False),
     "BACKING_MODE": Meaning(_W, "A backing superblock has a cache mode that does not exist."),
     "BACKING_TWICE": Meaning(_E, "Two backing devices have one uuid; one is a copy of the other.", safe=False),
     "BACKING_OTHER_SET": Meaning(_W, "A backing device belongs to another set.", safe=False),

@@ -33,7 +33,6 @@ from bcachectl.fsck.check_backing import Backing, slot_of
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import CODES, Finding, Severity
-from bcachectl.fsck.rescue import guess_superblock
 from bcachectl.fsck.salvage import bucket_of, leaf_map
 from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk import validity
@@ -49,6 +48,7 @@ from bcachectl.ondisk.superblock import (
     CacheMode,
     Replacement,
     Superblock,
+    check_superblock,
     encode_superblock,
     parse_superblock,
 )
@@ -60,8 +60,8 @@ KEY_BYTES = 24
 SWITCH_BYTES = 512
 
 REBUILD_PREFIXES = ("JOURNAL_", "PRIO_", "UUID_", "BTREE_", "EXTENT_", "BUCKET_", "ORPHAN_")
-NOT_REPAIRED = ("SB_UNUSABLE", "SB_OBSO_LARGE_BUCKET", "SB_NODE_BLOCKS", "SB_TOO_FEW_TO_RUN", "JOURNAL_EMPTY",
-                "JOURNAL_IO")
+NOT_REPAIRED = ("SB_UNUSABLE", "SB_HALF_UUID", "SB_FEATURE", "SB_OBSO_LARGE_BUCKET", "SB_NODE_BLOCKS",
+                "SB_TOO_FEW_TO_RUN", "SB_BLOCK_ABOVE_PAGE", "SB_BLOCK_BELOW_DEVICE", "JOURNAL_EMPTY", "JOURNAL_IO")
 BACKING_REPAIRED = ("BACKING_CSUM", "BACKING_OFFSET", "BACKING_MODE", "BACKING_DETACHED_DIRTY", "BACKING_CLEAN_DIRTY")
 
 
@@ -97,11 +97,14 @@ def plan_repair(check: Check, *, safe_only: bool) -> Repair:
     is_whole = all(finding in wanted for finding in rebuild) and _can_rebuild(check)
     if rebuild and not is_whole:
         wanted = [finding for finding in wanted if finding not in rebuild]
+    superblock: tuple[RepairWrite, ...] = ()
+    if any(finding.code.startswith("SB_") for finding in wanted):
+        superblock = _superblock_write(check)
+        wanted = [finding for finding in wanted if superblock or not finding.code.startswith("SB_")]
     steps: list[tuple[RepairWrite, ...]] = []
     if rebuild and is_whole:
         steps.extend(_Rebuild(_with_all_entries(check)).steps())
-    if any(finding.code.startswith("SB_") for finding in wanted):
-        steps.append(_superblock_write(check))
+    steps.append(superblock)
     steps.extend(_backing_writes(check, [finding for finding in wanted if finding.code in BACKING_REPAIRED]))
     return Repair(tuple(step for step in steps if step), tuple(wanted),
                   tuple(finding for finding in serious if finding not in wanted))
@@ -135,19 +138,16 @@ def _superblock_write(check: Check) -> tuple[RepairWrite, ...]:
         base = walk.read(SB_SECTOR, SB_BYTES >> 9)
     except BcachectlError:
         pass
-    guess = guess_superblock(walk.read, walk.size_sectors, check.backings) or check.instead or walk.superblock
-    if guess is None:
+    sb = check.instead or walk.superblock
+    if sb is None or any(finding.code == "SB_HALF_UUID" for finding in check.findings):
         return ()
-    if walk.superblock is not None and walk.superblock is not check.instead and guess is not walk.superblock:
-        guess = _keep_what_is_good(walk.superblock, guess)
-    if guess.replacement is None:
-        guess = guess.with_replacement(Replacement.LRU)
-    return (RepairWrite("", SB_SECTOR << 9, encode_superblock(guess, base), "superblock"),)
-
-
-def _keep_what_is_good(old: Superblock, guess: Superblock) -> Superblock:
-    # The checksum is right, so only what a rule complains about is replaced.
-    return replace(guess, label=old.label, seq=old.seq, flags=old.flags)
+    if sb.replacement is None:
+        sb = sb.with_replacement(Replacement.LRU)
+    try:
+        check_superblock(sb, device_sectors=walk.size_sectors, for_kernel=False)
+    except BcachectlError:
+        return ()  # Nothing is known that would be better.
+    return (RepairWrite("", SB_SECTOR << 9, encode_superblock(sb, base), "superblock"),)
 
 
 def _backing_writes(check: Check, findings: Sequence[Finding]) -> Iterator[tuple[RepairWrite, ...]]:

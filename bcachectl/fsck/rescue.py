@@ -23,6 +23,7 @@ import numpy as np
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
+from bcachectl.fsck.check_sizes import journal_shortfall
 from bcachectl.fsck.walk import Read
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.geometry import PAGE_SECTORS, Geometry
@@ -60,22 +61,36 @@ class _Found(NamedTuple):
 
 
 def open_check(read: Read, size_sectors: int, backings: Sequence[Backing] = (), *, bucket_size: int | None = None,
-               set_uuid: bytes | None = None) -> Check:
-    """A check of a cache device, by a guessed superblock if its own is damaged."""
-    guess = None
-    if superblock_problem(read, size_sectors):
-        guess = guess_superblock(read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid)
-    return Check(read, size_sectors, backings, instead=guess)
+               set_uuid: bytes | None = None, logical_block_sectors: int = 1) -> Check:
+    """A check of a cache device, by a guessed superblock if its own is damaged or is not what the caller knows."""
+    check = Check(read, size_sectors, backings, instead=superblock_instead(
+        read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid))
+    check.walk.logical_block_sectors = logical_block_sectors
+    return check
 
 
-def superblock_problem(read: Read, size_sectors: int) -> str:
-    """What is wrong with the superblock, empty if nothing is."""
+def superblock_instead(read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
+                       bucket_size: int | None = None, set_uuid: bytes | None = None) -> Superblock | None:
+    """What to go by in place of the device's own superblock; None if that one is good, or nothing better is found."""
+    if superblock_problem(read, size_sectors, bucket_size=bucket_size, set_uuid=set_uuid):
+        return guess_superblock(read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid)
+    return None
+
+
+def superblock_problem(read: Read, size_sectors: int, *, bucket_size: int | None = None,
+                       set_uuid: bytes | None = None) -> str:
+    """What is wrong with the superblock, by itself or against what is known better, empty if nothing is."""
     try:
-        check_superblock(decode_superblock(read(SB_SECTOR, SB_BYTES >> 9)), device_sectors=size_sectors,
-                         for_kernel=False)
+        sb = decode_superblock(read(SB_SECTOR, SB_BYTES >> 9))
+        check_superblock(sb, device_sectors=size_sectors, for_kernel=False)
     except BcachectlError as error:
         return error.why if isinstance(error, Corrupt) else str(error)
-    return ""
+    if not sb.is_cache:
+        return ""
+    if bucket_size not in (None, sb.bucket_size) or set_uuid not in (None, sb.set_uuid):
+        return "it contradicts what was given"
+    within, behind = journal_shortfall(read, sb) if sb.cache_sync else (0, 0)
+    return "too few journal buckets" if behind > within else ""
 
 
 def guess_superblock(read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
@@ -92,13 +107,26 @@ def guess_superblock(read: Read, size_sectors: int, backings: Sequence[Backing] 
         return None
     newest = max(entries, key=lambda entry: entry.jset.seq)
     entries = [entry for entry in entries if entry.magic == newest.magic]
-    half = (newest.magic ^ JSET_MAGIC).to_bytes(8, "little")
-    known = [set_uuid or b"", old.set_uuid, *(sb.set_uuid for sb in map(_superblock_of, backings) if sb is not None)]
+    half = _half_of(newest.magic)
+    # What is damaged counts last: the first half may be right and the second not.
+    known = [set_uuid or b"", *(sb.set_uuid for sb in map(_superblock_of, backings) if sb is not None), old.set_uuid]
     full = next((uuid for uuid in known if uuid[:8] == half and len(uuid) == 16), half + half)
     size = _bucket_size(read, size_sectors, newest.jset, full, [bucket_size or 0, old.bucket_size])
     if not size:
         return None
     return _compose(old, entries, size_sectors, size, full)
+
+
+def set_halves(read: Read, size_sectors: int) -> list[bytes]:
+    """The first 8 bytes of the uuid of each set that left journal entries here, the one with the newest entry first."""
+    newest: dict[int, int] = {}
+    for entry in _scan(read, size_sectors, None):
+        newest[entry.magic] = max(newest.get(entry.magic, 0), entry.jset.seq)
+    return [_half_of(magic) for magic in sorted(newest, key=lambda magic: -newest[magic])]
+
+
+def _half_of(magic: int) -> bytes:
+    return (magic ^ JSET_MAGIC).to_bytes(8, "little")
 
 
 def _compose(old: Superblock, entries: list[_Found], size_sectors: int, size: int, set_uuid: bytes) -> Superblock:

@@ -442,7 +442,8 @@ def _tagged(walk: Walk, image: SalvagedSet) -> Extents:
     fatal = validity.extents_fatal(keys, walk.geometry)
     tags = np.where(fatal | (not image.is_valid), TAG_LOST, TAG_NONE).astype(np.uint8)
     size = np.minimum(keys.size, keys.pos & np.uint64(SECTOR_MASK)).astype(np.uint32)
-    return extent.from_keys(keys._replace(size=size, csum=tags))
+    # Of several pointers the first counts, as it does for the kernel's reads.
+    return extent.from_keys(keys._replace(size=size, csum=tags, nptrs=np.minimum(keys.nptrs, 1)))
 
 
 def _retag(extents: Extents, rows: npt.NDArray[np.bool_], tag: int) -> Extents:

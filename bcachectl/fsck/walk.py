@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
+from bcachectl.fsck import levels
 from bcachectl.fsck.extents import Extents
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
@@ -137,10 +138,12 @@ class Walk:
 
     def __init__(self, read: Read, size_sectors: int, *, instead: Superblock | None = None,
                  more: Sequence[JournalEntry] = ()) -> None:
-        """``instead`` is what to go by if the superblock is not to be believed; ``more`` are journal entries that stand
+        """``instead`` is what to go by in place of the device's own superblock; ``more`` are journal entries that stand
         behind damaged ones."""
         self.read = read
         self.size_sectors = size_sectors
+        self.logical_block_sectors = 1
+        """The device's own block: a kernel refuses a superblock that says less."""
         self._instead = instead
         self._more = more
         self.superblock: Superblock | None = None
@@ -197,7 +200,7 @@ class Walk:
             if self._instead is not None or not _is_usable(sb, self.size_sectors):
                 self._adopt(self._instead)
                 return
-        self._adopt(sb)
+        self._adopt(self._instead or sb)
 
     def _adopt(self, sb: Superblock | None) -> None:
         self.superblock = sb
@@ -319,6 +322,11 @@ class Walk:
                 self.slots.append(Slot(0, MAX_POS, None, 0))
                 return
             root, level = older.btree_root, older.btree_level
+        real = levels.root_level(self.read, root.ptrs[0], root.size, self._bset_magic, self.geometry, level)
+        if real != level:
+            yield Damage("btree root", f"bad level {level}, its nodes are of level {real}", root.ptrs[0].sector,
+                         root.size)
+            level = real
         self._mark_ptr(root.ptrs[0])
         # A stack, not recursion: the level of a damaged root may say anything.
         todo = [(level, root, 0, MAX_POS)]
@@ -327,7 +335,10 @@ class Walk:
             node, damages = self._read_node(level, key.ptrs[0], key.size, start=start, end=end)
             yield from damages
             if node is None:
-                self.slots.append(Slot(start, end, None, key.size, key.ptrs[0], level))
+                # A node of another level tells nothing about its range: it is as if nothing stood there.
+                is_other = any("bad level" in damage.why for damage in damages)
+                self.slots.append(Slot(start, end, None, 0) if is_other else
+                                  Slot(start, end, None, key.size, key.ptrs[0], level))
                 continue
             ptr = key.ptrs[0]
             yield Record(f"btree node at bucket {node.bucket}, level {level}", ptr.sector, key.size, node)
@@ -340,6 +351,11 @@ class Walk:
                 children, damages = self.children(node)
                 yield from damages
                 todo.extend(reversed(children))
+
+    @property
+    def _bset_magic(self) -> int:
+        assert self.superblock is not None
+        return bset_magic(self.superblock.set_uuid)
 
     def _is_root(self, key: Bkey) -> bool:
         return not validity.btree_ptr_invalid(key, self.geometry) and key.ptrs[0].dev == 0
@@ -361,6 +377,10 @@ class Walk:
                 node_blocks=(nsectors << 9) // block_bytes, where=f"bucket {bucket}")
         except BcachectlError as error:
             return None, [self._damage(error, where, ptr.sector, nsectors, start, end)]
+        if (levels.is_leaf(self.read, sets, nsectors, self._bset_magic, self.geometry) if level
+                else levels.is_interior(self.read, sets, nsectors, self._bset_magic, self.geometry)):
+            why = "bad level: it is a leaf" if level else "bad level: it is an interior node"
+            return None, [Damage(where, why, ptr.sector, nsectors, start, end)]
         node = Node(bucket, ptr.gen, level, start, end, nsectors, tuple(sets), written_blocks)
         damages = []
         last = max((int(image.keys.pos[image.keys.size > 0].max(initial=0)) for image in sets), default=0)

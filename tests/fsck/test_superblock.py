@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A superblock that is gone, damaged or not what the user knows does not end fsck or write-back, nor is it made up.
+
+What was lost is found on the rest of the device, on backing devices, or is given; what remains open is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bcachectl import cli
+from bcachectl.fsck.check import run
+from bcachectl.fsck.rescue import open_check
+from bcachectl.ondisk.superblock import decode_superblock, judge_csum
+from bcachectl.units import format_uuid
+from tests.fsck.image import SB
+from tests.fsck.test_damage import base_image, serious
+
+STORIES = ("dirty_crash", "deep_crash", "two_backing")
+
+
+class Copy:
+    """A writable copy of a story, and runs of the program on it."""
+
+    def __init__(self, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.cache, self.backings = images / "cache.img", sorted(images.glob("back*.img"))
+        self.good = self.cache.read_bytes()[SB:SB + 4096]
+        self.sb = decode_superblock(self.good)
+        self._capsys = capsys
+
+    def put(self, offset: int, data: bytes, path: Path | None = None) -> None:
+        """Overwrite bytes of a device."""
+        with (path or self.cache).open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def set_superblock(self, offset: int, data: bytes, *, fix: bool) -> None:
+        """Change the cache device's superblock."""
+        raw = bytearray(self.good)
+        raw[offset:offset + len(data)] = data
+        if fix:
+            struct.pack_into("<Q", raw, 0, judge_csum(bytes(raw))[1])
+        self.put(SB, bytes(raw))
+
+    def cli(self, *words: object) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr."""
+        status = cli.run([str(word) for word in words])
+        return status, *self._capsys.readouterr()
+
+    def fsck(self, *words: object) -> tuple[int, str, str]:
+        """fsck of the cache with its backing devices."""
+        return self.cli("fsck", *words, self.cache, *self.backings)
+
+
+@pytest.fixture
+def copy(golden: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> Callable[[str], Copy]:
+    return lambda name: Copy(golden(name, writable=True), capsys)
+
+
+@pytest.mark.parametrize("name", STORIES)
+@pytest.mark.parametrize("how", ["gone", "bit"])
+def test_found_by_scanning(copy: Callable[[str], Copy], tmp_path: Path, name: str, how: str) -> None:
+    """fsck goes on, -y writes the superblock, and undo has the old bytes."""
+    set_ = copy(name)
+    if how == "gone":
+        set_.put(SB, bytes(4096))
+    else:
+        set_.set_superblock(194, b"\x07", fix=False)
+    damaged = set_.cache.read_bytes()
+    status, out, _err = set_.fsck()
+    assert status == 4
+    assert format_uuid(set_.sb.set_uuid) in out
+    assert " 0 B lost" in out
+    assert set_.cache.read_bytes() == damaged
+    assert set_.fsck("-y", "--backup", tmp_path / "undo")[0] == 1
+    written = decode_superblock(set_.cache.read_bytes()[SB:SB + 4096])
+    for field in ("set_uuid", "nbuckets", "block_size", "bucket_size", "first_bucket", "keys", "d", "cache_sync"):
+        assert getattr(written, field) == getattr(set_.sb, field), field
+    assert set_.fsck()[0] == 0
+    assert set_.cli("undo", tmp_path / "undo")[0] == 0
+    assert set_.cache.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_write_back_without_it(copy: Callable[[str], Copy], golden: Callable[..., Path], name: str) -> None:
+    set_ = copy(name)
+    set_.put(SB, bytes(4096))
+    assert set_.cli("writeback", set_.cache, *set_.backings)[0] == 0
+    for number, backing in enumerate(set_.backings):
+        truth = json.loads((golden(name) / f"truth{number}.json").read_text())["sha256"]
+        assert hashlib.sha256(backing.read_bytes()[16 << 9:]).hexdigest() == truth
+
+
+def test_half_a_uuid_is_never_written(copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    """The cache device alone tells half of the set uuid; that is enough to read it and not to write it."""
+    set_ = copy("dirty_crash")
+    set_.put(SB, bytes(4096))
+    damaged = set_.cache.read_bytes()
+    status, out, _err = set_.cli("fsck", "-y", "--backup", tmp_path / "undo", set_.cache)
+    assert status == 4
+    assert "SB_HALF_UUID" in out
+    assert "--set-uuid" in out
+    assert set_.cache.read_bytes() == damaged
+    assert not (tmp_path / "undo").exists()
+    assert set_.cli("fsck", "-y", "--backup", tmp_path / "undo", "--set-uuid", format_uuid(set_.sb.set_uuid),
+                    set_.cache)[0] == 1
+    assert decode_superblock(set_.cache.read_bytes()[SB:SB + 4096]).set_uuid == set_.sb.set_uuid
+
+
+def test_damaged_second_half_yields_to_a_backing_device(copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    set_ = copy("dirty_crash")
+    set_.set_superblock(56 + 12, b"\0\0", fix=False)
+    assert set_.fsck("-y", "--backup", tmp_path / "undo")[0] == 1
+    assert decode_superblock(set_.cache.read_bytes()[SB:SB + 4096]).set_uuid == set_.sb.set_uuid
+
+
+def test_bucket_size_is_needed_and_enough(copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    """Superblock and first prio set gone: nothing tells the bucket size, so it has to be given."""
+    set_ = copy("dirty_crash")
+    image = base_image(set_.cache.parent)
+    set_.put(SB, bytes(4096))
+    set_.put(image.bucket(image.walk.prio_buckets[0]), bytes(4096))
+    status, out, _err = set_.fsck()
+    assert status == 4
+    assert "SB_UNUSABLE" in out
+    assert "--bucket-size" in out
+    assert set_.cli("writeback", "--dry-run", set_.cache, *set_.backings)[0] == 1
+    status, out, _err = set_.fsck("--bucket-size", f"{set_.sb.bucket_size // 2}k")
+    assert status == 4
+    assert "PRIO_CSUM" in out or "PRIO_MAGIC" in out
+    assert set_.cli("writeback", "--dry-run", "--bucket-size", "64k", set_.cache, *set_.backings)[0] == 0
+    assert set_.fsck("-y", "--bucket-size", "64k", "--backup", tmp_path / "undo")[0] == 1
+    written = decode_superblock(set_.cache.read_bytes()[SB:SB + 4096])
+    assert (written.bucket_size, written.nbuckets) == (set_.sb.bucket_size, set_.sb.nbuckets)
+    assert set_.fsck()[0] == 0
+
+
+def test_wrong_bucket_size_is_said(copy: Callable[[str], Copy]) -> None:
+    set_ = copy("dirty_crash")
+    set_.put(SB, bytes(4096))
+    status, out, err = set_.fsck("--bucket-size", "32k")
+    assert status == 4
+    assert "1 errors" in out
+    assert "has buckets of 64 KiB, not of 32 KiB" in err
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_wrong_set_is_refused(copy: Callable[[str], Copy], gone: bool) -> None:
+    set_ = copy("dirty_crash")
+    if gone:
+        set_.put(SB, bytes(4096))
+    other = "00000000-1111-2222-3333-444444444444"
+    status, out, err = set_.fsck("--set-uuid", other)
+    assert (status, out) == (16, "")
+    assert f"no journal entry of set {other}" in err
+    assert format_uuid(set_.sb.set_uuid)[:18] in err
+    assert set_.cli("writeback", "--set-uuid", other, set_.cache, *set_.backings)[0] == 2
+
+
+def test_superblock_of_another_set(copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    """A good superblock over another set's data (make-bcache by mistake): the set uuid that is given counts."""
+    set_ = copy("dirty_crash")
+    set_.set_superblock(56, b"made by mistake!", fix=True)
+    assert set_.fsck()[0] == 4
+    status, out, _err = set_.fsck("--set-uuid", format_uuid(set_.sb.set_uuid))
+    assert status == 4
+    assert "SB_OVERRULED" in out
+    assert "19.5 MiB good, 0 B lost" in out
+    assert set_.fsck("-y", "--set-uuid", format_uuid(set_.sb.set_uuid), "--backup", tmp_path / "undo")[0] == 1
+    assert set_.fsck()[0] == 0
+
+
+def test_block_of_the_device(golden: Callable[..., Path]) -> None:
+    """A set with blocks of 512 bytes on a disk with blocks of 4 KiB: every kernel refuses it there."""
+    image = base_image(golden("deep_crash"))
+    found = run(open_check(image.cache.read, image.cache.size_sectors, logical_block_sectors=8))
+    assert serious(found) == ["SB_BLOCK_BELOW_DEVICE"]
