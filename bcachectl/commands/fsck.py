@@ -124,7 +124,7 @@ def _check(opened: dict[str, BlockDevice], cache: str, names: Sequence[str], buc
 
 def _member(device: BlockDevice) -> Backing:
     return Backing(device.path, lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
-                   device.logical_block_bytes >> 9)
+                   logical_block_sectors=device.logical_block_bytes >> 9)
 
 
 def _print(check: Check, repair: Repair | None, undo: Path | None, files: list[str], as_json: bool) -> None:
