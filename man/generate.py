@@ -43,6 +43,11 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
          "Save all dirty data from a failing cache device; the same line goes on after an interruption."),
         ("bcachectl writeback --orphans cache.img", "Dirty data that a forced detach left behind."),
         ("bcachectl writeback --slot 0 --to saved.img cache.img", "Write that of one device number to a new image.")],
+    "forget-backing": [
+        ("bcachectl forget-backing /dev/nvme0n1p3 bcache1 --export saved.img",
+         "Save what the cache has for a disk that died, and free its space."),
+        ("bcachectl forget-backing cache.img 0 --accept-loss",
+         "Give up what slot 0 has, as an old forced detach left it.")],
     "undo": [("bcachectl undo /var/lib/bcachectl/undo/wipe-sdb-1795200755.undo", "Put a wiped superblock back.")],
     "fsck": [("bcachectl fsck /dev/nvme0n1p3 /dev/sdb", "Check a set that does not run; nothing is written."),
              ("bcachectl fsck -p cache.img", "Repair what costs nothing."),

@@ -314,7 +314,9 @@ class _Filter:
             keys = struct.unpack_from("<I", region.buf, block * block_bytes + 28)[0]
             set_end = block + self._set_blocks(keys)
             offset = block * block_bytes
-            if set_end <= blocks:
+            # A bad pointer may lead to another structure, which has its own headers.
+            is_ours = set(region.kinds) == {NODE} or int(magics[block]) == self.bset
+            if set_end <= blocks and is_ours:
                 region.headers[offset] = offset + BSET_HEADER_BYTES + keys * 8
             last = max(last, set_end if set_end <= blocks else blocks)
         if starts:

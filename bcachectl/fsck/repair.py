@@ -110,6 +110,11 @@ def plan_repair(check: Check, *, safe_only: bool) -> Repair:
                   tuple(finding for finding in serious if finding not in wanted))
 
 
+def plan_rebuild(check: Check, *, without: int) -> tuple[tuple[RepairWrite, ...], ...]:
+    """The steps of a rebuild of a good set that leaves the extents of one device number out."""
+    return tuple(step for step in _Rebuild(check, without).steps() if step)
+
+
 def is_repairable(finding: Finding) -> bool:
     """Whether any repair ends this finding."""
     if finding.code.startswith("BACKING_"):
@@ -173,8 +178,8 @@ def _backing_write(check: Check, backing: Backing, codes: Sequence[str]) -> Repa
 class _Rebuild:
     # The writes of a rebuild, made front to back.
 
-    def __init__(self, check: Check) -> None:
-        self.check = check
+    def __init__(self, check: Check, without: int | None = None) -> None:
+        self.check, self.without = check, without
         self.walk: Walk = check.walk
         assert self.walk.superblock is not None and self.walk.newest is not None
         self.sb: Superblock = self.walk.superblock
@@ -226,6 +231,9 @@ class _Rebuild:
             pairs = zip(live.start.tolist(), PTR_OFFSET.get(live.ptr).tolist(), strict=True)
             live = live.take(np.array([pair not in check.dropped for pair in pairs], np.bool_))
         inodes = live.start >> np.uint64(INODE_SHIFT)
+        if self.without is not None:
+            live = live.take(inodes != np.uint64(self.without))
+            inodes = live.start >> np.uint64(INODE_SHIFT)
         return live.take(inodes < np.uint64(max(len(self.walk.uuids), self.geometry.nr_uuids)))
 
     def _free_buckets(self) -> list[int]:
