@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from bcachectl import cli
-from tests.vm.engine_side import check
 from tests.vm.kernel_side import Visit
 
 
@@ -29,4 +28,4 @@ def test_kernel_registers_a_set_that_forgot_a_device(golden: Callable[..., Path]
     assert seen.result.complaints() == []
     truth = json.loads((golden("two_backing") / "truth0.json").read_text())["sha256"]
     assert hashlib.sha256(seen.contents[0]).hexdigest() == truth
-    check(cache, alive)
+    assert cli.run(["fsck", str(cache), str(alive)]) == 0
