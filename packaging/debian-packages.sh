@@ -6,7 +6,7 @@ set -eu
 
 case "${1:-}" in
 demo) packages="python3-venv" ;;
-test) packages="python3-venv fio nbdkit qemu-utils libnbd-bin bcache-tools e2fsprogs util-linux mount fdisk
+test) packages="python3-venv fio nbdkit qemu-utils libnbd-bin bcache-tools e2fsprogs xfsprogs util-linux mount fdisk
     qemu-system-x86 busybox-static cpio kmod xz-utils dpkg apt" ;;
 *) echo "usage: $0 demo|test" >&2; exit 2 ;;
 esac
