@@ -28,20 +28,23 @@ from bcachectl.ondisk.superblock import CACHE_SYNC, Superblock, encode_superbloc
 from bcachectl.ondisk.uuids import UuidEntry, encode_uuids
 
 BUCKET_SECTORS, BLOCK_SECTORS, KEY_SECTORS = 1024, 8, 8
-SET_UUID = bytes(range(16))
+SET_UUID, BACKING_UUID = bytes(range(16)), b"b" * 16
 MEMORY_TARGET_MIB = 1024
 
 
 class Writer:
     """Writes an image bucket by bucket."""
 
-    def __init__(self, path: Path, keys: int) -> None:
+    def __init__(self, path: Path, keys: int, *, spare_buckets: int = 0, dirty_every: int = 2,
+                 scattered: bool = False) -> None:
         self.keys = keys
+        self.dirty_every = dirty_every
         self.data_buckets = -(-keys * KEY_SECTORS // BUCKET_SECTORS)
+        self.places = np.random.default_rng(1).permutation(keys) if scattered else np.arange(keys)
         per_leaf = ((256 << 10) - 32) // 24 * 9 // 10
         self.per_leaf = per_leaf
         leaves = -(-keys // per_leaf)
-        nbuckets = self.data_buckets + 2 * leaves + 600
+        nbuckets = self.data_buckets + 2 * leaves + 600 + spare_buckets
         self.geometry = Geometry(BLOCK_SECTORS, BUCKET_SECTORS, nbuckets, 1)
         self.journal = self.geometry.njournal_default
         self.next = 1 + self.journal
@@ -72,22 +75,25 @@ class Writer:
             index = np.arange(first, min(first + self.per_leaf, self.keys), dtype=np.uint64)
             # Every other place of the volume, so that no two keys join.
             end = index * np.uint64(2 * KEY_SECTORS) + np.uint64(16 + KEY_SECTORS)
-            sector = np.uint64(data_start * BUCKET_SECTORS) + index * np.uint64(KEY_SECTORS)
+            place = self.places[first:first + len(index)].astype(np.uint64)
+            sector = np.uint64(data_start * BUCKET_SECTORS) + place * np.uint64(KEY_SECTORS)
             ptr = sector << np.uint64(8) | np.uint64(1)
             count = len(index)
-            keys = encode_key_columns(end, np.full(count, KEY_SECTORS, np.uint32), index % np.uint64(2) == 0,
-                                      np.ones(count, np.uint8), ptr)
+            dirty = index % np.uint64(self.dirty_every) == 0 if self.dirty_every else np.zeros(count, bool)
+            keys = encode_key_columns(end, np.full(count, KEY_SECTORS, np.uint32), dirty, np.ones(count, np.uint8), ptr)
             is_last = first + self.per_leaf >= self.keys
             nodes.append(self.node(keys, MAX_POS if is_last else int(end[-1])))
         stream = b"".join(pack_key(end, geometry.node_sectors, False, ptr) for end, ptr in nodes)
         _end, root = self.node(stream, MAX_POS)
         uuid_bucket = self.alloc()
-        self.put(uuid_bucket, encode_uuids([UuidEntry(uuid=b"b" * 16)], geometry.meta_bytes))
-        prio_bucket = self.alloc()
-        assert geometry.prio_buckets == 1
-        self.put(prio_bucket, encode_prio_set(1, 0, np.full(geometry.nbuckets, 32768, np.uint16),
-                                              np.ones(geometry.nbuckets, np.uint8), prio_magic(SET_UUID),
-                                              geometry.meta_bytes))
+        self.put(uuid_bucket, encode_uuids([UuidEntry(uuid=BACKING_UUID)], geometry.meta_bytes))
+        prio_bucket = 0
+        for _ in range(geometry.prio_buckets):
+            # Last to first; only the first one's link is never read.
+            after, prio_bucket = prio_bucket, self.alloc()
+            self.put(prio_bucket, encode_prio_set(1, after, np.full(geometry.prios_per_bucket, 32768, np.uint16),
+                                                  np.ones(geometry.prios_per_bucket, np.uint8), prio_magic(SET_UUID),
+                                                  geometry.meta_bytes))
         self.put(2, encode_jset(
             seq=1, last_seq=1, uuid_bucket=pack_key(0, geometry.meta_sectors, False,
                                                     ptr_make(uuid_bucket * BUCKET_SECTORS, 1)),

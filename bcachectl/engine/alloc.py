@@ -27,12 +27,23 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bcachectl.engine.buckets import BTREE_PRIO, INITIAL_PRIO, MARK_METADATA, MARK_NONE, MARK_RECLAIMABLE, Buckets
+from bcachectl.engine.buckets import (
+    BTREE_PRIO,
+    INITIAL_PRIO,
+    MARK_METADATA,
+    MARK_NONE,
+    MARK_RECLAIMABLE,
+    Buckets,
+    Lowest,
+)
 from bcachectl.engine.sched import NS_PER_S, WaitQueue
 from bcachectl.ondisk.superblock import Replacement
 
 if TYPE_CHECKING:
     from bcachectl.engine.cache_set import CacheSet
+
+VICTIMS_PER_SLICE = 256
+"""Buckets invalidated or released before others have their turn."""
 
 NO_BUCKET = -1
 """What the allocator gives when it has nothing, or when the set has failed."""
@@ -103,6 +114,7 @@ class Allocator:
         "replacement",
         "discard",
         "collected",
+        "gc_runs",
         "discards",
         "allocations",
     )
@@ -129,6 +141,7 @@ class Allocator:
         self.replacement = Replacement.LRU
         self.discard = False
         self.collected = False
+        self.gc_runs = 0
         self.discards = 0
         self.allocations = 0
 
@@ -186,9 +199,9 @@ class Allocator:
         Their new gens are not on disk, which is safe only because no pointer to them exists anywhere.
         """
         buckets = self.buckets
-        unused = buckets.candidates() & (buckets.mark == MARK_NONE)
+        candidates = buckets.candidates(0, buckets.nbuckets)
         wanted = self.free[Reserve.PRIO].size + self.free[Reserve.BTREE].size
-        for bucket in np.nonzero(unused)[0][:wanted].tolist():
+        for bucket in candidates[buckets.mark[candidates] == MARK_NONE][:wanted].tolist():
             self._bump(bucket)
             assert self.free[Reserve.PRIO].push(bucket) or self.free[Reserve.BTREE].push(bucket)
 
@@ -205,10 +218,13 @@ class Allocator:
                     await self.alloc_wait.wait()
                 if cset.stopping or cset.io_disabled:
                     return
-                self.invalidate()
+                marks = self.gc_runs
+                await self.invalidate()
                 if self.free_inc.full or not cset.sync or (self.collected and self.free_inc.buckets):
                     break
-                self.request_gc()
+                if marks == self.gc_runs:
+                    # Else the marks have changed half-way, and what was passed over may be free now.
+                    self.request_gc()
             self.collected = False
             while not await self._write_prios():
                 if cset.stopping or cset.io_disabled:
@@ -236,7 +252,12 @@ class Allocator:
         # Moves the buckets whose gens are durable from free_inc to the free lists; False if the set stops meanwhile.
         # Whoever waits for a bucket is woken once for all that came, not once for each.
         cset = self.cset
+        pushed = 0
         while self.released:
+            pushed += 1
+            if pushed % VICTIMS_PER_SLICE == 0:
+                self.bucket_wait.wake_all()
+                await cset.sched.yield_now()
             bucket = self.free_inc.buckets[0]
             if self.discard and cset.cache.can_discard:
                 size = 1 << self.buckets.bucket_shift
@@ -265,62 +286,88 @@ class Allocator:
 
     def gc_finished(self) -> None:
         """A gc ended: look for victims again."""
+        self.gc_runs += 1
         self.collected = self.invalidate_needs_gc
         self.invalidate_needs_gc = False
         self.alloc_wait.wake_all()
 
     # Invalidation.
 
-    def invalidate(self) -> None:
+    async def invalidate(self) -> None:
         """Pick victims by the replacement policy until free_inc is full or none is left."""
         if self.replacement == Replacement.LRU:
-            self._invalidate_lru()
+            await self._invalidate_lru()
         elif self.replacement == Replacement.FIFO:
-            self._invalidate_fifo()
+            await self._invalidate_fifo()
         elif self.replacement == Replacement.RANDOM:
-            self._invalidate_random()
+            await self._invalidate_random()
 
-    def _invalidate_lru(self) -> None:
-        # The lowest (prio - min_prio + (INITIAL_PRIO - min_prio) / 8) * sectors_used first, in u32 arithmetic
-        # (alloc.c, bucket_prio). Among equals the lowest bucket number goes first; the kernel's order among equals is
-        # that of its heap.
-        buckets = self.buckets
-        room = min(self.free_inc.size - len(self.free_inc), self.heap_size, buckets.nbuckets)
+    async def _invalidate_lru(self) -> None:
+        # The lowest `_lru_value` first.  Among equals the lowest bucket number goes first; the kernel's order among
+        # equals is that of its heap.
+        buckets, step = self.buckets, self.cset.options.slice_buckets
+        room = min(self.free_inc.size - len(self.free_inc), self.heap_size)
         if room <= 0:
             return
-        candidates = buckets.candidates()
-        value = buckets.prio.astype(np.uint32)
-        value += np.uint32((INITIAL_PRIO - buckets.min_prio) // 8 - buckets.min_prio & 0xFFFFFFFF)
-        value *= buckets.sectors_used
-        value[~candidates] = 0xFFFFFFFF
-        threshold = np.partition(value, room - 1)[room - 1]
-        index = np.flatnonzero(candidates & (value <= threshold))
-        self._invalidate_all(index[np.argsort(value[index], kind="stable")[:room]])
+        lowest = Lowest(room)
+        for first in range(0, buckets.nbuckets, step):
+            if first:
+                await self.cset.sched.yield_now()
+            candidates = buckets.candidates(first, first + step)
+            lowest.add(candidates, self._lru_value(candidates))
+        victims, _value = lowest.in_order()
+        await self._invalidate_all(victims)
 
-    def _invalidate_fifo(self) -> None:
+    def _lru_value(self, bucket: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        # (prio - min_prio + (INITIAL_PRIO - min_prio) / 8) * sectors_used, in u32 arithmetic (alloc.c, bucket_prio).
         buckets = self.buckets
-        for _ in range(buckets.nbuckets):
-            if self.free_inc.full:
-                return
+        value = buckets.prio[bucket].astype(np.uint32)
+        value += np.uint32((INITIAL_PRIO - buckets.min_prio) // 8 - buckets.min_prio & 0xFFFFFFFF)
+        value *= buckets.sectors_used[bucket]
+        return value
+
+    async def _invalidate_fifo(self) -> None:
+        buckets, step = self.buckets, self.cset.options.slice_buckets
+        left = buckets.nbuckets
+        while left > 0 and not self.free_inc.full:
+            if left < buckets.nbuckets:
+                await self.cset.sched.yield_now()
             if not buckets.first_bucket <= self.fifo_last_bucket < buckets.nbuckets:
                 self.fifo_last_bucket = buckets.first_bucket
-            bucket = self.fifo_last_bucket
-            self.fifo_last_bucket += 1
-            if buckets.can_invalidate(bucket):
-                self._invalidate_one(bucket)
+            first = self.fifo_last_bucket
+            last = min(buckets.nbuckets, first + min(left, step))
+            candidates = buckets.candidates(first, last)
+            room = min(self.free_inc.size - len(self.free_inc), VICTIMS_PER_SLICE)
+            if len(candidates) > room:
+                candidates = candidates[:room]
+                last = int(candidates[-1]) + 1
+            self._invalidate_now(candidates)
+            self.fifo_last_bucket = last
+            left -= last - first
 
-    def _invalidate_random(self) -> None:
+    async def _invalidate_random(self) -> None:
         buckets = self.buckets
         span = buckets.nbuckets - buckets.first_bucket
-        for _ in range(buckets.nbuckets // 2):
+        for attempt in range(1, buckets.nbuckets // 2 + 1):
             if self.free_inc.full:
                 return
             bucket = self.cset.entropy.getrandbits(64) % span + buckets.first_bucket
             if buckets.can_invalidate(bucket):
-                self._invalidate_one(bucket)
+                self._invalidate_now(np.array([bucket]))
+            if attempt % VICTIMS_PER_SLICE == 0:
+                await self.cset.sched.yield_now()
 
-    def _invalidate_all(self, victims: npt.NDArray[np.int64]) -> None:
-        # `_invalidate_one` for each, in bulk: a round of a large cache takes thousands.
+    async def _invalidate_all(self, victims: npt.NDArray[np.int64]) -> None:
+        # A round of a large cache takes thousands.  Each is looked at again: it may have been pinned or dirtied.
+        can_invalidate = self.buckets.can_invalidate
+        for first in range(0, len(victims), VICTIMS_PER_SLICE):
+            if first:
+                await self.cset.sched.yield_now()
+            part = victims[first : first + VICTIMS_PER_SLICE]
+            self._invalidate_now(part[[can_invalidate(bucket) for bucket in part.tolist()]])
+
+    def _invalidate_now(self, victims: npt.NDArray[np.int64]) -> None:
+        # A key with the old gen must never match again (alloc.c, __bch_invalidate_one_bucket).
         buckets, emit = self.buckets, self.cset.events.emit
         numbers = victims.tolist()
         for bucket, sectors in zip(numbers, buckets.sectors_used[victims].tolist(), strict=True):
@@ -331,13 +378,7 @@ class Allocator:
         self.free_inc.buckets.extend(numbers)
         assert len(self.free_inc) <= self.free_inc.size
 
-    def _invalidate_one(self, bucket: int) -> None:
-        self.cset.events.emit("bcache_invalidate", bucket=bucket, sectors=self.buckets.sectors_used_at[bucket])
-        self._bump(bucket)
-        assert self.free_inc.push(bucket)
-
     def _bump(self, bucket: int) -> None:
-        # A key with the old gen must never match again (alloc.c, __bch_invalidate_one_bucket).
         buckets = self.buckets
         assert buckets.can_invalidate(bucket), bucket
         buckets.bump_gen(bucket)

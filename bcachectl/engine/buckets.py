@@ -17,7 +17,8 @@ its head).
 
 Each column is a numpy array for bulk questions and a memoryview of the same memory (``*_at``) for single elements.
 
-Marks stay valid while a gc runs: the gc collects into `Marks` of its own and replaces the columns when it is done.
+Marks stay valid while a gc runs: the gc collects into `Marks` of its own and replaces the columns when it is done,
+some buckets at a time.
 What changes meanwhile (an allocation, a free, a bucket becoming dirty) is noted in both.  So the allocator never
 waits for a gc that could have been answered by the marks of the last one, which the kernel's allocator did until
 6.10."""
@@ -57,7 +58,7 @@ class Marks:
         self.gap = np.zeros(count, np.uint8)
         self.gen = buckets.gen.copy()
         if keep_pinned:
-            pinned = buckets.pin > 0
+            pinned = np.flatnonzero(buckets.pin > 0)
             self.mark[pinned] = buckets.mark[pinned]
             self.sectors[pinned] = buckets.sectors_used[pinned]
 
@@ -70,6 +71,38 @@ class Marks:
         """Count fresh pointers: the highest mark wins, the sectors add up."""
         np.maximum.at(self.mark, bucket, mark)
         np.add.at(self.sectors, bucket, sectors)
+
+
+class Lowest:
+    """The buckets of the ``count`` lowest values, found in parts; among equals those that came first."""
+
+    __slots__ = ("count", "limit", "index", "value")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.limit = 1 << 32
+        self.index = np.empty(0, np.int64)
+        self.value = np.empty(0, np.uint32)
+
+    def add(self, index: npt.NDArray[np.int64], value: npt.NDArray[np.uint32]) -> None:
+        """Take in what is lower than what is kept so far; ``index`` ascends, and is above all that came before."""
+        if self.limit < 1 << 32:
+            lower = np.flatnonzero(value < np.uint32(self.limit))
+            index, value = index[lower], value[lower]
+        self.index = np.concatenate((self.index, index))
+        self.value = np.concatenate((self.value, value))
+        if self.count <= 0:
+            self.index, self.value = self.index[:0], self.value[:0]
+        elif len(self.value) >= self.count:
+            self.limit = int(np.partition(self.value, self.count - 1)[self.count - 1])
+            keep = self.value < np.uint32(self.limit)
+            keep[np.flatnonzero(self.value == np.uint32(self.limit))[: self.count - np.count_nonzero(keep)]] = True
+            self.index, self.value = self.index[keep], self.value[keep]
+
+    def in_order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """Buckets and values, the lowest value first."""
+        order = np.argsort(self.value, kind="stable")
+        return self.index[order], self.value[order]
 
 
 class Buckets:
@@ -231,27 +264,39 @@ class Buckets:
         return self.marks
 
     def finish_gc(self, metadata: list[int]) -> None:
-        """Put the collected marks in force; ``metadata`` lists journal, prio and uuid buckets (bch_btree_gc_finish)."""
-        marks = self.marks
+        """Put all collected marks in force at once; ``metadata`` lists journal, prio and uuid buckets."""
+        self.complete_marks(metadata)
+        self.put_in_force(0, self.nbuckets)
+        self.end_gc()
+
+    def complete_marks(self, metadata: list[int]) -> None:
+        """Add what no key tells to the collected marks (btree.c, bch_btree_gc_finish)."""
+        assert self.marks is not None
+        self.marks.mark[metadata] = MARK_METADATA
+
+    def put_in_force(self, first: int, last: int) -> None:
+        """Put the collected marks of buckets ``first`` to ``last`` in force."""
+        marks, part = self.marks, slice(first, last)
         assert marks is not None
-        marks.mark[metadata] = MARK_METADATA
-        self.mark[:] = marks.mark
-        np.minimum(marks.sectors, MAX_SECTORS_USED, out=marks.sectors)
-        self.sectors_used[:] = marks.sectors
-        self.last_gc[:] = marks.gen - marks.gap
+        self.mark[part] = marks.mark[part]
+        self.sectors_used[part] = np.minimum(marks.sectors[part], MAX_SECTORS_USED)
+        self.last_gc[part] = marks.gen[part] - marks.gap[part]
+
+    def end_gc(self) -> None:
+        """All collected marks are in force: count what they say."""
         self.marks = None
         self.need_gc = int((self.gen - self.last_gc)[self.first_bucket :].max(initial=0))
         free = (self.pin[self.first_bucket :] == 0) & (self.mark[self.first_bucket :] <= MARK_RECLAIMABLE)
         self.avail_nbuckets = int(np.count_nonzero(free))
         self._update_in_use()
 
-    def candidates(self) -> npt.NDArray[np.bool_]:
-        """Which buckets may be invalidated (alloc.c, bch_can_invalidate_bucket); those below first_bucket never."""
-        mask: npt.NDArray[np.bool_] = (
-            (self.mark <= MARK_RECLAIMABLE) & (self.pin == 0) & (self.gen - self.last_gc < BUCKET_GC_GEN_MAX)
-        )
-        mask[: self.first_bucket] = False
-        return mask
+    def candidates(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Which of the buckets ``first`` to ``last`` may be invalidated (alloc.c, bch_can_invalidate_bucket)."""
+        part = slice(max(first, self.first_bucket), last)
+        mask = self.mark[part] <= MARK_RECLAIMABLE
+        mask &= self.pin[part] == 0
+        mask &= self.gen[part] - self.last_gc[part] < BUCKET_GC_GEN_MAX
+        return np.flatnonzero(mask) + part.start
 
     def can_invalidate(self, bucket: int) -> bool:
         """`candidates` for one bucket."""

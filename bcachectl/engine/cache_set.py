@@ -70,6 +70,10 @@ class Options:
     read_only: bool = False
     debug_checks: bool = False
     node_cache_bytes: int = 256 << 20
+    slice_keys: int = 1 << 14
+    """Keys that gc and its like look at before others have their turn; about 0.3 ms."""
+    slice_buckets: int = 1 << 17
+    """The same for the columns of all buckets."""
 
 
 class CacheSet:
@@ -164,6 +168,13 @@ class CacheSet:
             if entry.is_flash_only and not entry.is_free and not entry.is_retired and entry.sectors:
                 self.flash.append(FlashVolume(self, slot, entry))
         self.check_invariants()
+
+    def requests_seen(self) -> int:
+        """A number that grows while requests come in, read hits included."""
+        every: list[CachedDev | FlashVolume] = [*self.devices, *self.flash]
+        return sum(
+            volume.stats.read_requests + volume.stats.write_requests + volume.stats.other_requests for volume in every
+        )
 
     def run_allocator(self) -> None:
         """Start the allocator's task."""

@@ -8,12 +8,18 @@ A run:
    neighbours that fit together are put together, and if it is dirty it is written.  All these writes are awaited
    before the end: the marks say that a bucket is clean or empty only if the disk says so too (un-dirtied and moved
    keys are not journaled).
-3. The interior nodes, all in memory, are marked at one moment, and the new marks are put in force
-   (`Buckets.finish_gc`).
-4. The allocator is told; then moving gc looks for sparse buckets.
+3. The interior nodes, all in memory, are marked at one moment.
+4. The new marks are put in force, a range of buckets at a time (`Buckets.put_in_force`): each bucket's marks are true
+   before and after, so it does not matter which of them have changed already.
+5. The allocator is told; then moving gc looks for sparse buckets.
 
 When: after 1/16 of the cache has been written, or when the allocator found too little to invalidate.  A run that
 could not tell anything new, because nothing changed since the last one, waits for a change.
+
+No step takes long.  A slice marks at most `Options.slice_keys` keys; a large leaf takes several.  Then `Gc.pause`
+lets others go first: for `SLEEP_NS` if requests come in, so that hardly any of them meets a slice; for
+`HURRY_SLEEP_NS` if the allocator has asked for this run; only for one turn if someone waits for a bucket or nobody
+asks for anything.
 
 What needs no barrier: buckets allocated during a run are marked by the allocator, in the new marks too, and pinned
 buckets keep their marks.
@@ -45,10 +51,12 @@ if TYPE_CHECKING:
     from bcachectl.engine.cache_set import CacheSet
 
 GC_MERGE_NODES = 4
-SLICE_NODES = 4
-"""Leaves visited before requests get their turn."""
-SLEEP_NS = 1 * NS_PER_MS
-"""Pause between two slices while requests are in flight."""
+LEAF_COST_KEYS = 1024
+"""What a visit of a leaf costs besides its keys."""
+SLEEP_NS = 20 * NS_PER_MS
+"""Pause between two slices while requests come in (the kernel's is 100 ms, after ten nodes or more)."""
+HURRY_SLEEP_NS = 1 * NS_PER_MS
+"""The same when the allocator has asked for the run."""
 REWRITE_STALE = 10
 """A node with a pointer this many gens behind is rewritten, so that last_gc can advance (btree.c, gc_rewrite)."""
 KEY_TOO_STALE = 96
@@ -74,6 +82,8 @@ class Gc:
         "position",
         "always_rewrite",
         "after_writeback",
+        "slice_left",
+        "requests_seen",
     )
 
     def __init__(self, cset: CacheSet) -> None:
@@ -93,6 +103,8 @@ class Gc:
         self.position = 0
         self.always_rewrite = False
         self.after_writeback = False
+        self.slice_left = 0
+        self.requests_seen = 0
         self._reset_sectors()
 
     def _reset_sectors(self) -> None:
@@ -135,6 +147,12 @@ class Gc:
             elif cset.alloc.invalidate_needs_gc:
                 # Nothing changed since the last run, so another finds nothing new.  Look again soon.
                 await self.queue.wait(deadline_ns=cset.sched.now_ns + NS_PER_S // 4)
+                alloc = cset.alloc
+                helps = len(alloc.bucket_wait) and len(alloc.free_inc) > cset.geometry.prio_buckets
+                if alloc.invalidate_needs_gc and helps and not self.btree_changed():
+                    # Someone waits, and more has been invalidated than a prio write keeps for the next one: the
+                    # allocator makes do with that.
+                    alloc.gc_finished()
             else:
                 await self.queue.wait()
         self.done.wake_all()
@@ -160,8 +178,7 @@ class Gc:
             cset.fail(str(error))
             ok = False
         if ok and not cset.io_disabled:
-            cset.buckets.finish_gc(cset.metadata_buckets())
-            self._protect_writeback()
+            await self._put_in_force()
             self.runs += 1
         else:
             cset.buckets.marks = None
@@ -173,63 +190,92 @@ class Gc:
             await self._rewrite_interior()
         self.done.wake_all()
 
+    async def pause(self) -> None:
+        """End a slice: others go first, for as long as the essay says."""
+        cset = self.cset
+        seen = cset.requests_seen()
+        busy = cset.requests_in_flight > 0 or seen != self.requests_seen
+        self.requests_seen = seen
+        self.slice_left = cset.options.slice_keys
+        if not busy or cset.stopping or len(cset.alloc.bucket_wait):
+            await cset.sched.yield_now()
+        else:
+            sleep_ns = HURRY_SLEEP_NS if cset.alloc.invalidate_needs_gc else SLEEP_NS
+            await cset.sched.sleep_until(cset.sched.now_ns + sleep_ns)
+
     async def _walk(self, marks: Marks) -> bool:
         cset = self.cset
         writes: list[Task[None]] = []
         window: list[Node] = []
+        seen: Node | None = None
+        stalest = bad = count = 0
         self.position = 0
-        visited = 0
+        self.slice_left = cset.options.slice_keys
         while True:
             if cset.io_disabled or cset.stopping:
                 return False
+            if self.slice_left <= 0:
+                await self.pause()
+                continue
             leaf = await cset.btree.leaf(self.position)
             if leaf.frozen:
                 await cset.btree.changed.wait()
                 continue
-            stalest, bad, count = self._mark_leaf(leaf, marks)
-            end = leaf.end
-            rewrite = self.always_rewrite or stalest > REWRITE_STALE or bad * 2 > count > 0
-            if rewrite and await cset.splitter.rewrite(leaf):
-                window.clear()
-            elif leaf.gone:
+            if leaf is not seen:
+                seen, stalest, bad, count = leaf, 0, 0, 0
+            # All that ends at `position` or before is marked, in this leaf or in one that it has replaced.
+            first = leaf.first_index(self.position)
+            last = min(len(leaf.ends), first + self.slice_left)
+            behind, bad_here = self._mark_leaf(leaf, marks, first, last)
+            stalest, bad, count = max(stalest, behind), bad + bad_here, count + last - first
+            self.slice_left -= last - first
+            if last < len(leaf.ends):
+                self.position = leaf.ends[last - 1]
                 continue
-            else:
-                if leaf.pending_words:
-                    # Also if a write is under way: what became pending since is not in it.
-                    writes.append(cset.sched.spawn(cset.btree.write_leaf(leaf), "gc write leaf"))
-                elif leaf.writing:
-                    writes.append(cset.sched.spawn(self._await_leaf(leaf), "gc await leaf"))
-                window.append(leaf)
-                if len(window) > 1 and await cset.splitter.coalesce(window[-GC_MERGE_NODES:]):
-                    window.clear()
-                del window[: -GC_MERGE_NODES + 1]
+            self.slice_left -= LEAF_COST_KEYS
             self.nodes += 1
-            if leaf.end == cset.btree.root.end:
+            self.position = end = leaf.end
+            await self._tidy(leaf, window, writes, rewrite=stalest > REWRITE_STALE or bad * 2 > count > 0)
+            if end == cset.btree.root.end:
                 break
-            self.position = end
-            visited += 1
-            if visited % SLICE_NODES == 0:
-                if cset.requests_in_flight:
-                    await cset.sched.sleep_until(cset.sched.now_ns + SLEEP_NS)
-                else:
-                    await cset.sched.yield_now()
         for task in writes:
             await task
         return True
+
+    async def _tidy(self, leaf: Node, window: list[Node], writes: list[Task[None]], *, rewrite: bool) -> None:
+        # Rewrites a marked leaf, or writes what is pending in it and puts it together with those before it.
+        cset = self.cset
+        if (rewrite or self.always_rewrite) and await cset.splitter.rewrite(leaf):
+            window.clear()
+            return
+        if leaf.gone:
+            # What replaced it has all its keys, and is durable.
+            window.clear()
+            return
+        if leaf.pending_words:
+            # Also if a write is under way: what became pending since is not in it.
+            writes.append(cset.sched.spawn(cset.btree.write_leaf(leaf), "gc write leaf"))
+        elif leaf.writing:
+            writes.append(cset.sched.spawn(self._await_leaf(leaf), "gc await leaf"))
+        window.append(leaf)
+        if len(window) > 1 and await cset.splitter.coalesce(window[-GC_MERGE_NODES:]):
+            window.clear()
+        del window[: -GC_MERGE_NODES + 1]
 
     async def _await_leaf(self, leaf: Node) -> None:
         while leaf.writing:
             await self.cset.btree.changed.wait()
 
-    def _mark_leaf(self, leaf: Node, marks: Marks) -> tuple[int, int, int]:
-        # Marks a leaf's pointers; returns how far behind the stalest is, how many keys are bad, and how many there are.
+    def _mark_leaf(self, leaf: Node, marks: Marks, first: int, last: int) -> tuple[int, int]:
+        # Marks the pointers of a leaf's keys ``first`` to ``last``; returns how far behind the stalest is, and how many
+        # keys are bad.
         buckets = self.cset.buckets
-        meta = np.array(leaf.meta, np.uint32)
+        meta = np.array(leaf.meta[first:last], np.uint32)
         has_ptr = (meta & np.uint32(HAS_PTR)) != 0
-        ptrs = np.array(leaf.ptrs, np.uint64)[has_ptr]
+        ptrs = np.array(leaf.ptrs[first:last], np.uint64)[has_ptr]
         count = len(meta)
         if len(ptrs) == 0:
-            return 0, count, count
+            return 0, count
         meta = meta[has_ptr]
         bucket = buckets.buckets_of(ptrs)
         gens = (ptrs & np.uint64(255)).astype(np.uint8)
@@ -250,7 +296,7 @@ class Gc:
         good = len(here)
         self.nkeys += good
         self.data_sectors += int(sectors.sum())
-        return stalest, count - good, count
+        return stalest, count - good
 
     def _mark_interior(self, marks: Marks) -> None:
         # All pointers to nodes, at one moment; pointers that interior nodes hold besides count for last_gc only.
@@ -268,6 +314,18 @@ class Gc:
         marks.mark[bucket] = MARK_METADATA
         marks.sectors[bucket] = node_sectors
 
+    async def _put_in_force(self) -> None:
+        # In parts, since there may be millions of buckets.  Whatever changes meanwhile changes both kinds of marks.
+        buckets = self.cset.buckets
+        buckets.complete_marks(self.cset.metadata_buckets())
+        self._protect_writeback()
+        step = self.cset.options.slice_buckets
+        for first in range(0, buckets.nbuckets, step):
+            if first:
+                await self.pause()
+            buckets.put_in_force(first, first + step)
+        buckets.end_gc()
+
     def _protect_writeback(self) -> None:
         # What is being written back must not be reclaimed (bch_btree_gc_finish).
         for ptr in self.cset.writeback_pointers():
@@ -278,11 +336,9 @@ class Gc:
         # Interior nodes keep replaced pointers on disk; the stalest must not get too far behind.
         cset = self.cset
         for node in [node for node in cset.btree.nodes() if node.level]:
-            if any(
-                (cset.buckets.gen_at[cset.buckets.bucket_of(ptr)] - ptr) & 255 > REWRITE_STALE
-                and cset.buckets.is_stale(ptr)
-                for ptr in node.dead
-            ):
+            dead = np.array(node.dead, np.uint64)
+            behind = cset.buckets.gen[cset.buckets.buckets_of(dead)] - (dead & np.uint64(255)).astype(np.uint8)
+            if ((behind > REWRITE_STALE) & (behind <= 128)).any():
                 await cset.splitter.rewrite(node)
 
     # Start-up.
@@ -333,7 +389,7 @@ class Gc:
         while True:
             leaf = await cset.btree.leaf(self.position)
             drop_stale_dirty(leaf, buckets)
-            self._mark_leaf(leaf, marks)
+            self._mark_leaf(leaf, marks, 0, len(leaf.ends))
             _count_dirty(leaf, dirty)
             if leaf.end == cset.btree.root.end:
                 break

@@ -7,13 +7,15 @@ move that is lost in a crash loses nothing."""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bcachectl.engine.alloc import Reserve
-from bcachectl.engine.buckets import MARK_METADATA
-from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
+from bcachectl.engine.buckets import MARK_METADATA, Lowest
+from bcachectl.engine.gc import LEAF_COST_KEYS
+from bcachectl.engine.node import DIRTY, HAS_PTR, Extent, Node
 from bcachectl.engine.sched import Task
 from bcachectl.errors import Corrupt
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -37,24 +39,27 @@ class MovingGc:
         self.collisions = 0
         self.in_flight = 0
 
-    def choose_sources(self) -> int:
+    async def choose_sources(self) -> int:
         """Set `Buckets.move` on the emptiest buckets whose data fits the MOVINGGC reserve; returns how many
         (bch_moving_gc).
         """
         alloc, buckets = self.cset.alloc, self.cset.buckets
         size = 1 << buckets.bucket_shift
-        candidate = (
-            (buckets.mark != MARK_METADATA)
-            & (buckets.sectors_used > 0)
-            & (buckets.sectors_used < size)
-            & (buckets.pin == 0)
-        )
-        candidate[: buckets.first_bucket] = False
-        index = np.nonzero(candidate)[0]
-        order = index[np.argsort(buckets.sectors_used[index], kind="stable")[: alloc.heap_size]]
+        lowest = Lowest(alloc.heap_size)
+        step = self.cset.options.slice_buckets
+        for first in range(buckets.first_bucket, buckets.nbuckets, step):
+            if first > buckets.first_bucket:
+                await self.cset.gc.pause()
+            part = slice(first, first + step)
+            used = buckets.sectors_used[part]
+            candidate = np.flatnonzero(
+                (buckets.mark[part] != MARK_METADATA) & (used > 0) & (used < size) & (buckets.pin[part] == 0)
+            )
+            lowest.add(first + candidate, used[candidate].astype(np.uint32))
+            buckets.move[part] = 0
+        index, sectors = lowest.in_order()
         room = size * len(alloc.free[Reserve.MOVINGGC])
-        chosen = order[np.cumsum(buckets.sectors_used[order].astype(np.int64)) <= room]
-        buckets.move[:] = 0
+        chosen = index[np.cumsum(sectors.astype(np.int64)) <= room]
         buckets.move[chosen] = 1
         return len(chosen)
 
@@ -67,32 +72,37 @@ class MovingGc:
 
     async def _run(self) -> None:
         cset = self.cset
-        if not self.enabled or cset.io_disabled or cset.stopping or not self.choose_sources():
+        if not self.enabled or cset.io_disabled or cset.stopping or not await self.choose_sources():
             return
-        position = 0
-        tasks: list[Task[None]] = []
+        position = looked_at = 0
+        tasks: deque[Task[None]] = deque()
         while not (cset.io_disabled or cset.stopping):
+            if looked_at >= cset.options.slice_keys:
+                looked_at = 0
+                await cset.gc.pause()
+                continue
             leaf = await cset.btree.leaf(position)
-            for extent in self._keys_to_move(leaf.overlapping(position, leaf.end)):
+            looked_at += len(leaf.ends) + LEAF_COST_KEYS
+            end = leaf.end
+            for extent in self._keys_to_move(leaf, position):
                 if len(tasks) >= MOVING_IN_FLIGHT:
-                    await tasks.pop(0)
+                    await tasks.popleft()
                 tasks.append(cset.sched.spawn(self._move_or_fail(extent), "moving gc"))
-            if leaf.end == cset.btree.root.end:
+            if end == cset.btree.root.end:
                 break
-            position = leaf.end
+            position = end
         for task in tasks:
             await task
         cset.events.emit("bcache_moving_gc_end", keys=self.moved_keys)
 
-    def _keys_to_move(self, extents: list[Extent]) -> list[Extent]:
+    def _keys_to_move(self, leaf: Node, position: int) -> list[Extent]:
+        # What a leaf has from ``position`` on in the chosen buckets.
         buckets = self.cset.buckets
-        return [
-            extent
-            for extent in extents
-            if extent.flags & HAS_PTR
-            and not buckets.is_stale(extent.ptr)
-            and buckets.move_at[buckets.bucket_of(extent.ptr)]
-        ]
+        first = leaf.first_index(position)
+        ptrs = np.array(leaf.ptrs[first:], np.uint64)
+        index = np.flatnonzero(np.array(leaf.meta[first:], np.uint32) & np.uint32(HAS_PTR))
+        index = index[buckets.move[buckets.buckets_of(ptrs[index])] > 0]
+        return [extent for extent in map(leaf.extent, (first + index).tolist()) if not buckets.is_stale(extent.ptr)]
 
     async def _move_or_fail(self, extent: Extent) -> None:
         self.in_flight += 1

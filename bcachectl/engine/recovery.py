@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bcachectl.engine.alloc import Reserve
 from bcachectl.engine.btree import Btree
 from bcachectl.engine.buckets import MARK_NONE, MARK_RECLAIMABLE, MAX_SECTORS_USED, PTR_DEV_SHIFT
 from bcachectl.engine.journal import JournalPin
@@ -159,6 +160,9 @@ async def start_new(cset: CacheSet) -> None:
         raise Corrupt(cset.cache.name, cset.failed or "the first btree node could not be written")
     cset.btree = Btree(cset, root)
     cset.btree.cache(root)
+    # With CACHE_SYNC buckets become free by a prio write only, and that takes buckets itself.
+    while not cset.alloc.free[Reserve.PRIO].full and not cset.io_disabled:
+        await cset.alloc.bucket_wait.wait()
     cset.sync = True
     cset.run_journal()
     if not await cset.journal.write_meta():

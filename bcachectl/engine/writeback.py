@@ -21,8 +21,11 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
-from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
+from bcachectl.engine.gc import LEAF_COST_KEYS
+from bcachectl.engine.node import DIRTY, HAS_PTR, Extent, Node
 from bcachectl.engine.sched import NS_PER_S, Task, WaitQueue
 from bcachectl.errors import Corrupt
 
@@ -259,6 +262,7 @@ class Writeback:
         dev = self.dev
         start = position = self.position
         wrapped = False
+        looked_at = 0
         while len(self.waiting) < KEYBUF_KEYS and not self._ended:
             stop = start if wrapped else dev.limit
             if position >= stop:
@@ -267,22 +271,34 @@ class Writeback:
                     return True
                 wrapped, position = True, dev.base
                 continue
+            if looked_at >= dev.cset.options.slice_keys:
+                looked_at = 0
+                await dev.cset.sched.yield_now()
+                continue
             leaf = await dev.cset.btree.leaf(position)
-            buckets = dev.cset.buckets
-            for extent in leaf.overlapping(position, stop):
-                if extent.flags & DIRTY and not buckets.is_stale(extent.ptr) and extent.end > position:
-                    # A write under way has newer data for the backing device, and its key is not in the map yet.
-                    # Later writes drop what they overlap from `waiting`; so all that is in there is the newest there
-                    # is.
-                    if not dev.ranges.writing(extent.start - dev.base, extent.end - dev.base):
-                        self.waiting.append(extent)
-                    position = extent.end
-                    if len(self.waiting) >= KEYBUF_KEYS:
-                        break
-            else:
-                position = max(position, min(leaf.end, stop))
+            looked_at += len(leaf.ends) + LEAF_COST_KEYS
+            position = self._collect(leaf, position, min(stop, leaf.end))
         self.position = position
         return False
+
+    def _collect(self, leaf: Node, position: int, stop: int) -> int:
+        # Puts dirty extents of a leaf in [position, stop) on `waiting`; where to go on.
+        dev = self.dev
+        first = leaf.first_index(position)
+        dirty = first + np.flatnonzero(np.array(leaf.meta[first:], np.uint32) & np.uint32(DIRTY))
+        for index in dirty.tolist():
+            if len(self.waiting) >= KEYBUF_KEYS:
+                return position
+            extent = leaf.extent(index)
+            if extent.start >= stop:
+                break
+            # A write under way has newer data for the backing device, and its key is not in the map yet.  What changes
+            # from now on is noticed before it is copied (`_is_current`).
+            if not dev.cset.buckets.is_stale(extent.ptr):
+                if not dev.ranges.writing(extent.start - dev.base, extent.end - dev.base):
+                    self.waiting.append(extent)
+                position = extent.end
+        return stop
 
     async def _write_out(self) -> bool:
         # Copies all that is waiting; True if something could not be copied and should be tried again later.

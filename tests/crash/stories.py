@@ -178,6 +178,23 @@ async def gc(w: World) -> None:
     await w.write(0, 3, 1, fua=True)
 
 
+async def gc_slices(w: World) -> None:
+    """gc walks a few keys at a time and puts a few marks in force at a time; writes split what it walks over, and
+    enough is written for buckets to be invalidated meanwhile.
+    """
+    async def traffic() -> None:
+        dice = rng(w)
+        for _ in range(30):
+            await w.together(w.write(0, dice.randrange(0, 1150), dice.randrange(1, 9), fua=dice.random() < 0.3),
+                             w.write(0, dice.randrange(0, 280) * 4, 4, sync=True),
+                             w.read(0, dice.randrange(0, 1150), 16))
+
+    await w.tune("bcache0", "writeback_percent", "0")
+    await w.tune("bcache0", "writeback_delay", "0")
+    await w.together(w.cset.run_gc(), traffic())
+    await w.together(w.cset.run_gc(), w.write(0, 3, 1, fua=True))
+
+
 async def leaves_come_and_go_prepare(w: World) -> None:
     sectors = list(range(0, 1200, 2))
     rng(w).shuffle(sectors)
@@ -462,6 +479,9 @@ async def leaf_sets(w: World) -> None:
     await w.flush(0)
 
 
+SLICES = {"slice_keys": 20, "slice_buckets": 64}
+"""So small that every walk and every round over the buckets is interrupted again and again."""
+
 BIG_BACKING = (Backing(data_sectors=6000, mode="writethrough"),)
 STORIES = {story.name: story for story in (
     Story("first_attach", Setup(), first_attach, boots=False),
@@ -481,6 +501,15 @@ STORIES = {story.name: story for story in (
     Story("obsoletes", Setup(settles=False), obsoletes),
     Story("split", Setup(), split, split_prepare),
     Story("gc", Setup(), gc, gc_prepare),
+    Story("gc_slices", Setup(options=SLICES), gc_slices, gc_prepare),
+    Story("gc_slices_writethrough", Setup(backings=BIG_BACKING, settles=False, options=SLICES), gc_slices,
+          reuse_prepare),
+    Story("reuse_slices", Setup(backings=BIG_BACKING, settles=False, options=SLICES), reuse, reuse_prepare),
+    Story("reuse_fifo_slices", Setup(backings=BIG_BACKING, settles=False, replacement=1, options=SLICES), reuse,
+          reuse_prepare),
+    Story("full_slices", Setup(backings=(), options=SLICES), full, full_prepare),
+    Story("moving_gc_slices", Setup(nbuckets=1200, options=SLICES), moving_gc, moving_prepare),
+    Story("interior_slices", Setup(nbuckets=1200, backings=(), options=SLICES), interior, interior_prepare),
     Story("interior", Setup(nbuckets=1200, backings=()), interior, interior_prepare),
     Story("small_node_cache", Setup(nbuckets=1200, backings=(), options={"node_cache_bytes": 3 * 4096}), interior,
           interior_prepare),

@@ -26,7 +26,9 @@ from bcachectl.engine.buckets import (
     MARK_NONE,
     MARK_RECLAIMABLE,
     Buckets,
+    Marks,
 )
+from bcachectl.engine.cache_set import Options
 from bcachectl.engine.prios import PrioWriter
 from bcachectl.engine.sched import FUA, PREFLUSH, Io, Sched, WaitQueue
 from bcachectl.ondisk.geometry import Geometry
@@ -41,12 +43,13 @@ SET_UUID = bytes(range(16))
 class Set:
     """The little of a `CacheSet` that allocator and prio writer see."""
 
-    def __init__(self, nbuckets: int, machine: AllocMachine) -> None:
+    def __init__(self, nbuckets: int, machine: AllocMachine, *, slice_buckets: int = 1 << 17) -> None:
         self.sched = Sched()
         self.geometry = Geometry(block_size_sectors=1, bucket_size_sectors=8, nbuckets=nbuckets, first_bucket=3)
         self.cache = Bdev(self.sched, 0, "cache", size_sectors=nbuckets * 8)
         self.entropy = random.Random(5)
         self.events = self.gc = self.journal = self
+        self.options = Options(slice_buckets=slice_buckets)
         self.io_disabled = self.stopping = False
         self.sync = True
         self.failed: str | None = None
@@ -79,14 +82,21 @@ class Set:
     def fail(self, text: str) -> None:
         raise AssertionError(text)
 
+    def invalidate(self) -> None:
+        """A whole round, with nothing in between."""
+        task = self.sched.spawn(self.alloc.invalidate(), "invalidate")
+        while not task.done:
+            self.sched.run(self.sched.now_ns, [])
+
 
 class AllocMachine(RuleBasedStateMachine):
     """Buckets on their way around."""
 
-    @initialize(policy=st.sampled_from(list(Replacement)), nbuckets=st.sampled_from([600, 1400]))
-    def start(self, policy: Replacement, nbuckets: int) -> None:
+    @initialize(policy=st.sampled_from(list(Replacement)), nbuckets=st.sampled_from([600, 1400]),
+                slice_buckets=st.sampled_from([1 << 17, 100]))
+    def start(self, policy: Replacement, nbuckets: int, slice_buckets: int) -> None:
         self.holds: dict[int, str] = {}
-        self.set = Set(nbuckets, self)
+        self.set = Set(nbuckets, self, slice_buckets=slice_buckets)
         self.disk = SimDisk("cache", nbuckets * 8, seed="alloc")
         self.flying: list[Io] = []
         self.chain = 0
@@ -200,19 +210,60 @@ class AllocMachine(RuleBasedStateMachine):
             self.set.buckets.prio_at[bucket] = INITIAL_PRIO
         self.set.alloc.rescale(sectors)
 
-    @rule()
-    def gc(self) -> None:
-        buckets = self.set.buckets
-        marks = buckets.start_gc()
-        number = np.array(sorted(self.holds), np.int64)
+    def mark(self, marks: Marks, first: int, last: int) -> None:
+        number = np.array(sorted(bucket for bucket in self.holds if first <= bucket < last), np.int64)
         kinds = {"clean": MARK_RECLAIMABLE, "dirty": MARK_DIRTY, "meta": MARK_METADATA}
         marks.add(number, np.array([kinds[self.holds[bucket]] for bucket in number.tolist()], np.uint8),
                   np.full(len(number), 5, np.uint32))
-        chain = [bucket for bucket in self.set.prios.current + self.set.prios.journaled if bucket]
-        buckets.finish_gc(self.journal_buckets + chain)
+
+    def metadata(self) -> list[int]:
+        return self.journal_buckets + [bucket for bucket in self.set.prios.current + self.set.prios.journaled if bucket]
+
+    @precondition(lambda self: self.set.buckets.marks is None)
+    @rule()
+    def gc(self) -> None:
+        self.mark(self.set.buckets.start_gc(), 0, self.set.buckets.nbuckets)
+        self.set.buckets.finish_gc(self.metadata())
+        self.gc_ended()
+
+    def gc_ended(self) -> None:
         self.set.gc_wanted = False
         self.set.alloc.gc_finished()
         self.turn([])
+
+    @precondition(lambda self: self.set.buckets.marks is None)
+    @rule()
+    def gc_begins(self) -> None:
+        self.set.buckets.start_gc()
+        self.walked = self.forced = 0
+
+    @precondition(lambda self: self.set.buckets.marks is not None)
+    @rule(many=st.integers(100, 700))
+    def gc_goes_on(self, many: int) -> None:
+        """Marks some buckets, or puts some marks in force; anything may happen in between."""
+        buckets = self.set.buckets
+        assert buckets.marks is not None
+        if self.walked < buckets.nbuckets:
+            self.mark(buckets.marks, self.walked, self.walked + many)
+            self.walked += many
+            return
+        if not self.forced:
+            buckets.complete_marks(self.metadata())
+        buckets.put_in_force(self.forced, self.forced + many)
+        self.forced += many
+        if self.forced >= buckets.nbuckets:
+            buckets.end_gc()
+            self.gc_ended()
+
+    @invariant()
+    def marks_are_true(self) -> None:
+        # I7 to I9: whatever is held is marked so, whichever marks are in force.
+        mark_at = self.set.buckets.mark_at
+        for bucket, kind in self.holds.items():
+            if kind == "clean":
+                assert mark_at[bucket] in (MARK_RECLAIMABLE, MARK_DIRTY), f"I9: bucket {bucket}"
+            else:
+                assert mark_at[bucket] == (MARK_DIRTY if kind == "dirty" else MARK_METADATA), f"I7 I8: bucket {bucket}"
 
     # What must hold.
 

@@ -60,6 +60,9 @@ IDLE_LIMIT_S = 3600
 EARLY = "answered early"
 """`Io.what` of the disk's share of an Io that a mutation answered at once."""
 
+SLICE_NS = 10_000
+"""What a turn costs that a task has yielded to others."""
+
 STEP_LIMIT = 400_000
 
 
@@ -220,7 +223,8 @@ class World:
         elif timer_ns is not None:
             if timer_ns - self._last_progress_ns > IDLE_LIMIT_S * NS_PER_S:
                 raise SimFailure(f"stuck: nothing but timers for an hour, at {timer_ns} ns")
-            self._turn([], max(timer_ns, self.sched.now_ns))
+            # What ends a slice goes on after the others had their turn: a little later, so that Ios come in between.
+            self._turn([], timer_ns if timer_ns > self.sched.now_ns else self.sched.now_ns + SLICE_NS)
         else:
             raise SimFailure(f"deadlock: no Io and no timer, {len(self.oracle.reads)} reads in flight")
 

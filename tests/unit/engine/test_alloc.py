@@ -50,7 +50,7 @@ def test_t17_lru_takes_the_least_valuable() -> None:
     eligible = [bucket for bucket in range(buckets.nbuckets) if can_invalidate(buckets, bucket)]
     values = {bucket: lru_value(buckets, bucket) for bucket in eligible}
     assert max(values.values()) > 2 ** 31, "a priority below min_prio wraps to a huge value"
-    cset.alloc.invalidate()
+    cset.invalidate()
     room = cset.alloc.free_inc.size
     assert len(victims) == room == 7
     assert sorted(values[bucket] for bucket in victims) == sorted(values.values())[:room]
@@ -67,7 +67,7 @@ def test_t17_empty_buckets_go_first_whatever_their_priority() -> None:
     buckets.prio[:] = 20000
     for bucket in (700, 33, 1100):
         buckets.sectors_used_at[bucket], buckets.prio_at[bucket] = 0, INITIAL_PRIO
-    cset.alloc.invalidate()
+    cset.invalidate()
     assert victims[:3] == [33, 700, 1100]
 
 
@@ -77,7 +77,7 @@ def test_t17_fifo_goes_round_and_remembers_where_it_was() -> None:
     eligible = [bucket for bucket in range(buckets.nbuckets) if can_invalidate(buckets, bucket)]
     expected = eligible + eligible
     for turn in range(3 * len(eligible) // 7):
-        cset.alloc.invalidate()
+        cset.invalidate()
         cset.alloc.free_inc.buckets.clear()
         if len(victims) > len(eligible) - 8:
             break
@@ -89,7 +89,7 @@ def test_t17_fifo_gives_up_after_one_round() -> None:
     cset, victims = made(policy=Replacement.FIFO)
     cset.buckets.mark[:] = MARK_DIRTY
     cset.buckets.mark_at[900], cset.buckets.pin_at[900], cset.buckets.gen_at[900] = MARK_NONE, 0, 0
-    cset.alloc.invalidate()
+    cset.invalidate()
     assert victims == [900]
     assert len(cset.alloc.free_inc) == 1
 
@@ -105,7 +105,7 @@ def test_t17_random_draws_half_as_often_as_there_are_buckets() -> None:
         bucket = draws.getrandbits(64) % (buckets.nbuckets - 3) + 3
         if bucket not in expected and can_invalidate(buckets, bucket):
             expected.append(bucket)
-    cset.alloc.invalidate()
+    cset.invalidate()
     assert victims == expected
 
 
@@ -113,7 +113,7 @@ def test_t17_random_draws_half_as_often_as_there_are_buckets() -> None:
 def test_t17_what_an_invalidation_does(policy: Replacement) -> None:
     cset, victims = made(policy=policy)
     before = cset.buckets.gen.copy()
-    cset.alloc.invalidate()
+    cset.invalidate()
     for bucket in victims:
         assert cset.buckets.gen_at[bucket] == (int(before[bucket]) + 1) % 256
         assert cset.buckets.prio_at[bucket] == INITIAL_PRIO
@@ -147,7 +147,7 @@ def test_t17_rescale_stops_at_0_and_leaves_the_btree_alone() -> None:
 def test_t17_unknown_policies_free_nothing() -> None:
     cset, victims = made()
     cset.alloc.replacement = 5
-    cset.alloc.invalidate()
+    cset.invalidate()
     assert not victims
 
 
