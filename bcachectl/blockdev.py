@@ -64,7 +64,8 @@ class BlockDevice:
     thing, and a read of it is taken for quick.  ``image``: what the file holds if it is a metadata image.
     """
 
-    __slots__ = ("path", "fd", "size_bytes", "logical_block_bytes", "optimal_io_bytes", "is_block", "can_discard",
+    __slots__ = ("path", "fd", "size_bytes", "logical_block_bytes", "optimal_io_bytes",
+                 "partial_stripes_expensive", "is_block", "can_discard",
                  "can_zero", "read_only", "direct", "device_number", "nowait_flag", "image")
 
     def __init__(self, path: str, fd: int, *, read_only: bool, direct: bool) -> None:
@@ -80,12 +81,14 @@ class BlockDevice:
             self.size_bytes = _ioctl_number(fd, _BLKGETSIZE64, "Q")
             self.logical_block_bytes = _ioctl_number(fd, _BLKSSZGET, "i")
             self.optimal_io_bytes = _ioctl_number(fd, _BLKIOOPT, "I")
+            self.partial_stripes_expensive = is_parity_raid(status.st_rdev)
             self.can_discard = not read_only and _queue_limit(status.st_rdev, "discard_max_bytes") > 0
             self.can_zero = not read_only and _queue_limit(status.st_rdev, "write_zeroes_max_bytes") > 0
         else:
             self.size_bytes = status.st_size
             self.logical_block_bytes = _FILE_BLOCK_BYTES
             self.optimal_io_bytes = 0
+            self.partial_stripes_expensive = False
             self.can_discard = self.can_zero = not read_only
         self.image = None if self.is_block else metaimage.open_image(path, fd)
         if self.image is not None:
@@ -339,6 +342,31 @@ def _nowait_flag(fd: int) -> int:
     except OSError as error:
         return 0 if error.errno == errno.EOPNOTSUPP else os.RWF_NOWAIT
     return os.RWF_NOWAIT
+
+
+def is_parity_raid(device_number: int, *, sys: str = "/sys") -> bool:
+    """Whether a part of a stripe costs a read before it can be written: md of level 4, 5 or 6, or a device on one.
+
+    The kernel keeps this as a limit of the queue (raid5.c, raid5_set_limits) that sysfs does not show.
+    """
+    where = os.path.realpath(f"{sys}/dev/block/{os.major(device_number)}:{os.minor(device_number)}")
+    for disk in (where, os.path.dirname(where)):        # a partition's disk is the directory above
+        if _line(f"{disk}/md/level") in ("raid4", "raid5", "raid6"):
+            return True
+        for name in os.listdir(f"{disk}/slaves") if os.path.isdir(f"{disk}/slaves") else ():
+            major, _, minor = _line(f"{disk}/slaves/{name}/dev").partition(":")
+            if minor and is_parity_raid(os.makedev(int(major), int(minor)), sys=sys):
+                return True
+    return False
+
+
+def _line(path: str) -> str:
+    # What a file of sysfs says; nothing if there is none.
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def _queue_limit(device_number: int, name: str) -> int:

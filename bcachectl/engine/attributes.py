@@ -124,6 +124,8 @@ def _of_device() -> dict[str, Callable[[CachedDev], str]]:
         "backing_dev_uuid": lambda dev: format_uuid(dev.uuid),
         "dirty_data": lambda dev: hprint(dev.dirty_sectors << 9),
         "io_errors": lambda dev: str(dev.io_errors),
+        "stripe_size": lambda dev: hprint(dev.stripe_size_sectors << 9),
+        "partial_stripes_expensive": lambda dev: str(int(dev.backing.partial_stripes_expensive)),
         "writeback_rate_debug": _rate_debug,
     }
 

@@ -20,7 +20,8 @@ class Bdev:
     """A device by its index, with the limits that the engine has to respect.
 
     ``size_sectors``: whole size.  ``atomic_sectors``: the largest aligned write that power loss never tears (the
-    logical block size).  ``optimal_io_sectors``: the queue's io_opt, 0 if it gives none (stripe size of a raid)."""
+    logical block size).  ``optimal_io_sectors``: the queue's io_opt, 0 if it gives none (stripe size of a raid).
+    ``partial_stripes_expensive``: writing a part of a stripe costs a read first."""
 
     __slots__ = (
         "sched",
@@ -29,6 +30,7 @@ class Bdev:
         "size_sectors",
         "atomic_sectors",
         "optimal_io_sectors",
+        "partial_stripes_expensive",
         "can_discard",
         "read_only",
         "submitted",
@@ -43,6 +45,7 @@ class Bdev:
         size_sectors: int,
         atomic_sectors: int = 1,
         optimal_io_sectors: int = 0,
+        partial_stripes_expensive: bool = False,
         can_discard: bool = False,
         read_only: bool = False,
     ) -> None:
@@ -52,6 +55,7 @@ class Bdev:
         self.size_sectors = size_sectors
         self.atomic_sectors = atomic_sectors
         self.optimal_io_sectors = optimal_io_sectors
+        self.partial_stripes_expensive = partial_stripes_expensive
         self.can_discard = can_discard
         self.read_only = read_only
         self.submitted = 0

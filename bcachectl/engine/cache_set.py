@@ -38,6 +38,7 @@ from bcachectl.engine.request import invalidate
 from bcachectl.engine.sched import FUA, NS_PER_MS, PREFLUSH, Mutex, Sched, Task, WaitQueue
 from bcachectl.engine.split import Splitter
 from bcachectl.engine.streams import Congestion
+from bcachectl.engine.stripes import Stripes
 from bcachectl.engine.uuid_array import UuidArray
 from bcachectl.errors import Corrupt, DeviceError, Refused, WrongState
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -97,6 +98,7 @@ class CacheSet:
         self.flash: list[FlashVolume] = []
         self.uuid_array = UuidArray(self)
         self.dirty_by_inode: dict[int, int] = {}
+        self.stripes: dict[int, Stripes] = {}
         self.sync = False
         self.stopping = False
         self.stopped = False
@@ -470,6 +472,8 @@ class CacheSet:
         """Dirty extents came (or went, if negative) at ``position``."""
         slot = position >> INODE_SHIFT
         self.dirty_by_inode[slot] = self.dirty_by_inode.get(slot, 0) + sectors
+        if self.stripes and slot in self.stripes:
+            self.stripes[slot].note(position, position + abs(sectors), sign=1 if sectors > 0 else -1)
 
     def metadata_buckets(self) -> list[int]:
         """Journal, prio and uuid buckets that are in use."""

@@ -41,6 +41,7 @@ from bcachectl.engine.node import HAS_PTR, SIZE_MASK
 from bcachectl.engine.request import Ranges
 from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, WaitQueue
 from bcachectl.engine.streams import Streams
+from bcachectl.engine.stripes import Stripes, stripe_size_of
 from bcachectl.engine.writeback import Writeback
 from bcachectl.errors import Corrupt, WrongState
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -136,6 +137,8 @@ class CachedDev:
         self.sb_lock = Mutex(cset.sched, "backing superblock")
         self.state_changed = WaitQueue(cset.sched, "device state")
         self.writeback = Writeback(self)
+        self.stripe_size_sectors = stripe_size_of(backing.optimal_io_sectors)
+        self.stripes: Stripes | None = None
         self.sequential_cutoff = 4 << 20
         self.readahead_cache_policy = "all"
         self.stop_when_cache_set_failed = "auto"
@@ -435,6 +438,11 @@ class CachedDev:
         self.writeback.reset()
         self.attached = True
         self.detaching = False
+        if self.backing.partial_stripes_expensive and not self.read_only:
+            self.stripes = cset.stripes[slot] = Stripes(
+                self.base, stripe_size_sectors=self.stripe_size_sectors, size_sectors=self.backing.size_sectors
+            )
+            cset.sched.spawn(self.stripes.count(self), f"count stripes {slot}")
         if not self.read_only:
             cset.sched.spawn(self.writeback.run(), f"writeback {slot}")
             cset.sched.spawn(self.writeback.run_controller(), f"writeback rate {slot}")
@@ -462,6 +470,8 @@ class CachedDev:
             self.state_changed.wake_all()
             return
         self.attached = False
+        self.stripes = None
+        cset.stripes.pop(self.slot, None)
         await cset.uuid_array.retire(self.slot)
         cset.events.emit("bcache_detach_end", volume=self.name)
         self.slot = NO_SLOT

@@ -131,6 +131,9 @@ def check_btree(cset: CacheSet) -> None:
     if complete:
         counted = {slot: count for slot, count in cset.dirty_by_inode.items() if count}
         assert counted == {slot: count for slot, count in dirty.items() if count}, ("W2", counted, dirty)
+        for slot, stripes in cset.stripes.items():
+            if stripes.counted_to == stripes.limit:
+                assert sum(stripes.dirty) == dirty.get(slot, 0), ("W2: stripes", slot)
 
 
 def check_journal(cset: CacheSet) -> None:

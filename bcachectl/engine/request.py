@@ -182,12 +182,18 @@ def should_bypass(dev: CachedDev, request: Request, sector: int) -> bool:
     return False
 
 
-def should_writeback(dev: CachedDev, request: Request, *, bypass: bool) -> bool:
-    """Whether a write stays in the cache as dirty data (writeback.h, should_writeback)."""
+def should_writeback(dev: CachedDev, request: Request, sector: int, *, bypass: bool) -> bool:
+    """Whether a write stays in the cache as dirty data (writeback.h, should_writeback); ``sector`` is the backing
+    device's.
+    """
     in_use = dev.cset.buckets.in_use_percent
     if dev.cache_mode != CacheMode.WRITEBACK or dev.detaching or in_use > dev.cset.cutoff_writeback_sync:
         return False
-    if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or bypass:
+    if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):
+        return False
+    if dev.stripes is not None and dev.stripes.is_dirty(dev.base + sector, dev.base + sector + request.nsectors):
+        return True
+    if bypass:
         return False
     if request.nsectors > dev.cset.buckets.nbuckets << dev.cset.buckets.bucket_shift >> WRITEBACK_SHARE_SHIFT:
         # Nothing of a write is written back before all of it has room, and so much room may never come.
@@ -201,7 +207,7 @@ def mode_for(dev: CachedDev, request: Request, sector: int, *, overlaps_writebac
     bypass = should_bypass(dev, request, sector)
     if request.op == REQ_READ:
         return BYPASS if bypass else THROUGH
-    if overlaps_writeback or should_writeback(dev, request, bypass=bypass):
+    if overlaps_writeback or should_writeback(dev, request, sector, bypass=bypass):
         return BACK
     return BYPASS if bypass else THROUGH
 

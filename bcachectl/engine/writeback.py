@@ -31,6 +31,7 @@ from bcachectl.errors import Corrupt
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
+    from bcachectl.engine.stripes import Stripes
 
 KEYBUF_KEYS = 500
 IN_FLIGHT = 64
@@ -260,6 +261,9 @@ class Writeback:
     async def _refill(self) -> bool:
         # Collects dirty extents from `position` on, wrapping once; True if the whole device was covered.
         dev = self.dev
+        taken: set[int] = set()
+        if dev.stripes is not None:
+            await self._refill_full_stripes(dev.stripes, taken)
         start = position = self.position
         wrapped = False
         looked_at = 0
@@ -277,12 +281,24 @@ class Writeback:
                 continue
             leaf = await dev.cset.btree.leaf(position)
             looked_at += len(leaf.ends) + LEAF_COST_KEYS
-            position = self._collect(leaf, position, min(stop, leaf.end))
+            position = self._collect(leaf, position, min(stop, leaf.end), taken)
         self.position = position
         return False
 
-    def _collect(self, leaf: Node, position: int, stop: int) -> int:
-        # Puts dirty extents of a leaf in [position, stop) on `waiting`; where to go on.
+    async def _refill_full_stripes(self, stripes: Stripes, taken: set[int]) -> None:
+        # First what costs a raid no read (writeback.c, refill_full_stripes).
+        dev = self.dev
+        for start, end in stripes.full_from(self.position):
+            position = start
+            while position < end:
+                if len(self.waiting) >= KEYBUF_KEYS or self._ended:
+                    return
+                leaf = await dev.cset.btree.leaf(position)
+                position = self._collect(leaf, position, min(end, leaf.end), taken)
+
+    def _collect(self, leaf: Node, position: int, stop: int, taken: set[int]) -> int:
+        # Puts dirty extents of a leaf in [position, stop) on `waiting`; where to go on.  What starts at a position in
+        # ``taken`` is there already.
         dev = self.dev
         first = leaf.first_index(position)
         dirty = first + np.flatnonzero(np.array(leaf.meta[first:], np.uint32) & np.uint32(DIRTY))
@@ -295,8 +311,9 @@ class Writeback:
             # A write under way has newer data for the backing device, and its key is not in the map yet.  What changes
             # from now on is noticed before it is copied (`_is_current`).
             if not dev.cset.buckets.is_stale(extent.ptr):
-                if not dev.ranges.writing(extent.start - dev.base, extent.end - dev.base):
+                if extent.start not in taken and not dev.ranges.writing(extent.start - dev.base, extent.end - dev.base):
                     self.waiting.append(extent)
+                    taken.add(extent.start)
                 position = extent.end
         return stop
 

@@ -45,6 +45,7 @@ class FaultyMedium:
         self.size_bytes = below.size_bytes
         self.logical_block_bytes = below.logical_block_bytes
         self.optimal_io_bytes = below.optimal_io_bytes
+        self.partial_stripes_expensive = below.partial_stripes_expensive
         self.is_block = below.is_block
         self.direct = False
         self.can_discard = below.can_discard

@@ -79,6 +79,8 @@ class Backing:
     member: bool = True
     """Formatted together with the cache, so that it attaches by itself."""
     data_offset: int = 16
+    raid_stripe_sectors: int = 0
+    """A raid for which parts of a stripe of this size are expensive; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,10 @@ class World:
         for disk in self.disks:
             disk.is_sluggish = setup.sluggish
         self.sched = Sched(wall_base_s=wall_s)
+        stripes = [0, *(backing.raid_stripe_sectors for backing in setup.backings)]
         self.bdevs = [Bdev(self.sched, index, disk.name, size_sectors=disk.size_sectors,
-                           atomic_sectors=setup.atomic_sectors, can_discard=setup.discard)
+                           atomic_sectors=setup.atomic_sectors, can_discard=setup.discard,
+                           optimal_io_sectors=stripes[index], partial_stripes_expensive=stripes[index] > 0)
                       for index, disk in enumerate(self.disks)]
         self.oracle = oracle or Oracle()
         if oracle is None:

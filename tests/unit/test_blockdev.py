@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl.blockdev import open_device
+from bcachectl.blockdev import is_parity_raid, open_device
 from bcachectl.errors import DeviceError
 
 
@@ -91,3 +91,33 @@ def test_direct_io_takes_unaligned_buffers(image: Path) -> None:
         assert device.read(4096, 4096) == b"y" * 4096
         with pytest.raises(DeviceError, match="logical block"):
             device.write(4096, b"short")
+
+
+def make_disk(sysfs: Path, name: str, number: int, *, level: str = "", slaves: tuple[str, ...] = ()) -> Path:
+    """A disk as sysfs shows it."""
+    disk = sysfs / "devices" / name
+    (disk / "slaves").mkdir(parents=True)
+    (disk / "dev").write_text(f"9:{number}\n")
+    (sysfs / "dev/block").mkdir(parents=True, exist_ok=True)
+    (sysfs / "dev/block" / f"9:{number}").symlink_to(disk)
+    if level:
+        (disk / "md").mkdir()
+        (disk / "md" / "level").write_text(f"{level}\n")
+    for slave in slaves:
+        (disk / "slaves" / slave).symlink_to(sysfs / "devices" / slave)
+    return disk
+
+
+def test_a_raid_with_parity_is_known_below_partitions_and_mappings(tmp_path: Path) -> None:
+    make_disk(tmp_path, "md5", 5, level="raid5")
+    make_disk(tmp_path, "md1", 1, level="raid1", slaves=("sda",))
+    make_disk(tmp_path, "sda", 10)
+    make_disk(tmp_path, "dm-0", 20, slaves=("md1", "md5"))
+    make_disk(tmp_path, "dm-1", 21, slaves=("dm-0",))
+    make_disk(tmp_path, "dm-2", 22, slaves=("md1",))
+    partition = tmp_path / "devices/md5/md5p1"
+    partition.mkdir()
+    (tmp_path / "dev/block/9:6").symlink_to(partition)
+    found = {number: is_parity_raid(os.makedev(9, number), sys=str(tmp_path)) for number in (5, 1, 10, 20, 21, 22, 6)}
+    assert found == {5: True, 1: False, 10: False, 20: True, 21: True, 22: False, 6: True}
+    assert not is_parity_raid(os.makedev(9, 99), sys=str(tmp_path))

@@ -319,6 +319,7 @@ class EngineHost:
         medium = self.media[index]
         return Bdev(self.sched, index, os.path.abspath(medium.path), size_sectors=medium.size_bytes >> 9,
                     atomic_sectors=medium.logical_block_bytes >> 9, optimal_io_sectors=medium.optimal_io_bytes >> 9,
+                    partial_stripes_expensive=medium.partial_stripes_expensive,
                     can_discard=medium.can_discard, read_only=medium.read_only)
 
     def _record(self, trace: TextIO) -> None:

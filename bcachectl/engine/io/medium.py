@@ -24,6 +24,7 @@ class Medium(Protocol):
     size_bytes: int
     logical_block_bytes: int
     optimal_io_bytes: int
+    partial_stripes_expensive: bool
     is_block: bool
     direct: bool
     can_discard: bool

@@ -53,6 +53,7 @@ class OverlayDevice:
         self.size_bytes = base.size_bytes
         self.logical_block_bytes = base.logical_block_bytes
         self.optimal_io_bytes = base.optimal_io_bytes
+        self.partial_stripes_expensive = base.partial_stripes_expensive
         self.is_block = base.is_block
         self.direct = False
         self.can_discard = False
