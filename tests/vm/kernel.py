@@ -29,6 +29,8 @@ BASE_SUITE = "bookworm"
 MODULES = ("virtio_pci", "virtio_blk", "9pnet_virtio", "9p", "overlay", "loop", "nbd", "bcache", "ublk_drv", "ext4",
            "crc32c_generic")
 """What is loaded at boot, after what it depends on; one that a kernel has built in, or lacks, is passed over."""
+EXTRA_MODULES = ("dm_cache", "dm_cache_smq")
+"""What is there for a job that loads it: ``load_extra``."""
 NEEDED_MODULES = {"virtio_blk", "9p", "bcache"}
 
 
@@ -55,7 +57,7 @@ def fetch_kernel(series: str) -> Kernel:
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (home / "release").exists():
+        if not (home / "release").exists() or not (home / "modules" / "extra").exists():
             _fetch(series, home)
     return Kernel(series, (home / "release").read_text().strip(), home / "vmlinuz",
                   tuple(sorted((home / "modules").glob("*.ko"))))
@@ -78,19 +80,22 @@ def _fetch(series: str, home: Path) -> None:
     _run(need_tool("depmod"), "-b", str(root), release)
     modules = home / "modules"
     shutil.rmtree(modules, ignore_errors=True)
-    modules.mkdir()
-    for number, source in enumerate(_modules_in_order(root, release)):
-        name = source.name.removesuffix(".xz")
-        content = lzma.decompress(source.read_bytes()) if source.suffix == ".xz" else source.read_bytes()
-        (modules / f"{number:03d}-{name}").write_bytes(content)
+    (modules / "extra").mkdir(parents=True)
+    always = _modules_in_order(root, release, MODULES)
+    extra = [path for path in _modules_in_order(root, release, EXTRA_MODULES) if path not in always]
+    for directory, sources in ((modules, always), (modules / "extra", extra)):
+        for number, source in enumerate(sources):
+            name = source.name.removesuffix(".xz")
+            content = lzma.decompress(source.read_bytes()) if source.suffix == ".xz" else source.read_bytes()
+            (directory / f"{number:03d}-{name}").write_bytes(content)
     shutil.copyfile(image, home / "vmlinuz")
     shutil.rmtree(home / "apt")
     (home / "release").write_text(release + "\n")   # last: it says that all the rest is there
 
 
-def _modules_in_order(root: Path, release: str) -> list[Path]:
+def _modules_in_order(root: Path, release: str, names: tuple[str, ...]) -> list[Path]:
     ordered: list[Path] = []
-    for name in MODULES:
+    for name in names:
         done = subprocess.run([need_tool("modprobe"), "-d", str(root), "-S", release, "--show-depends", name],
                               capture_output=True, text=True)
         assert done.returncode == 0 or name not in NEEDED_MODULES, done.stderr

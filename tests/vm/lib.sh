@@ -7,6 +7,13 @@ fail() {
     exit 1
 }
 
+# load_extra: the modules that are not loaded at boot.
+load_extra() {
+    for module in /modules/extra/*.ko; do
+        insmod "$module" || fail "insmod $module"
+    done
+}
+
 # register DEVICE...: give devices to the kernel's driver.
 register() {
     for device in "$@"; do

@@ -133,7 +133,7 @@ class Machine:
 
 
 def start(script: str, disks: Sequence[Path | str], share: Path, *, series: str = DEFAULT_SERIES, host: bool = False,
-          memory_mib: int = 768) -> Machine:
+          memory_mib: int = 768, processors: int = 1) -> Machine:
     """Boot a machine that runs ``script``; ``share`` is a directory that may hold files for it already."""
     qemu = need_tool("qemu-system-x86_64")
     kernel = fetch_kernel(series)
@@ -145,9 +145,10 @@ def start(script: str, disks: Sequence[Path | str], share: Path, *, series: str 
     if host:
         (share / "wants-host").touch()
     console = share / "console"
-    # One processor: with two, QEMU's emulation of code that the kernel changes while it runs (int3, jump labels) is
-    # not safe, and one boot in fifty ended in "Oops: int3".
-    command = [qemu, "-accel", "tcg", "-cpu", "max", "-m", str(memory_mib), "-smp", "1", "-nographic",
+    # One processor, but for benchmarks: with two, QEMU's emulation of code that the kernel changes while it runs
+    # (int3, jump labels) is not safe, and one boot in fifty ended in "Oops: int3".
+    command = [qemu, "-accel", "tcg,thread=multi", "-cpu", "max", "-m", str(memory_mib), "-smp", str(processors),
+               "-nographic",
                "-no-reboot", "-monitor", "none", "-nodefaults", "-serial", f"file:{console}",
                "-kernel", str(kernel.image), "-initrd", str(_initramfs(kernel)),
                "-append", "console=ttyS0 quiet panic=-1",
@@ -171,7 +172,9 @@ def _initramfs(kernel: Kernel) -> Path:
     # Built beside the kernel, once for each content of init.sh.  Not compressed: unpacking would be emulated, too.
     busybox = need_tool("busybox")
     init = (HERE / "init.sh").read_bytes()
-    target = kernel.image.parent / f"initramfs-{hashlib.sha256(init).hexdigest()[:12]}.cpio"
+    modules = sorted(str(path.name) for path in (kernel.image.parent / "modules").rglob("*.ko"))
+    fingerprint = hashlib.sha256(init + "\n".join(modules).encode()).hexdigest()[:12]
+    target = kernel.image.parent / f"initramfs-{fingerprint}.cpio"
     if not target.exists():
         root = kernel.image.parent / f"initramfs-{os.getpid()}"
         (root / "bin").mkdir(parents=True)
