@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "wipe": Command("wipe:wipe", "Take the superblock away, after a backup of it."),
     "writeback": Command("writeback:writeback", "Copy dirty data to the backing devices without running the set."),
     "forget-backing": Command("forget:forget_backing", "Drop the data of a dead backing device from a cache."),
+    "resolve": Command("resolve:resolve_volume", "Tell what each way out of an inconsistent state loses; take one."),
     "undo": Command("undo:undo", "Take back what a destructive verb did."),
     "image create": Command("image:create", "Copy a device's metadata into a small file for a bug report."),
     "image extract": Command("image:extract", "Make a sparse raw file of a metadata image."),

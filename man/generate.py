@@ -48,6 +48,13 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
          "Save what the cache has for a disk that died, and free its space."),
         ("bcachectl forget-backing cache.img 0 --accept-loss",
          "Give up what slot 0 has, as an old forced detach left it.")],
+    "resolve": [
+        ("bcachectl resolve /dev/sdb", "Why does it not come up? Nothing is written."),
+        ("bcachectl resolve /dev/sdb --cache /dev/nvme0n1p3", "What each choice loses, in bytes and ranges."),
+        ("bcachectl resolve /dev/sdb --cache /dev/nvme0n1p3 --keep-dirty --force=inconsistent",
+         "Go on with what the cache has."),
+        ("bcachectl resolve /dev/sdb --use-backing-alone --force=dirty",
+         "The cache is gone for good; go on with what the device holds.")],
     "undo": [("bcachectl undo /var/lib/bcachectl/undo/wipe-sdb-1795200755.undo", "Put a wiped superblock back.")],
     "fsck": [("bcachectl fsck /dev/nvme0n1p3 /dev/sdb", "Check a set that does not run; nothing is written."),
              ("bcachectl fsck -p cache.img", "Repair what costs nothing."),

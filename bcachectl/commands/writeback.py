@@ -197,7 +197,7 @@ def _show_plan(parts: list[Part], accept_loss: bool, as_json: bool) -> None:
     for part in parts:
         if not part.member.is_clean and (accept_loss or not _lacks(part.copy)):
             planned.append({"device": part.member.backing.name, "operation": "write", "offset_bytes": SB_SECTOR << 9,
-                            "length_bytes": SB_BYTES, "what": "superblock, state clean"})
+                            "length_bytes": SB_BYTES, "what": f"superblock, state {part.member.settled_state}"})
     if as_json:
         print_json("writeback", {"dry_run": True, "writes": planned,
                                  "devices": [_part_json(part, False) for part in parts]})
@@ -230,7 +230,8 @@ def _report(check: Check, dirty: Dirty, parts: list[Part], marked: list[Part], f
         copy, name = part.copy, part.member.backing.name
         earlier = f" ({format_sectors(copy.skipped_sectors)} more were there from an earlier run)"
         print(f"{name}: {format_sectors(copy.copied_sectors)} written back{earlier if copy.skipped_sectors else ''}, "
-              f"{format_sectors(sectors_of(copy.lost))} lost; {'clean' if part in marked else 'NOT marked clean'}.")
+              f"{format_sectors(sectors_of(copy.lost))} lost; "
+              f"{part.member.settled_state if part in marked else 'NOT marked clean'}.")
         for line in _loss_lines(part):
             print(line)
     for inode, sectors in sorted(others.items()):

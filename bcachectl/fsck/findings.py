@@ -242,7 +242,7 @@ CODES: dict[str, Meaning] = {
     "BACKING_FORGOTTEN": Meaning(_E, "A backing device says that it is attached, but the set does not "
                                      "know it.", safe=False),
     "BACKING_DETACHED_DIRTY": Meaning(_E, "A backing device says that it is detached, but the cache holds dirty data "
-                                          "of it."),
+                                          "of it; `bcachectl resolve` tells what each choice loses.", safe=False),
     "BACKING_CLEAN_DIRTY": Meaning(_E, "A backing device is marked clean, but the cache holds dirty data that differs "
                                        "from what is on it: the kernel would never write it back."),
     "BACKING_CLEAN_KEYS": Meaning(_N, "A backing device is marked clean while keys still say dirty; their data was "

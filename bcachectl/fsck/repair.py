@@ -62,7 +62,7 @@ SWITCH_BYTES = 512
 REBUILD_PREFIXES = ("JOURNAL_", "PRIO_", "UUID_", "BTREE_", "EXTENT_", "BUCKET_", "ORPHAN_")
 NOT_REPAIRED = ("SB_UNUSABLE", "SB_HALF_UUID", "SB_FEATURE", "SB_OBSO_LARGE_BUCKET", "SB_NODE_BLOCKS",
                 "SB_TOO_FEW_TO_RUN", "SB_BLOCK_ABOVE_PAGE", "SB_BLOCK_BELOW_DEVICE", "JOURNAL_EMPTY", "JOURNAL_IO")
-BACKING_REPAIRED = ("BACKING_CSUM", "BACKING_OFFSET", "BACKING_MODE", "BACKING_DETACHED_DIRTY", "BACKING_CLEAN_DIRTY")
+BACKING_REPAIRED = ("BACKING_CSUM", "BACKING_OFFSET", "BACKING_MODE", "BACKING_CLEAN_DIRTY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def _backing_write(check: Check, backing: Backing, codes: Sequence[str]) -> Repa
     sb = replace(parse_superblock(raw), offset=SB_SECTOR)
     if "BACKING_MODE" in codes:
         sb = sb.with_cache_mode(CacheMode.WRITETHROUGH)
-    if "BACKING_DETACHED_DIRTY" in codes or "BACKING_CLEAN_DIRTY" in codes:
+    if "BACKING_CLEAN_DIRTY" in codes:
         assert check.walk.superblock is not None
         sb = replace(sb.with_state(BdevState.DIRTY), set_uuid=check.walk.superblock.set_uuid)
     if sb.keys != len(sb.d):

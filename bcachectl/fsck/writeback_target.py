@@ -16,6 +16,7 @@ leaves that behind; so does a uuid array that cannot be read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from bcachectl.errors import BcachectlError, Refused, WrongState
@@ -45,8 +46,20 @@ class Member(NamedTuple):
         """Its superblock says already that it needs no cache."""
         return self.superblock.state is BdevState.CLEAN
 
+    @property
+    def settled_state(self) -> str:
+        """The word for the state that it gets once it has all its data."""
+        return "no cache" if self.superblock.state is BdevState.STALE else "clean"
+
     def marked_clean(self) -> bytes:
-        """Its superblock with the state CLEAN; bytes that no field stands for are kept."""
+        """Its superblock with the state CLEAN; bytes that no field stands for are kept.
+
+        One that ran without the set is detached instead: the clean data that the cache has of it is older than what was
+        written meanwhile, and would hide that.  The next attach takes a new slot.
+        """
+        if self.superblock.state is BdevState.STALE:
+            sb = replace(self.superblock.with_state(BdevState.NONE), set_uuid=bytes(16))
+            return encode_superblock(sb, self.raw)
         return encode_superblock(self.superblock.with_state(BdevState.CLEAN), self.raw)
 
 

@@ -20,7 +20,7 @@ CASES = {case.name: case for case in cases()}
 INTERRUPTED = ("sb_csum_deep_crash", "prio_csum_deep_crash", "journal_middle_csum_flash_volume",
                "uuid_twice_two_backing",
                "set_csum_middle_leaf_deep_crash", "set_zero_interior_deep_crash", "child_beyond_gen_churn",
-               "extent_overlap_killed", "backing_state_none_two_backing", "uuid_flash_0")
+               "extent_overlap_killed", "backing_mode_9_two_backing", "uuid_flash_0")
 
 
 def interrupted(image: Image, steps: tuple[tuple[RepairWrite, ...], ...], done: int, dice: random.Random) -> None:
