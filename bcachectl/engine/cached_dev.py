@@ -42,6 +42,7 @@ from bcachectl.engine.request import Ranges
 from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, WaitQueue
 from bcachectl.engine.streams import Streams
 from bcachectl.engine.stripes import Stripes, stripe_size_of
+from bcachectl.engine.write_batch import WriteBatch
 from bcachectl.engine.writeback import Writeback
 from bcachectl.errors import Corrupt, WrongState
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -139,6 +140,7 @@ class CachedDev:
         self.writeback = Writeback(self)
         self.stripe_size_sectors = stripe_size_of(backing.optimal_io_sectors)
         self.stripes: Stripes | None = None
+        self.batch = WriteBatch(self)
         self.sequential_cutoff = 4 << 20
         self.readahead_cache_policy = "all"
         self.stop_when_cache_set_failed = "auto"
@@ -176,6 +178,11 @@ class CachedDev:
     def state(self) -> str:
         """The state in the kernel's words, as its sysfs file says it."""
         return ("no cache", "clean", "dirty", "inconsistent")[self.sb.state]
+
+    @property
+    def is_known_dirty(self) -> bool:
+        """The backing superblock says DIRTY, durably, and will go on saying so while something is dirty."""
+        return self.has_dirty and self.durable_state == BdevState.DIRTY
 
     # Requests.
 
@@ -388,7 +395,7 @@ class CachedDev:
 
     async def become_dirty(self) -> int:
         """Before dirty data is acknowledged: the superblock says DIRTY, durably (writeback.h, bch_writeback_add)."""
-        if self.has_dirty and self.durable_state == BdevState.DIRTY:
+        if self.is_known_dirty:
             return 0
         self.has_dirty = True
         async with self.sb_lock:

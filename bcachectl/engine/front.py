@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The seam to the exports: a `Request` goes in through `Volume.submit`, and comes back in `Front.completed`.
 
-An export (NBD, loop, ublk) knows nothing of caches.  It does three things:
+An export (NBD, loop, ublk) knows nothing of caches.  It does four things:
 
 1. for a read it may first ask `Volume.read_nowait`; if the answer is not `NOT_NOW` the data lies in one piece at that
    byte of the cache device and the export reads it itself, at once, without suspending anything in between;
-2. otherwise it makes a `Request` and calls `Volume.submit`;
-3. after each `Sched.run` it takes the requests out of `Front.completed` and answers its clients.  ``error`` is 0 or
+2. writes it may first offer to the volume's `bcachectl.engine.write_batch.WriteBatch`, if it has one; what that places
+   on the cache device the export writes there itself, at once;
+3. otherwise it makes a `Request` and calls `Volume.submit`;
+4. after each `Sched.run` it takes the requests out of `Front.completed` and answers its clients.  ``error`` is 0 or
    an errno.
 
 Sectors are 512 bytes and relative to the volume.  A request that is not aligned to ``block_size_sectors`` is allowed
@@ -14,7 +16,10 @@ on a cached device (it bypasses the cache) and answered with EINVAL on a flash-o
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from bcachectl.engine.write_batch import WriteBatch
 
 REQ_READ, REQ_WRITE, REQ_FLUSH, REQ_DISCARD, REQ_WRITE_ZEROES, REQ_STATUS = range(6)
 """What a `Request` asks.  REQ_STATUS fills ``extents`` for NBD's block status."""
@@ -92,6 +97,11 @@ class Volume(Protocol):
     @property
     def read_only(self) -> bool:
         """Whether writes are refused."""
+        ...
+
+    @property
+    def batch(self) -> WriteBatch | None:
+        """Takes writes that need not wait; None if all writes go by `submit`."""
         ...
 
     def read_nowait(self, sector: int, nsectors: int) -> int:

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from bcachectl.engine.cache_set import CacheSet
 
 MAX_PINS = 32767
+EARLY_WRITE_BYTES = JSET_MAX_BYTES // 2
+"""An entry is written from this size on, without waiting for `journal_delay_ms`: what comes meanwhile goes into the
+next, and nobody meets a full one unless the device cannot keep up."""
 FLUSH_BATCH = 8
 """Leaves written at once when the journal needs space (journal.h, BTREE_FLUSH_NR)."""
 PATIENCE_NS = 60 * NS_PER_S
@@ -151,11 +154,17 @@ class Journal:
         """The oldest entry whose keys may be in no written leaf."""
         return self.pins[0].seq
 
-    def add_nowait(self, keys: bytes) -> JournalPin | None:
-        """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now."""
+    def room_bytes(self) -> int:
+        """How much `add_nowait` would take now."""
+        if self.guarded or len(self.pins) > MAX_PINS - 2:
+            return 0
         blocks = self.blocks_free - self.kept_blocks
         capacity = min(blocks * self.cset.geometry.block_bytes, JSET_MAX_BYTES) - JSET_HEADER_BYTES
-        if self.guarded or len(self.keys) + len(keys) > capacity or len(self.pins) > MAX_PINS - 2:
+        return max(0, capacity - len(self.keys))
+
+    def add_nowait(self, keys: bytes) -> JournalPin | None:
+        """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now."""
+        if not len(keys) <= self.room_bytes():
             return None
         self.keys += keys
         pin = self.pins[-1]
@@ -163,6 +172,8 @@ class Journal:
         if self.deadline_ns is None:
             self.deadline_ns = self.cset.sched.now_ns + self.delay_ms * NS_PER_MS
             self.wake.wake_all()
+        if len(self.keys) > EARLY_WRITE_BYTES and not self.wanted:
+            self.request_write()
         return pin
 
     async def add(self, keys: bytes) -> JournalPin | None:

@@ -93,6 +93,21 @@ class SectorAllocator:
             buckets.pin_at[buckets.bucket_of(piece.ptr)] += 1
         return piece
 
+    def alloc_whole(self, position: int, nsectors: int, *, write_point: int) -> int:
+        """A pointer word to ``nsectors`` in one piece for a cached device; 0 if `alloc_nowait` would have to cut them,
+        or has no bucket.
+        """
+        open_bucket = self._pick(position, write_point, False)
+        if open_bucket.sectors_free < nsectors and (
+            open_bucket.sectors_free
+            or nsectors > min(1 << self.cset.buckets.bucket_shift, MAX_SIZE & -self.cset.geometry.block_size_sectors)
+            or not self.cset.alloc.available_nowait(Reserve.NONE)
+        ):
+            return 0
+        piece = self.alloc_nowait(position, nsectors, write_point=write_point, flash=False)
+        assert piece is not None and piece.nsectors == nsectors, piece
+        return piece.ptr
+
     async def alloc(
         self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = Reserve.NONE
     ) -> Piece | None:

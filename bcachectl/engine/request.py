@@ -105,9 +105,7 @@ class Ranges:
         """Begin a write: wait for overlapping ones, cancel overlapping fills."""
         while self.writing(start, end):
             await self.queue.wait()
-        for fill in self.fills:
-            if fill.start < end and start < fill.end:
-                fill.cancelled = True
+        self.cancel_fills(start, end)
         claim = (start, end)
         self.writes.append(claim)
         return claim
@@ -118,6 +116,12 @@ class Ranges:
             if low < end and start < high:
                 return True
         return False
+
+    def cancel_fills(self, start: int, end: int) -> None:
+        """A write of [start, end) begins: older data of it must not get into the cache any more."""
+        for fill in self.fills:
+            if fill.start < end and start < fill.end:
+                fill.cancelled = True
 
     def leave(self, claim: tuple[int, int]) -> None:
         """End a write."""
@@ -210,6 +214,23 @@ def mode_for(dev: CachedDev, request: Request, sector: int, *, overlaps_writebac
     if overlaps_writeback or should_writeback(dev, request, sector, bypass=bypass):
         return BACK
     return BYPASS if bypass else THROUGH
+
+
+def keeps_back(dev: CachedDev) -> bool:
+    """Whether `mode_for` would now say BACK of any small aligned write without flags that is not sequential, and
+    `write` would not have to wait for the superblock first.
+    """
+    cset = dev.cset
+    return (
+        dev.attached
+        and dev.cache_mode == CacheMode.WRITEBACK
+        and dev.is_known_dirty
+        and not (dev.detaching or dev.io_disable or dev.read_only)
+        and cset.sync
+        and not (cset.io_disabled or cset.stopping)
+        and cset.congestion.value >= 0
+        and cset.buckets.in_use_percent <= min(cset.cutoff_writeback, cset.cutoff_writeback_sync, CUTOFF_CACHE_ADD)
+    )
 
 
 # Inserting.

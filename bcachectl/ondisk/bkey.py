@@ -29,6 +29,7 @@ feature behind it never worked; it is read, shown and never written.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,9 @@ _LONG_STREAM_WORDS = 512    # of this length; in a shorter one it visits each
 _SHORTEST_KEY_WORDS = 2
 _KEY2 = struct.Struct("<QQ")
 _KEY3 = struct.Struct("<QQQ")
+_DIRTY_KEY3 = HIGH_ONE | 1 << 60 | 1 << 36
+KEY_BYTES = _KEY3.size
+"""Bytes of a key with one pointer."""
 
 
 class Ptr(NamedTuple):
@@ -194,6 +198,14 @@ def pack_key(pos: int, size: int, dirty: bool, ptr: int | None) -> bytes:
     if ptr is None:
         return _KEY2.pack(high, low)
     return _KEY3.pack(high | 1 << 60, low, ptr)
+
+
+def pack_dirty_keys(extents: Iterable[tuple[int, int, int]]) -> bytes:
+    """`pack_key` of many dirty extents (start, end, pointer word), in one piece; none reaches `MAX_POS`."""
+    words: list[int] = []
+    for start, end, ptr in extents:
+        words += (_DIRTY_KEY3 | (end - start) << 20 | end >> INODE_SHIFT, end & SECTOR_MASK, ptr)
+    return struct.pack(f"<{len(words)}Q", *words)
 
 
 def encode_key(key: Bkey) -> bytes:

@@ -8,6 +8,8 @@ some 300 sectors, so everything that happens once a day on a real set happens wi
 from __future__ import annotations
 
 import random
+from collections.abc import Coroutine
+from typing import Any
 
 from bcachectl.engine.sched import READ
 from bcachectl.ondisk.superblock import BdevState
@@ -482,12 +484,66 @@ async def leaf_sets(w: World) -> None:
 SLICES = {"slice_keys": 20, "slice_buckets": 64}
 """So small that every walk and every round over the buckets is interrupted again and again."""
 
+
+# 19. Writes that the engine takes in batches, among requests that they meet in flight.
+
+async def batch_soon(w: World, delay_ns: int, writes: list[tuple[int, int]]) -> None:
+    """Offer a batch a little later."""
+    await w.sched.sleep_until(w.sched.now_ns + delay_ns)
+    await w.write_batch(0, writes)
+
+
+async def batches(w: World) -> None:
+    dice = rng(w)
+    for _ in range(16):
+        asks: list[Coroutine[Any, Any, Any]] = []
+        for _ in range(3):
+            writes = [(dice.randrange(0, 300), dice.randrange(1, 5)) for _ in range(dice.randrange(1, 9))]
+            asks.append(batch_soon(w, dice.randrange(0, 600_000), writes))
+        if dice.random() < 0.4:
+            asks.append(w.write(0, dice.randrange(0, 300), dice.randrange(1, 9), fua=True))
+        if dice.random() < 0.6:
+            asks.append(w.read(0, dice.randrange(200, 500), dice.randrange(1, 40), nowait=False))
+        if dice.random() < 0.3:
+            asks.append(w.flush(0))
+        if dice.random() < 0.15:
+            asks.append(w.cset.run_gc())
+        await w.together(*asks)
+        if dice.random() < 0.3:
+            await w.read(0, dice.randrange(0, 460), 40)
+    await w.flush(0)
+
+
+async def batches_first(w: World) -> None:
+    """Nothing is dirty yet, though a bucket is open, and only a flush follows."""
+    await w.write(0, 100, 2, fua=True)
+    await w.tune("bcache0", "cache_mode", "writeback")
+    await w.write_batch(0, [(8, 2)])
+    await w.flush(0)
+    await w.read(0, 0, 64)
+    await batches(w)
+
+
+async def batches_and_fills(w: World) -> None:
+    dice = rng(w)
+    await w.write(0, 0, 2, fua=True)
+    for _ in range(20):
+        sector = dice.randrange(8, 1960)
+        writes = [(sector + dice.randrange(-4, 24), dice.randrange(1, 4)) for _ in range(dice.randrange(1, 4))]
+        await w.together(w.read(0, sector, dice.randrange(8, 32), nowait=False),
+                         batch_soon(w, dice.randrange(0, 200_000), writes))
+        await w.read(0, sector - 8, 56)
+
+
 BIG_BACKING = (Backing(data_sectors=6000, mode="writethrough"),)
 STORIES = {story.name: story for story in (
     Story("first_attach", Setup(), first_attach, boots=False),
     Story("first_attach_many_journal_buckets", Setup(nbuckets=6000), first_attach, boots=False),
     Story("attach_by_hand", Setup(backings=(Backing(member=False),), settles=False), attach_by_hand, boots=False),
     Story("overwrite", Setup(), overwrite, overwrite_prepare),
+    Story("batches", Setup(), batches, overwrite_prepare),
+    Story("batches_and_fills", Setup(), batches_and_fills),
+    Story("batches_first", WRITETHROUGH, batches_first),
     Story("overwrite_4k", Setup(bucket_sectors=64, block_sectors=8, atomic_sectors=8), traffic),
     Story("miss_fill", WRITETHROUGH, miss_fill),
     Story("miss_fill_writeback", Setup(), miss_fill),

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from bcachectl.engine import request
+from bcachectl.engine import request, write_batch
 from bcachectl.engine.alloc import Allocator
 from bcachectl.engine.bdev import Bdev
 from bcachectl.engine.btree import Btree
+from bcachectl.engine.buckets import MARK_RECLAIMABLE
 from bcachectl.engine.journal import Journal
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, Io
 from bcachectl.engine.split import Splitter
@@ -164,6 +165,40 @@ def fills_not_cancelled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(request.Ranges, "enter", enter)
 
 
+def batch_before_dirty(patch: pytest.MonkeyPatch) -> None:
+    """A batch is taken although the backing superblock does not say DIRTY yet."""
+    def keeps_back(dev: Any) -> bool:
+        return bool(dev.attached and dev.cset.sync and not dev.cset.io_disabled)
+    patch.setattr(write_batch, "keeps_back", keeps_back)
+
+
+def batch_lets_fills_go_on(patch: pytest.MonkeyPatch) -> None:
+    """A batch does not cancel the fills that it overlaps."""
+    place, cancel = write_batch.WriteBatch.place, request.Ranges.cancel_fills
+
+    def unseen(self: write_batch.WriteBatch, writes: list[tuple[int, int]], stream: int) -> list[int]:
+        request.Ranges.cancel_fills = lambda *_: None  # type: ignore[assignment, method-assign]
+        try:
+            return place(self, writes, stream)
+        finally:
+            request.Ranges.cancel_fills = cancel  # type: ignore[method-assign]
+    patch.setattr(write_batch.WriteBatch, "place", unseen)
+
+
+def batch_in_clean_buckets(patch: pytest.MonkeyPatch) -> None:
+    """The buckets that a batch writes to are not marked dirty: gc's marks call them reclaimable."""
+    place = write_batch.WriteBatch.place
+
+    def unmarked(self: write_batch.WriteBatch, writes: list[tuple[int, int]], stream: int) -> list[int]:
+        buckets = self.dev.cset.buckets
+        places = place(self, writes, stream)
+        for place_bytes in places:
+            if place_bytes >= 0 and buckets.pin_at[place_bytes >> 9 >> buckets.bucket_shift] < 2:
+                buckets.set_mark(place_bytes >> 9 >> buckets.bucket_shift, MARK_RECLAIMABLE, 1)
+        return places
+    patch.setattr(write_batch.WriteBatch, "place", unmarked)
+
+
 MUTATIONS = (
     Mutation("journal without PREFLUSH", ("overwrite", "split"), without("journal", PREFLUSH)),
     Mutation("journal without FUA", ("overwrite",), without("journal", FUA)),
@@ -180,6 +215,10 @@ MUTATIONS = (
     Mutation("DIRTY superblock not awaited", ("first_attach", "overwrite"), not_awaited("backing superblock")),
     Mutation("uuid array not awaited", ("first_attach", "flash"), not_awaited("uuids")),
     Mutation("data not awaited", ("overwrite",), not_awaited("data", backing=False)),
+    Mutation("data of a batch not awaited", ("batches",), not_awaited("data of a batch")),
+    Mutation("batch before DIRTY", ("batches_first",), patch=batch_before_dirty),
+    Mutation("batch lets fills go on", ("batches_and_fills",), patch=batch_lets_fills_go_on),
+    Mutation("batch in clean buckets", ("batches",), patch=batch_in_clean_buckets),
     Mutation("old nodes freed early", ("split", "gc"), patch=old_nodes_freed_early),
     Mutation("superblock in one piece", ("first_attach_many_journal_buckets",), not_awaited("superblock")),
     Mutation("prio write not blocked by freed nodes", ("interior", "gc_always_rewrite"), patch=prio_not_blocked),

@@ -52,6 +52,7 @@ class FileVolume:
         self.seen: list[tuple[int, int, int, int]] = []
         self.delay_ns = 0
         self.fail_with = 0
+        self.batch = None
 
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """The quick answer works for volume 0 only: it is the "cache device"."""

@@ -38,6 +38,7 @@ class PassVolume:
         self.size_sectors = bdev.size_sectors - data_offset
         self.block_size_sectors = 1
         self.read_only = False
+        self.batch = None
 
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """Never."""

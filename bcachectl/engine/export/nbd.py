@@ -9,6 +9,8 @@ Life of a `Connection`:
    * a read that `bcachectl.engine.front.Volume.read_nowait` knows at once is read from the page cache straight behind
      its reply header in the transmit arena: no object is made, nothing is copied in Python, and one ``send`` carries
      all such replies of a turn;
+   * small writes are gathered; at the end of the turn `Connection._write_batch` offers them to the volume's
+     `bcachectl.engine.write_batch.WriteBatch`, and writes what that places straight from the receive buffer;
    * everything else becomes a `bcachectl.engine.front.Request`, whose tag is a `_Pending`.  Its data lies in a pooled
      buffer that has room for the reply's header.  A write too large to be in the receive buffer as a whole is
      received straight into that buffer.
@@ -33,6 +35,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from struct import pack
+from time import monotonic_ns
 
 from bcachectl.engine.export import nbd_wire as wire
 from bcachectl.engine.export.buffers import PAGE_BYTES, Buffer, BufferPool
@@ -40,6 +43,7 @@ from bcachectl.engine.export.nbd_handshake import Handshake
 from bcachectl.engine.front import (
     EXTENT_CLEAN,
     EXTENT_DIRTY,
+    NOT_NOW,
     REQ_DISCARD,
     REQ_FLUSH,
     REQ_FUA,
@@ -62,6 +66,9 @@ LARGE_BYTES = 64 << 10
 """From this size on a quick reply's data is page-aligned, which the kernel copies faster, and sent at once."""
 MAX_QUICK_BYTES = 1 << 20
 """A longer read takes the way of all other requests."""
+MAX_QUICK_WRITE_BYTES = 64 << 10
+"""A longer write takes the way of all other requests."""
+MAX_BATCH = 64
 RECEIVES_PER_TURN = 16
 PARSES_PER_TURN = 8
 """So one client that asks for much and takes it quickly does not keep the others waiting."""
@@ -96,6 +103,8 @@ _OPERATIONS = {
     wire.CMD_READ: REQ_READ, wire.CMD_WRITE: REQ_WRITE, wire.CMD_FLUSH: REQ_FLUSH, wire.CMD_TRIM: REQ_DISCARD,
     wire.CMD_WRITE_ZEROES: REQ_WRITE_ZEROES, wire.CMD_BLOCK_STATUS: REQ_STATUS,
 }
+_Write = tuple[int, int, int, int]
+"""A write whose payload is in the receive buffer: cookie, offset, length, where the payload begins."""
 _WRITING = frozenset((wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES))
 
 
@@ -207,7 +216,8 @@ class Connection:
         elif handshake.volume is not None:
             self.volume = handshake.volume
             self.size_bytes = self.volume.size_sectors << 9
-            self._arena = memoryview(mmap.mmap(-1, ARENA_BYTES))
+            # Behind the replies to reads there is always room for those to one batch of writes.
+            self._arena = memoryview(mmap.mmap(-1, ARENA_BYTES + MAX_BATCH * wire.SIMPLE_REPLY.size))
 
     def _transmit(self) -> None:
         # The hot loop: everything it needs is a local variable.
@@ -220,6 +230,8 @@ class Connection:
         header_bytes = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
         size_bytes, start, end, filled = self.size_bytes, self._rx_start, self._rx_end, self._arena_end
         start += self._skip(end - start)
+        batch: list[_Write] = []
+        has_batch = volume.batch is not None and self.server.quick_write_fd >= 0
         while end - start >= 28:
             magic, flags, command, cookie, offset, length = unpack_request(rx, start)
             if command == 0 and not flags and not (offset | length) & unaligned and magic == 0x25609513 \
@@ -254,6 +266,19 @@ class Connection:
                                 return
                             filled = self._arena_end
                         continue
+            elif command == 1 and not flags and has_batch and not (offset | length) & unaligned \
+                    and magic == 0x25609513 and 0 < length <= MAX_QUICK_WRITE_BYTES and offset + length <= size_bytes:
+                if end - start < 28 + length:
+                    break                   # the rest of it comes with the next event
+                if filled > ARENA_BYTES or not self._has_room():
+                    self.blocked = True
+                    break
+                batch.append((cookie, offset, length, start + 28))
+                start += 28 + length
+                if len(batch) == MAX_BATCH:
+                    filled = self._write_batch(batch, filled)
+                    batch = []
+                continue
             if not self._has_room():
                 self.blocked = True
                 break
@@ -263,8 +288,34 @@ class Connection:
             start += self._skip(end - start)
             if self.is_leaving or self._payload is not None:
                 break
-        self._arena_end = filled
+        self._arena_end = self._write_batch(batch, filled) if batch else filled
         self._rx_start = start
+
+    def _write_batch(self, batch: list[_Write], filled: int) -> int:
+        # Does at once what the volume's batch takes and puts the replies in the arena; the others become requests.
+        # Returns where the arena is filled to.
+        assert self.volume is not None and self.volume.batch is not None
+        quick, rx = self.volume.batch, self._rx
+        places = quick.place([(offset >> 9, length >> 9) for _, offset, length, _ in batch], self.stream)
+        began_ns = monotonic_ns()
+        if _write_places(self.server.quick_write_fd, places, [rx[at:at + length] for _, _, length, at in batch]):
+            quick.commit(monotonic_ns() - began_ns)
+        else:
+            quick.abandon()
+            places = [NOT_NOW] * len(batch)
+        pack_simple, arena = wire.SIMPLE_REPLY.pack_into, self._arena
+        for (cookie, offset, length, at), place in zip(batch, places, strict=True):
+            if place >= 0:
+                pack_simple(arena, filled, wire.SIMPLE_REPLY_MAGIC, 0, cookie)
+                filled += 16
+            else:
+                buffer = self.server.pool.take(length)
+                data = buffer.data(length)
+                data[:] = rx[at:at + length]
+                self.in_flight += 1
+                self.in_flight_bytes += length
+                self._submit(REQ_WRITE, _Pending(self, cookie, 0, length, buffer), offset >> 9, data)
+        return filled
 
     def _skip(self, available_bytes: int) -> int:
         # How much of what has come belongs to the payload of a refused write.
@@ -505,6 +556,8 @@ class NbdServer:
         # Quick reads take the page cache's copy, so they need a descriptor, and one that goes through the page cache.
         self.quick_fd = -1 if cache.direct else cache.fd
         self.nowait_flag = cache.nowait_flag
+        # A write into the page cache is done when the call returns; one to a device would keep everybody waiting.
+        self.quick_write_fd = -1 if cache.direct or cache.is_block or cache.read_only else cache.fd
         self.active: set[Connection] = set()
         self.connections: dict[int, Connection] = {}
         self.closed_wait = WaitQueue(loop.sched, "nbd connection closed")
@@ -570,6 +623,25 @@ class NbdServer:
             self.loop.unregister(self._listener.fileno())
             self._listener.close()
             os.unlink(self.path)
+
+
+def _write_places(fd: int, places: list[int], payloads: list[memoryview]) -> bool:
+    # Writes each payload that has a place; what lies side by side goes in one call.  False if anything failed.
+    side_by_side: list[memoryview] = []
+    first = end = NOT_NOW
+    for place, payload in [*zip(places, payloads, strict=True), (NOT_NOW, memoryview(b""))]:
+        if place == NOT_NOW and payload:
+            continue
+        if place != end:
+            try:
+                if side_by_side and os.pwritev(fd, side_by_side, first) != end - first:
+                    return False
+            except OSError:
+                return False
+            side_by_side, first = [], place
+        side_by_side.append(payload)
+        end = place + len(payload)
+    return True
 
 
 def listen(path: str) -> socket.socket:

@@ -23,6 +23,7 @@ class FakeVolume:
     uuid: bytes = bytes(16)
     block_size_sectors: int = 8
     read_only: bool = False
+    batch = None
 
     def read_nowait(self, sector: int, nsectors: int) -> int:
         return NOT_NOW
