@@ -472,7 +472,7 @@ def recorded(mode: str, ask: str) -> list[str]:
         if ask == "flush":
             await w.flush(0)
         else:
-            await w.write(0, 16, 8, fua="fua" in ask, preflush="preflush" in ask, stream=7)
+            await w.write(0, 16, 8, fua="fua" in ask, preflush="preflush" in ask, stream=7, quick=False)
         w.on_io = None
 
     w.run(story())

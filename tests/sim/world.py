@@ -331,9 +331,11 @@ class World:
         return request.error
 
     async def write(self, volume: int, sector: int, nsectors: int, *, fua: bool = False, preflush: bool = False,
-                    sync: bool = False, stream: int = 0, flags: int = 0) -> int:
+                    sync: bool = False, stream: int = 0, flags: int = 0, quick: bool | None = None) -> int:
         """Write stamped data; the errno.  Some plain writes go the short way of an export, `Volume.batch`."""
-        if not (fua or preflush or flags) and self.quick_random.random() < 0.4:
+        if quick is None:
+            quick = not (fua or preflush or flags) and self.quick_random.random() < 0.4
+        if quick:
             return (await self.write_batch(volume, [(sector, nsectors)], stream=stream))[0]
         flush = self.oracle.begin_flush(volume) if preflush else None
         write = self.oracle.begin_write(volume, sector, sector + nsectors, fua=fua)
