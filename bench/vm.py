@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.process import machine as machine_line
+from bench.results import Ratio, ratio_of, save
 from tests.export.engine import ROOT
 from tests.vm import machine
 
@@ -38,6 +39,8 @@ WORKLOADS = {
     "read 1M QD4": "--rw=read --bs=1m --iodepth=4",
     "miss 4k QD32": "--rw=randread --bs=4k --iodepth=32",
 }
+
+TARGETS = {("read 4k QD32", BCACHE): 0.9, ("write 4k QD32", BCACHE): 0.8}
 
 PREPARE = """
 load_extra
@@ -171,20 +174,19 @@ def _ticks(path: Path) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def report(found: dict[str, Target]) -> dict[str, Any]:
+def report(found: dict[str, Target]) -> list[Ratio]:
     """Print the tables; gives the ratios."""
-    ratios: dict[str, Any] = {}
+    ratios: list[Ratio] = []
     engine = found["engine"]
     for workload, mine in engine.iops.items():
         print(f"  {workload}: engine {statistics.median(engine.cpu_us[workload]):.0f} us CPU (emulated) a request")
-        ratios[workload] = {}
         for target in found.values():
             line = (f"    {target.name:<14} {statistics.median(target.iops[workload]):>9.0f}/s  p99 "
                     f"{statistics.median(target.p99_us[workload]):>8.0f} us")
             if target is not engine:
-                each = [one / other for one, other in zip(mine, target.iops[workload], strict=True)]
-                ratios[workload][target.name] = [statistics.median(each), min(each), max(each)]
-                line += f"   engine / this: {statistics.median(each):.2f}  ({min(each):.2f} to {max(each):.2f})"
+                ratios.append(ratio_of(workload, target.name, mine, target.iops[workload],
+                                       TARGETS.get((workload, target.name))))
+                line += f"   engine / this: {ratios[-1]}"
             print(line)
     return ratios
 
@@ -196,7 +198,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--series", default=machine.DEFAULT_SERIES, help="the kernel")
-    parser.add_argument("--json", type=Path, help="write the ratios to this file as well")
+    parser.add_argument("--json", type=Path, help="keep the ratios in this file")
     asked = parser.parse_args()
     print(f"vm: {asked.rounds} rounds of {asked.seconds} s, Linux {asked.series} emulated ({machine_line()})",
           flush=True)
@@ -221,8 +223,7 @@ def main() -> None:
         for line in (home / "job" / "engine.status").read_text().splitlines():
             if line.startswith("VmRSS"):
                 print(f"  memory of the engine: {line.split()[1]} KiB resident")
-        if asked.json:
-            asked.json.write_text(json.dumps(ratios, indent=1) + "\n")
+        save(asked.json, f"ublk, Linux {asked.series} emulated", ratios)
 
 
 if __name__ == "__main__":
