@@ -14,6 +14,7 @@ from typing import NamedTuple
 from bcachectl.fsck.walk import JournalEntry, Node
 from bcachectl.ondisk.bkey import ptr_make, ptr_sector
 from tests.damage_rare import rare_cases
+from tests.fsck.full_journal import fill_journal
 from tests.fsck.image import SB, Image
 
 Edit = Callable[[Image], None]
@@ -142,6 +143,10 @@ def journal_cases() -> Iterator[Case]:
                    ("JOURNAL_KEY",))
         yield Case(f"journal_keys_cut_{base}", base,
                    lambda image: image.jset(_with_keys(image), 28, "I", 1), ("JOURNAL_KEYS",))
+
+
+    for base in ("dirty_crash", "two_backing"):
+        yield Case(f"journal_full_{base}", base, fill_journal, ("JOURNAL_FULL",))
 
 
 def _clear_journal(image: Image) -> None:

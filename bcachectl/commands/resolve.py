@@ -223,6 +223,9 @@ def _report(subject: Subject, as_json: bool) -> None:
             print(f"    bytes {start} to {end}")
         if len(choice.loss.ranges) > RANGES_SHOWN:
             print(f"    and {len(choice.loss.ranges) - RANGES_SHOWN} more ranges; --json lists them")
+    for slot, sectors in (resolve.ownerless(subject.check) if subject.check is not None else {}).items():
+        print(f"\nSlot {slot} of the set has {format_sectors(sectors)} of dirty data that nobody owns; `bcachectl "
+              "writeback --orphans` tells whose they may be.")
     if subject.cache is None and verdict.choices:
         for path in _caches(sb.set_uuid):
             print(f"\nA cache device of this set is here: {path}; --cache {path} tells what it has.")
@@ -241,7 +244,10 @@ def _as_json(subject: Subject) -> dict[str, Any]:
     verdict, sb = subject.verdict, subject.superblock
     return {"device": subject.backing.path, "uuid": format_uuid(sb.uuid),
             "set": format_uuid(sb.set_uuid) if any(sb.set_uuid) else None, "state": verdict.state,
-            "story": verdict.story, "slot": verdict.slot, "choices": [_choice_json(each) for each in verdict.choices]}
+            "story": verdict.story, "slot": verdict.slot,
+            "ownerless_bytes": {str(slot): sectors << 9 for slot, sectors in (
+                resolve.ownerless(subject.check) if subject.check is not None else {}).items()},
+            "choices": [_choice_json(each) for each in verdict.choices]}
 
 
 def _choice_json(choice: Choice) -> dict[str, Any]:

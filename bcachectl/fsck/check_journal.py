@@ -36,6 +36,7 @@ def check_journal(walk: Walk) -> Iterator[Finding]:
                       f"entries up to {last} cannot be reached; the newest that can is {newest.seq}",
                       sector=_sector(walk, beyond[0]))
     yield from _wrong_magics(walk)
+    yield from _check_full(walk)
 
 
 def leftovers(walk: Walk) -> Iterator[JournalEntry]:
@@ -122,6 +123,19 @@ def _check_ring(walk: Walk) -> Iterator[Finding]:
     steps_down = sum(after < before for before, after in zip(ring, [*ring[1:], *ring[:1]], strict=True))
     if is_broken or (len(ring) > 1 and steps_down > 1):
         yield Finding("JOURNAL_RING", "journal", f"newest entries by journal bucket: {ring}")
+
+
+def _check_full(walk: Walk) -> Iterator[Finding]:
+    # A replay that needs a new root waits for room in the journal, which only the replay could make.  Our engine leaves
+    # an entry without keys in the last block, which can be written again.
+    sb, geometry, newest = walk.superblock, walk.geometry, walk.replay[-1]
+    assert sb is not None
+    following = (newest.index + 1) % len(sb.d)
+    needed = {entry.index for entry in walk.replay}
+    end = newest.offset_bytes + newest.jset.blocks * geometry.block_bytes
+    if newest.jset.keys and end >= geometry.bucket_bytes and following in needed and following != newest.index:
+        yield Finding("JOURNAL_FULL", "journal", f"entries {walk.replay[0].jset.seq}-{newest.jset.seq} fill all "
+                      f"{len(sb.d)} journal buckets", sector=_sector(walk, newest))
 
 
 def _check_keys(walk: Walk) -> Iterator[Finding]:

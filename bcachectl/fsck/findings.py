@@ -142,6 +142,8 @@ CODES: dict[str, Meaning] = {
                                "the set. What they held is unknown.", safe=False),
     "JOURNAL_CSUM": Meaning(_E, "A journal entry is damaged, and newer ones behind it are out of reach; "
                                 "the kernel would go back in time without a word.", safe=False),
+    "JOURNAL_FULL": Meaning(_W, "The journal is full to its last block. A kernel may hang for ever when it registers "
+                                "the set: the replay may need room that only it can make. A repair replays it."),
     "JOURNAL_LAST_SEQ": Meaning(_E, "A journal entry names an oldest entry that is newer than itself, or goes back."),
     "JOURNAL_SEQ_TWICE": Meaning(_E, "Two different journal entries have one number.", safe=False),
     "JOURNAL_RING": Meaning(_E, "The journal's entries are not in the order of the ring; the kernel's search may miss "

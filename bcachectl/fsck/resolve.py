@@ -104,6 +104,13 @@ def judge(sb: Superblock, backing: Backing, check: Check | None, cache: str) -> 
     return _with_dirty(sb, backing, check, cache, slot, dirty)
 
 
+def ownerless(check: Check) -> dict[int, int]:
+    """Dirty sectors by slot, of slots that no device owns."""
+    entries = check.walk.uuids
+    return {slot: int(dirty.size.sum()) for slot, dirty in sorted(check.dirty.items())
+            if slot >= len(entries) or entries[slot].is_free or entries[slot].is_retired}
+
+
 def alone(sb: Superblock, raw: bytes) -> bytes:
     """The superblock of a detached device, as the end of a detach writes it (super.c, cached_dev_detach_finish)."""
     return encode_superblock(replace(sb.with_state(BdevState.NONE), set_uuid=bytes(16)), raw)
@@ -124,8 +131,11 @@ def ranges_of(dirty: Extents, slot: int, data_offset: int) -> tuple[tuple[int, i
 
 def _without_cache(sb: Superblock, name: str) -> Verdict:
     state = STATES[sb.state]
-    if sb.state in (BdevState.NONE, BdevState.CLEAN):
-        return Verdict(state, "It says that it holds all its data by itself.", None, extent.empty(), ())
+    if sb.state is BdevState.NONE:
+        return Verdict(state, "It needs no cache, and belongs to no set.", None, extent.empty(), ())
+    if sb.state is BdevState.CLEAN:
+        story = "It holds all its data by itself, but does not come up before its cache does."
+        return Verdict(state, story, None, extent.empty(), (_clean_alone("runs without one from now on"),))
     unknown = Loss(None, (), f"unknown: everything that was written in writeback mode and not written back; "
                              f"the device was started last {_time(sb.last_mount)}")
     find = Choice("", f"find the cache device of set {format_uuid(sb.set_uuid)} (`bcachectl list` shows what is here), "
@@ -140,12 +150,15 @@ def _without_cache(sb: Superblock, name: str) -> Verdict:
     return Verdict(state, story, None, extent.empty(), (find, use))
 
 
+def _clean_alone(then: str) -> Choice:
+    return Choice(USE_ALONE, f"mark the device detached, so that it {then}", NOTHING)
+
+
 def _without_slot(sb: Superblock, check: Check, name: str, cache: str) -> Verdict:
     verdict = _without_cache(sb, name)
-    if not verdict.choices:
-        return verdict._replace(story=f"It says that it holds all its data by itself, and {cache} has none of it.")
-    retired = {slot: int(dirty.size.sum()) for slot, dirty in check.dirty.items()
-               if slot >= len(check.walk.uuids) or check.walk.uuids[slot].is_free or check.walk.uuids[slot].is_retired}
+    if sb.state in (BdevState.NONE, BdevState.CLEAN):
+        return verdict
+    retired = ownerless(check)
     if not retired:
         story = f"The set on {cache} does not know the device, and holds no dirty data that nobody owns."
         lost = Loss(None, (), f"unknown: {cache} has nothing of it, so what was never written back is gone already")
@@ -167,7 +180,10 @@ def _without_dirty(sb: Superblock, slot: int) -> Verdict:
         story = "It ran without its cache, but the cache has no dirty data of it, so the device lacks nothing."
         use = Choice(USE_ALONE, "mark the device detached and let the set forget its older copies", NOTHING)
         return Verdict(state, story, slot, extent.empty(), (use,))
-    return Verdict(state, "Its cache holds no dirty data of it.", slot, extent.empty(), ())
+    use = _clean_alone("runs without a cache, and let the set forget its copies")
+    choices = (use,) if sb.state is BdevState.CLEAN else ()
+    return Verdict(state, "Its cache holds no dirty data of it, so the device has all its data.", slot, extent.empty(),
+                   choices)
 
 
 def _with_dirty(sb: Superblock, backing: Backing, check: Check, cache: str, slot: int, dirty: Extents) -> Verdict:
