@@ -29,9 +29,11 @@ from bcachectl.fsck.check_backing import Backing, check_backings, read_backing, 
 from bcachectl.fsck.check_journal import check_journal
 from bcachectl.fsck.check_sizes import check_sizes
 from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Loss, Severity
-from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, bucket_of, expand, has_lost_set, journal_map, leaf_map
-from bcachectl.fsck.walk import Damage, JournalEntry, Node, Read, Slot, Walk
+from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, LeafMap, bucket_of, expand, has_lost_set, journal_map, leaf_map
+from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Spread, Tally, joined_spreads, run_buckets
+from bcachectl.fsck.walk import Damage, JournalEntry, Node, PlainLeaf, Read, Slot, Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
 from bcachectl.ondisk.magic import bset_magic
@@ -129,14 +131,14 @@ class Check:
     def __init__(self, read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
                  instead: Superblock | None = None, more: Sequence[JournalEntry] = ()) -> None:
         """``instead`` is what to go by if the superblock is damaged, ``more`` journal entries out of normal reach."""
-        self.walk = Walk(read, size_sectors, instead=instead, more=more)
+        self.walk = Walk(read, size_sectors, instead=instead, more=more, processes=processors())
         self.instead = instead
         self.backings = tuple(backings)
         self.findings: list[Finding] = []
         self.slots: list[Slot] = []
         self.journal = extent.empty()
-        self.dirty: dict[int, Extents] = {}
-        """Live dirty extents by device number."""
+        self.dirty: dict[int, Spread] = {}
+        """Live dirty data by device number; `dirty_extents` has it in full."""
         self.dropped: frozenset[tuple[int, int]] = frozenset()
         """Live extents, as (start, first sector), that lie where other data or metadata is; a repair drops them."""
         self.claims: dict[int, str] = {}
@@ -153,6 +155,7 @@ class Check:
         self._lost_ranges: list[tuple[int, int]] = []
         self._pending: list[_Pending] = []
         self._lost: list[Extents] = []
+        self._plain: dict[int, PlainLeaf] = {}
         self._taken: list[npt.NDArray[np.uint64]] = []
         self._max_ahead: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         self._disk_gens: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
@@ -195,7 +198,7 @@ class Check:
                 self._overlaps()
                 self._gens()
                 self._owners()
-        self._add_all(check_backings(self.walk, self.backings, self.dirty))
+        self._add_all(check_backings(self.walk, self.backings, self))
         self._settle()
 
     # Findings.
@@ -285,10 +288,13 @@ class Check:
         for item in walk.structures():
             if isinstance(item, Damage):
                 self._damage(item)
-            elif isinstance(item.value, Node):
+            elif isinstance(item.value, Node | PlainLeaf):
                 if not len(self._disk_gens):
                     self._disk_gens = walk.gens.copy()
-                self._node(item.value)
+                if isinstance(item.value, Node):
+                    self._node(item.value)
+                else:
+                    self._plain_leaf(item.value, item.where)
                 if walk.nodes % 64 == 0:
                     yield Progress("btree", walk.nodes, 0)
         yield Progress("btree", walk.nodes, walk.nodes)
@@ -377,6 +383,12 @@ class Check:
                 self._add(Finding("BTREE_KEY_BEFORE", f"{where}, block {image.block}", "keys before the leaf's range",
                                   node.bucket, sector), int(start.min()), node.start)
 
+    def _plain_leaf(self, leaf: PlainLeaf, where: str) -> None:
+        self._claim(leaf.bucket, where)
+        if len(leaf.tally.marks):
+            self._note_gens(leaf.tally.marks)
+        self._plain[leaf.place.sector] = leaf
+
     def _interior(self, node: Node, where: str) -> None:
         walk = self.walk
         for _level, key, start, end in walk.children(node)[0]:
@@ -433,28 +445,74 @@ class Check:
                 self.claims.setdefault(walk.geometry.bucket_of(slot.lost.sector), "damaged btree node")
         metadata = np.zeros(walk.geometry.nbuckets, np.bool_)
         metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
-        dirty: dict[int, list[Extents]] = {}
-        for number, slot in enumerate(self.slots):
-            found = leaf_map(walk, slot, self.journal, known_buckets=self.known_buckets)
-            if found.is_unknown:
-                self.unknown.append(slot)
-            self.lost_positions += slot.end - slot.start if found.is_lost else 0
-            self._lost.append(found.lost)
-            self._count(found.kept, metadata)
-            for inode in np.unique(found.kept.start[found.kept.dirty] >> np.uint64(INODE_SHIFT)).tolist():
-                rows = found.kept.dirty & (found.kept.start >> np.uint64(INODE_SHIFT) == inode)
-                dirty.setdefault(inode, []).append(found.kept.take(rows))
-            self._judge_stale(found.stale_dirty, found.too_stale)
+        for number, (slot, tally) in enumerate(self._tallied(metadata)):
+            if tally is not None:
+                self._add_tally(tally)
+            else:
+                self._leaf(slot, metadata)
             if number % 64 == 0:
                 yield Progress("extents", number, len(self.slots))
-        self.dirty = {inode: extent.concatenate(parts) for inode, parts in dirty.items()}
         yield Progress("extents", len(self.slots), len(self.slots))
+
+    def _tallied(self, metadata: npt.NDArray[np.bool_]) -> Iterator[tuple[Slot, Tally | None]]:
+        # Each leaf with its tally, None if it has none, or one that may not be believed: where keys or generations
+        # are missing, where a bucket of metadata is in it.  Tallies that newer generations overtook are made anew.
+        walk = self.walk
+        plain, self._plain = self._plain, {}
+        is_sure = self.known_buckets == walk.geometry.nbuckets
+        leaves = [plain.get(slot.leaf.sector) if slot.leaf is not None and is_sure else None for slot in self.slots]
+        leaves = [leaf if leaf is not None and (leaf.place.start, leaf.place.end) == (slot.start, slot.end) else None
+                  for slot, leaf in zip(self.slots, leaves, strict=True)]
+        plain.clear()
+        late = [leaf.place for leaf in leaves if leaf is not None and leaf.raised != walk.raised]
+        again = walk.tallies(late) if late else iter(())
+        for slot, leaf in zip(self.slots, leaves, strict=True):
+            tally = leaf.tally if leaf is not None else None
+            if leaf is not None and leaf.raised != walk.raised:
+                tally = next(again)
+            if tally is not None and metadata[run_buckets(tally.taken, walk.geometry)].any():
+                tally = None
+            yield slot, tally
+
+    def _add_tally(self, tally: Tally) -> None:
+        self._taken.append(tally.taken)
+        self.used[run_buckets(tally.taken, self.walk.geometry)] = True
+        self.dirty = joined_spreads(self.dirty, tally.dirty)
+        totals = self.totals
+        self.totals = Totals(self.walk.nodes, totals.extents + tally.extents,
+                             totals.dirty_sectors + tally.dirty_sectors, totals.clean_sectors + tally.clean_sectors,
+                             0, 0)
+
+    def _leaf(self, slot: Slot, metadata: npt.NDArray[np.bool_]) -> None:
+        found = self._leaf_map(slot)
+        if found.is_unknown:
+            self.unknown.append(slot)
+        self.lost_positions += slot.end - slot.start if found.is_lost else 0
+        self._lost.append(found.lost)
+        self._count(found.kept, metadata)
+        dirty = found.kept.take(found.kept.dirty)
+        inodes = dirty.start >> np.uint64(INODE_SHIFT)
+        for inode in np.unique(inodes).tolist():
+            rows = dirty.take(inodes == inode)
+            spread = Spread(int(rows.size.sum()), int(rows.start.min()), int(rows.end.max()))
+            self.dirty = joined_spreads(self.dirty, {inode: spread})
+        self._judge_stale(found.stale_dirty, found.too_stale)
+
+    def _leaf_map(self, slot: Slot) -> LeafMap:
+        return leaf_map(self.walk, slot, self.journal, known_buckets=self.known_buckets)
+
+    def dirty_extents(self, inode: int) -> Extents:
+        """The live dirty extents of a device number, read from the leaves again."""
+        first, last = inode << INODE_SHIFT, inode + 1 << INODE_SHIFT
+        parts = [self._leaf_map(slot).kept for slot in self.slots if slot.start < last and first < slot.end]
+        return extent.concatenate([part.take(part.dirty & (part.start >> np.uint64(INODE_SHIFT) == inode))
+                                   for part in parts])
 
     def _count(self, kept: Extents, metadata: npt.NDArray[np.bool_]) -> None:
         if not len(kept.start):
             return
         size, bucket = kept.size, bucket_of(self.walk, kept).astype(np.intp)
-        self._taken.append(PTR_OFFSET.get(kept.ptr) << np.uint64(16) | size)
+        self._taken.append(PTR_OFFSET.get(kept.ptr) << np.uint64(RUN_BITS) | size)
         self.used[bucket] = True
         dirty = int(size[kept.dirty].sum())
         totals = self.totals
@@ -490,20 +548,16 @@ class Check:
             self._add(self._extent_finding("BTREE_PTR_TOO_STALE", too_stale, row, f"stale by {int(behind[row])}"))
 
     def _overlaps(self) -> None:
-        if not self._taken:
-            return
-        taken = np.concatenate(self._taken)
-        self._taken.clear()
-        taken.sort()
-        sector = taken >> np.uint64(16)
-        rows = np.flatnonzero(sector[:-1] + (taken[:-1] & np.uint64(0xFFFF)) > sector[1:])
-        if not len(rows):
-            return
-        self._judge_overlaps(np.unique(np.concatenate([sector[rows], sector[rows + 1]])))
+        taken, self._taken = np.concatenate([np.zeros(0, np.uint64), *self._taken]), []
+        if len(_overlapping(taken)):
+            # Runs do not say which of their extents it is.
+            kept = [self._leaf_map(slot).kept for slot in self.slots]
+            self._judge_overlaps(_overlapping(np.concatenate(
+                [PTR_OFFSET.get(part.ptr) << np.uint64(RUN_BITS) | part.size for part in kept])))
 
     def _judge_overlaps(self, sectors: npt.NDArray[np.uint64]) -> None:
         # The leaves once more, to see which extents these are.  Clean ones give way; of dirty ones the first stays.
-        parts = [leaf_map(self.walk, slot, self.journal, known_buckets=self.known_buckets).kept for slot in self.slots]
+        parts = [self._leaf_map(slot).kept for slot in self.slots]
         found = extent.concatenate([part.take(np.isin(PTR_OFFSET.get(part.ptr), sectors)) for part in parts])
         order = np.lexsort((PTR_OFFSET.get(found.ptr), ~found.dirty))
         taken: list[tuple[int, int]] = []
@@ -524,21 +578,29 @@ class Check:
         if not walk.uuids:
             return
         for inode, dirty in sorted(self.dirty.items()):
-            sectors = int(dirty.size.sum())
             if inode >= len(walk.uuids):
-                self._add(Finding("EXTENT_INODE", "btree", f"{sectors} dirty sectors of device number {inode}; there "
-                                  f"are {len(walk.uuids)} slots"), inode << INODE_SHIFT, inode + 1 << INODE_SHIFT)
-                for row in range(len(dirty.start)):
-                    self._drop(dirty, row)
+                self._add(Finding("EXTENT_INODE", "btree", f"{dirty.sectors} dirty sectors of device number {inode}; "
+                                  f"there are {len(walk.uuids)} slots"), inode << INODE_SHIFT, inode + 1 << INODE_SHIFT)
+                extents = self.dirty_extents(inode)
+                for row in range(len(extents.start)):
+                    self._drop(extents, row)
                 continue
             entry = walk.uuids[inode]
             if entry.is_free or entry.is_retired:
                 state = "free" if entry.is_free else "retired"
                 self._add(Finding("ORPHAN_DIRTY" if entry.is_free else "ORPHAN_RETIRED", f"uuid array, slot {inode}",
-                                  f"{sectors} dirty sectors, the slot is {state}"))
-            elif entry.is_flash_only and int(dirty.end.max()) - (inode << INODE_SHIFT) > entry.sectors:
+                                  f"{dirty.sectors} dirty sectors, the slot is {state}"))
+            elif entry.is_flash_only and dirty.end - (inode << INODE_SHIFT) > entry.sectors:
                 self._add(Finding("EXTENT_BEYOND_VOLUME", f"uuid array, slot {inode}",
                                   f"volume of {entry.sectors} sectors"))
+
+
+def _overlapping(taken: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    # The sectors at which runs begin that share a sector with their neighbour.
+    taken = np.sort(taken)
+    sector = taken >> np.uint64(RUN_BITS)
+    rows = np.flatnonzero(sector[:-1] + (taken[:-1] & np.uint64(RUN_MASK)) > sector[1:])
+    return np.concatenate([sector[rows], sector[rows + 1]])
 
 
 def run(check: Check) -> Check:

@@ -8,15 +8,15 @@ was in flight when power failed the two differ by right; `IN_FLIGHT_SECTORS` bou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from bcachectl.errors import BcachectlError, Corrupt
-from bcachectl.fsck import extents as extent
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Finding
+from bcachectl.fsck.tally import Spread
 from bcachectl.fsck.walk import Read, Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
 from bcachectl.ondisk.magic import BCACHE_MAGIC
@@ -46,6 +46,15 @@ class Backing(NamedTuple):
     size_sectors: int
     has_data: bool = True
     logical_block_sectors: int = 1
+
+
+class Held(Protocol):
+    """The dirty data that a cache holds: how much by device number, and all of one device number's."""
+
+    dirty: dict[int, Spread]
+
+    def dirty_extents(self, inode: int) -> Extents:
+        """Every dirty extent of a device number."""
 
 
 def read_backing(backing: Backing) -> tuple[Superblock | None, list[Finding]]:
@@ -92,8 +101,8 @@ def read_backing(backing: Backing) -> tuple[Superblock | None, list[Finding]]:
     return sb, found
 
 
-def check_backings(walk: Walk, backings: Sequence[Backing], dirty: Mapping[int, Extents]) -> Iterator[Finding]:
-    """Every rule for every backing device; ``dirty`` is the live dirty data by device number."""
+def check_backings(walk: Walk, backings: Sequence[Backing], held: Held) -> Iterator[Finding]:
+    """Every rule for every backing device; ``held`` is the live dirty data."""
     seen: dict[bytes, str] = {}
     for backing in backings:
         sb, found = read_backing(backing)
@@ -105,7 +114,7 @@ def check_backings(walk: Walk, backings: Sequence[Backing], dirty: Mapping[int, 
                           f"{seen[sb.uuid]}", device=backing.name)
         seen[sb.uuid] = backing.name
         if walk.superblock is not None and walk.superblock.cache_sync and walk.newest is not None:
-            yield from _check_member(walk, backing, sb, dirty)
+            yield from _check_member(walk, backing, sb, held)
 
 
 def slot_of(walk: Walk, uuid: bytes) -> int | None:
@@ -114,12 +123,12 @@ def slot_of(walk: Walk, uuid: bytes) -> int | None:
                  if entry.uuid == uuid and not entry.is_free and not entry.is_flash_only), None)
 
 
-def _check_member(walk: Walk, backing: Backing, sb: Superblock, dirty: Mapping[int, Extents]) -> Iterator[Finding]:
+def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> Iterator[Finding]:
     assert walk.superblock is not None
     name, cache = backing.name, walk.superblock
     slot = slot_of(walk, sb.uuid)
-    own = dirty.get(slot, extent.empty()) if slot is not None else extent.empty()
-    sectors = int(own.size.sum())
+    own = held.dirty.get(slot, Spread(0, 0, 0)) if slot is not None else Spread(0, 0, 0)
+    sectors = own.sectors
 
     def say(code: str, why: str) -> Finding:
         return Finding(code, "backing superblock", why, sector=SB_SECTOR, device=name)
@@ -141,7 +150,7 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, dirty: Mapping[i
     elif sb.state is BdevState.CLEAN and sectors and not backing.has_data:
         yield say("BACKING_CLEAN_KEYS", f"{sectors} dirty sectors; whether they differ, an image does not tell")
     elif sb.state is BdevState.CLEAN and sectors:
-        differs = differing_sectors(walk, backing, own)
+        differs = differing_sectors(walk, backing, held.dirty_extents(slot))
         is_wrong = differs > IN_FLIGHT_SECTORS and differs * 2 > sectors
         yield say("BACKING_CLEAN_DIRTY" if is_wrong else "BACKING_CLEAN_KEYS",
                   f"{differs} of {sectors} dirty sectors differ")
@@ -150,11 +159,11 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, dirty: Mapping[i
     if slot is None or not sectors:
         return
     base = slot << INODE_SHIFT
-    if int(own.end.max()) - base > backing.size_sectors:
-        yield say("BACKING_SMALL", f"a dirty extent ends at sector {int(own.end.max()) - base}, the device at "
+    if own.end - base > backing.size_sectors:
+        yield say("BACKING_SMALL", f"a dirty extent ends at sector {own.end - base}, the device at "
                                    f"{backing.size_sectors}")
-    if int(own.start.min()) - base < sb.data_offset:
-        yield say("BACKING_BEFORE_DATA", f"a dirty extent begins at sector {int(own.start.min()) - base}, the data at "
+    if own.start - base < sb.data_offset:
+        yield say("BACKING_BEFORE_DATA", f"a dirty extent begins at sector {own.start - base}, the data at "
                                          f"{sb.data_offset}")
 
 

@@ -7,12 +7,11 @@ is the kernel's rule for the sets of a node and for the journal on top of them (
 newer one wins sector by sector; holes, check keys and stale keys hide what is under them like any other key; keys of
 size 0 do nothing.  A stream that is not flat (the journal's keys, in the order of insertion) becomes so by `flatten`.
 
-All of this is numpy over whole nodes, except `flatten`, which follows the keys one by one.
+All of this is numpy over whole nodes.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,8 @@ U64 = npt.NDArray[np.uint64]
 
 GEN_BITS = 8
 """A pointer's sector stands above its gen: moving on by n sectors adds ``n << GEN_BITS``."""
+CELLS_PER_ROW = 16
+"""How many cells a row may paint, on average, before `flatten` divides."""
 
 
 class Extents(NamedTuple):
@@ -77,7 +78,25 @@ def overlay(under: Extents, over: Extents) -> Extents:
         return under
     if not len(under.start):
         return over
-    # Extent i of `under` is touched by those of `over` in [first[i], last[i]), and n of them leave n + 1 gaps.
+    rows = touched(under.start, under.end, over)
+    return _merged(under.take(~rows), _merged(_gaps(under.take(rows), over), over))
+
+
+def touched(start: U64, end: U64, over: Extents) -> npt.NDArray[np.bool_]:
+    """Which of the flat rows [start, end) are cut or hidden by ``over``, which is flat."""
+    first = np.searchsorted(end, over.start, "right")
+    last = np.searchsorted(start, over.end, "left")
+    some = last > first
+    steps = np.zeros(len(end) + 1, np.int64)
+    np.add.at(steps, first[some], 1)
+    np.add.at(steps, last[some], -1)
+    rows: npt.NDArray[np.bool_] = np.cumsum(steps[:-1]) > 0
+    return rows
+
+
+def _gaps(under: Extents, over: Extents) -> Extents:
+    # What ``over`` leaves of ``under``.  Row i is touched by those of ``over`` in [first[i], last[i]), and n of them
+    # leave n + 1 gaps.
     first = np.searchsorted(over.end, under.start, "right")
     last = np.searchsorted(over.start, under.end, "left")
     touching = np.maximum(last - first, 0)
@@ -88,27 +107,56 @@ def overlay(under: Extents, over: Extents) -> Extents:
     behind = np.clip(first[row] + nth, 0, len(over.start) - 1)
     start = np.where(nth == 0, under.start[row], over.end[before])
     end = np.where(nth == touching[row], under.end[row], over.start[behind])
-    rest = _cut(under.take(row), start, end)
-    both = concatenate([rest, over])
-    return both.take(np.argsort(both.start, kind="stable"))
+    return _cut(under.take(row), start, end)
+
+
+def _merged(some: Extents, others: Extents) -> Extents:
+    # Both together in order; no row of one overlaps one of the other.
+    if not len(some.start):
+        return others
+    if not len(others.start):
+        return some
+    places = np.searchsorted(some.start, others.start) + np.arange(len(others.start))
+    is_some = np.ones(len(some.start) + len(others.start), np.bool_)
+    is_some[places] = False
+    both = extents_of(len(is_some))
+    columns: zip[tuple[npt.NDArray[np.generic], ...]] = zip(both, some, others, strict=True)
+    for column, one, other in columns:
+        column[is_some], column[places] = one, other
+    return both
+
+
+def extents_of(count: int) -> Extents:
+    """Columns for so many extents, not filled."""
+    return Extents(np.empty(count, np.uint64), np.empty(count, np.uint64), np.empty(count, np.bool_),
+                   np.empty(count, np.uint8), np.empty(count, np.uint64), np.empty(count, np.uint8))
 
 
 def flatten(extents: Extents) -> Extents:
-    """Any extents, the later row newer, as a flat map."""
+    """Any extents, the later row newer, as a flat map.
+
+    The bounds of all rows cut the address space into cells; each row paints its cells, and what is left of it is one
+    piece for every stretch of its cells.  Rows that would paint too many are dealt with in halves.
+    """
     if is_flat(extents):
         return extents
-    starts: list[int] = []
-    ends: list[int] = []
-    rows: list[int] = []
-    for row, (start, end) in enumerate(zip(extents.start.tolist(), extents.end.tolist(), strict=True)):
-        first, last = bisect_right(ends, start), bisect_left(starts, end)
-        left = [(starts[first], start, rows[first])] if first < last and starts[first] < start else []
-        right = [(end, ends[last - 1], rows[last - 1])] if first < last and end < ends[last - 1] else []
-        pieces = [*left, (start, end, row), *right]
-        starts[first:last] = [piece[0] for piece in pieces]
-        ends[first:last] = [piece[1] for piece in pieces]
-        rows[first:last] = [piece[2] for piece in pieces]
-    return _cut(extents.take(np.array(rows, np.intp)), np.array(starts, np.uint64), np.array(ends, np.uint64))
+    count = len(extents.start)
+    bounds = np.sort(np.concatenate([extents.start, extents.end]))
+    bounds = bounds[np.diff(bounds, prepend=~bounds[0]) != 0]
+    first, last = np.searchsorted(bounds, extents.start), np.searchsorted(bounds, extents.end)
+    cells = last - first
+    total = int(cells.sum())
+    if total > CELLS_PER_ROW * count + CELLS_PER_ROW ** 2:
+        older, newer = extents.take(slice(0, count // 2)), extents.take(slice(count // 2, count))
+        return overlay(flatten(older), flatten(newer))
+    owner = np.full(len(bounds), -1, np.intp)
+    # Of several values for one place numpy keeps the last.
+    owner[np.repeat(first - np.cumsum(cells) + cells, cells) + np.arange(total)] = np.repeat(np.arange(count), cells)
+    heads = np.flatnonzero(np.diff(owner, prepend=-1))
+    tails = np.append(heads[1:], len(bounds) - 1)
+    rows = owner[heads]
+    heads, tails, rows = heads[rows >= 0], tails[rows >= 0], rows[rows >= 0]
+    return _cut(extents.take(rows), bounds[heads], bounds[tails])
 
 
 def clip(extents: Extents, *, start: int, end: int) -> Extents:

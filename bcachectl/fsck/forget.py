@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from bcachectl.errors import Refused, UsageError, WrongState
-from bcachectl.fsck import extents as extent
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Severity
@@ -84,7 +83,7 @@ def held(check: Check, slot: int) -> Held:
             kept = leaf_map(check.walk, leaf, check.journal, known_buckets=check.known_buckets).kept
             own = kept.take((kept.start >= start) & (kept.start < end) & ~kept.dirty)
             clean += int(own.size.sum())
-    return Held(check.dirty.get(slot, extent.empty()), clean)
+    return Held(check.dirty_extents(slot), clean)
 
 
 def plan_forget(check: Check, slot: int, *, now_s: int) -> tuple[tuple[RepairWrite, ...], ...]:

@@ -17,13 +17,18 @@ on the way stays in the walk's attributes: `Walk.superblock`, `Walk.gens`, `Walk
 Only then is it known which extents are stale, so `Walk.leaf_extents` reads the leaves a second time, one after the
 other, and gives the live map: sets of the leaf, newer over older, the journal's keys on top.
 
+Whoever only counts asks for tallies: then a leaf that is beyond doubt comes as a `PlainLeaf`, with what it holds, and
+is not decoded (`bcachectl.fsck.tally`).  Such a tally is final if `Walk.raised` is still what it was made at;
+`Walk.tallies` makes it again.
+
 Limits: no bucket is read as two structures of the tree, which bounds the walk whatever the pointers say; of the keys
 only one node's and the journal's are in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +38,8 @@ from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck import levels
 from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.fanout import tallies
+from bcachectl.fsck.tally import RUN_MASK, Place, Tallier, Tally
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
     INODE_SHIFT,
@@ -58,6 +65,9 @@ from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, decode_uuids_v0
 
 Read = Callable[[int, int], bytes]
 """``read(sector, count)``: that many sectors, or DeviceError."""
+
+Child = tuple[int, Bkey, int, int]
+"""A node before it is read: its level, the key that points to it, the positions [start, end) it covers."""
 
 BUCKETS_LIMIT = 1 << 24
 """A superblock that claims more buckets than this, and more than the device has room for, is not believed."""
@@ -89,13 +99,23 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainLeaf:
+    """A leaf that nothing is wrong with, and what was live in it when generations had been raised ``raised`` times."""
+
+    bucket: int
+    place: Place
+    tally: Tally
+    raised: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A structure that could be read: where it stands, and what it says."""
 
     where: str
     sector: int
     nsectors: int
-    value: Superblock | JournalEntry | PrioSet | tuple[UuidEntry, ...] | Node
+    value: Superblock | JournalEntry | PrioSet | tuple[UuidEntry, ...] | Node | PlainLeaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +157,16 @@ class Walk:
     """One walk over one device.  Exhaust `structures` before asking for anything else."""
 
     def __init__(self, read: Read, size_sectors: int, *, instead: Superblock | None = None,
-                 more: Sequence[JournalEntry] = ()) -> None:
+                 more: Sequence[JournalEntry] = (), processes: int = 0) -> None:
         """``instead`` is what to go by in place of the device's own superblock; ``more`` are journal entries that stand
-        behind damaged ones."""
+        behind damaged ones.  With ``processes`` plain leaves are tallied, by so many."""
         self.read = read
         self.size_sectors = size_sectors
         self.logical_block_sectors = 1
         """The device's own block: a kernel refuses a superblock that says less."""
+        self.processes = processes
+        self.raised = 0
+        """How often the generation of a bucket was raised."""
         self._instead = instead
         self._more = more
         self.superblock: Superblock | None = None
@@ -169,7 +192,7 @@ class Walk:
         """The newest journal entry."""
         return self.replay[-1].jset if self.replay else None
 
-    def structures(self) -> Iterator[Record | Damage]:
+    def structures(self) -> Generator[Record | Damage, None, None]:
         """Every structure and every damage, in the order of the module's text."""
         yield from self._walk_superblock()
         if self.superblock is None or not self.superblock.is_cache or not self.superblock.cache_sync:
@@ -328,34 +351,94 @@ class Walk:
                          root.size)
             level = real
         self._mark_ptr(root.ptrs[0])
+        tallier = self._tallier() if self.processes else None
         # A stack, not recursion: the level of a damaged root may say anything.
-        todo = [(level, root, 0, MAX_POS)]
+        todo: list[Child] = [(level, root, 0, MAX_POS)]
         while todo:
-            level, key, start, end = todo.pop()
-            node, damages = self._read_node(level, key.ptrs[0], key.size, start=start, end=end)
-            yield from damages
-            if node is None:
-                # A node of another level tells nothing about its range: it is as if nothing stood there.
-                is_other = any("bad level" in damage.why for damage in damages)
-                self.slots.append(Slot(start, end, None, 0) if is_other else
-                                  Slot(start, end, None, key.size, key.ptrs[0], level))
+            child = todo.pop()
+            node = yield from self._walk_node(child)
+            if node is None or not node.level:
                 continue
-            ptr = key.ptrs[0]
-            yield Record(f"btree node at bucket {node.bucket}, level {level}", ptr.sector, key.size, node)
-            if level == 0:
-                self.slots.append(Slot(start, end, ptr, key.size))
-                yield from self._judge_leaf(node)
-                self.mark_columns([image.keys for image in node.sets], level)
+            children, damages = self.children(node)
+            yield from damages
+            if node.level == 1 and tallier is not None:
+                yield from self._walk_leaves(children, tallier)
             else:
-                self.mark_columns([image.keys for image in node.sets], level)
-                children, damages = self.children(node)
-                yield from damages
                 todo.extend(reversed(children))
 
+    def _walk_node(self, child: Child) -> Generator[Record | Damage, None, Node | None]:
+        level, key, start, end = child
+        ptr = key.ptrs[0]
+        node, damages = self._read_node(level, ptr, key.size, start=start, end=end)
+        yield from damages
+        if node is None:
+            # A node of another level tells nothing about its range: it is as if nothing stood there.
+            is_other = any("bad level" in damage.why for damage in damages)
+            self.slots.append(Slot(start, end, None, 0) if is_other else Slot(start, end, None, key.size, ptr, level))
+            return None
+        yield Record(f"btree node at bucket {node.bucket}, level {level}", ptr.sector, key.size, node)
+        if level == 0:
+            self.slots.append(Slot(start, end, ptr, key.size))
+            yield from self._judge_leaf(node)
+        self.mark_columns([image.keys for image in node.sets], level)
+        return node
+
+    # Leaves that are tallied.
+
+    def _tallier(self) -> Tallier | None:
+        # None where a leaf cannot be told apart from a damaged one by counting.
+        journal = self._plain_journal()
+        if journal is None or not self._gen_known.all() or self.geometry.bucket_size_sectors > RUN_MASK:
+            return None
+        return Tallier(self.read, self.geometry, self._bset_magic, self.gens, journal)
+
+    def _plain_journal(self) -> Extents | None:
+        # The keys of the journal as a flat map; None if there is anything to say about one.
+        parts: list[Extents] = []
+        for entry in self.replay:
+            try:
+                keys = decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8)
+            except Corrupt:
+                return None
+            if validity.extents_fatal(keys, self.geometry).any():
+                return None
+            parts.append(extent.from_keys(keys))
+        return extent.flatten(extent.concatenate(parts))
+
+    def _walk_leaves(self, children: Sequence[Child], tallier: Tallier) -> Iterator[Record | Damage]:
+        # The leaves below one node.  What is not plain is read again, by the way of all nodes.
+        buckets = np.array([self.geometry.bucket_of(key.ptrs[0].sector) for _level, key, _start, _end in children],
+                           np.intp)
+        first_of = dict(zip(reversed(buckets.tolist()), reversed(range(len(children))), strict=True))
+        is_new = ~self._visited[buckets]
+        is_new &= np.array([first_of[bucket] == row for row, bucket in enumerate(buckets.tolist())], np.bool_)
+        places = [_place_of(child) for child, new in zip(children, is_new.tolist(), strict=True) if new]
+        raised = self.raised
+        with closing(tallies(tallier, places, self.processes)) as found:
+            for child, bucket, new in zip(children, buckets.tolist(), is_new.tolist(), strict=True):
+                tally = next(found) if new else None
+                if tally is None:
+                    yield from self._walk_node(child)
+                    continue
+                self._visited[bucket] = True
+                self.nodes += 1
+                _level, key, start, end = child
+                yield Record(f"btree node at bucket {bucket}, level 0", key.ptrs[0].sector, key.size,
+                             PlainLeaf(bucket, _place_of(child), tally, raised))
+                self.slots.append(Slot(start, end, key.ptrs[0], key.size))
+                if len(tally.marks):
+                    self._mark_words(tally.marks)
+
+    def tallies(self, places: Sequence[Place]) -> Generator[Tally | None, None, None]:
+        """Leaves once more, with the generations as they are now, None for those that are not plain any more."""
+        tallier = self._tallier()
+        assert tallier is not None
+        return tallies(tallier, places, self.processes)
     @property
     def _bset_magic(self) -> int:
         assert self.superblock is not None
         return bset_magic(self.superblock.set_uuid)
+
 
     def _is_root(self, key: Bkey) -> bool:
         return not validity.btree_ptr_invalid(key, self.geometry) and key.ptrs[0].dev == 0
@@ -394,13 +477,13 @@ class Walk:
             damages.append(Damage(where, "keys out of order", ptr.sector, nsectors))
         return node, damages
 
-    def children(self, node: Node) -> tuple[list[tuple[int, Bkey, int, int]], list[Damage]]:
+    def children(self, node: Node) -> tuple[list[Child], list[Damage]]:
         """What an interior node leads to (level, key, start, end), and what is wrong with its pointers."""
         # In key order, the newer set first at equal positions; each child covers what follows the one before it.
         # The kernel's iterator likewise skips what is bad (bset.c, bch_btree_iter_next_filter).
         where = f"btree node at bucket {node.bucket}, level {node.level}"
         sector = self._sector_of(node.bucket)
-        children: list[tuple[int, Bkey, int, int]] = []
+        children: list[Child] = []
         damages: list[Damage] = []
         rows = sorted((int(pos), -number, row) for number, image in enumerate(node.sets)
                       for row, pos in enumerate(image.keys.pos))
@@ -445,18 +528,24 @@ class Walk:
         for keys in sets:
             usable = validity.columns_available(keys) & ~validity.columns_out_of_range(keys, self.geometry)
             usable &= (keys.size > 0) if level else ~validity.extents_fatal(keys, self.geometry)
-            ptr = keys.ptr[usable]
-            bucket = (PTR_OFFSET.get(ptr) // self.geometry.bucket_size_sectors).astype(np.intp)
-            self._mark(bucket, PTR_GEN.get(ptr).astype(np.uint8))
+            self._mark_words(keys.ptr[usable])
+
+    def _mark_words(self, ptr: npt.NDArray[np.uint64]) -> None:
+        bucket = (PTR_OFFSET.get(ptr) // self.geometry.bucket_size_sectors).astype(np.intp)
+        self._mark(bucket, PTR_GEN.get(ptr).astype(np.uint8))
 
     def _mark(self, bucket: npt.NDArray[np.intp], gen: npt.NDArray[np.uint8]) -> None:
         # Where the prio set is lost, the first gen seen is the best that is known.
         unknown = ~self._gen_known[bucket]
         if unknown.any():
+            self.raised += 1
             self.gens[bucket[unknown]] = gen[unknown]
             self._gen_known[bucket[unknown]] = True
         ahead = gen - self.gens[bucket]
         newer = (ahead > 0) & (ahead < 128)
+        if not newer.any():
+            return
+        self.raised += 1
         # Several keys may point into one bucket: numpy lets the last one stand, so that must be the newest.
         newest_last = np.flatnonzero(newer)[np.argsort(ahead[newer], kind="stable")]
         self.gens[bucket[newest_last]] = gen[newest_last]
@@ -551,6 +640,12 @@ class Walk:
             detail = error.where.partition(", ")[2]
             return Damage(f"{where}, {detail}" if detail else where, error.why, sector, nsectors, start, end)
         return Damage(where, f"IO error ({error})", sector, nsectors, start, end)
+
+
+def _place_of(child: Child) -> Place:
+    _level, key, start, end = child
+    ptr = key.ptrs[0]
+    return Place(ptr.sector, ptr_make(ptr.sector, ptr.gen, ptr.dev), key.size, start, end)
 
 
 def _is_usable(sb: Superblock, size_sectors: int) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +51,13 @@ def sectors(found: Extents) -> dict[int, tuple[bool, int]]:
 @given(keys)
 def test_flatten(some: list[Key]) -> None:
     assert sectors(extent.flatten(columns(some))) == owners(some)
+
+
+@given(keys)
+def test_flatten_in_halves(some: list[Key]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extent, "CELLS_PER_ROW", 0)
+        assert sectors(extent.flatten(columns(some))) == owners(some)
 
 
 @given(keys, keys)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Leaves that are counted in columns: the counts are those of the maps, and what cannot be counted is declined."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Callable
+from contextlib import closing
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from bcachectl.fsck import fanout
+from bcachectl.fsck.check import Check, run
+from bcachectl.fsck.salvage import journal_map, leaf_map
+from bcachectl.fsck.walk import Damage, PlainLeaf, Walk
+from bcachectl.ondisk.bkey import INODE_SHIFT
+from tests.fsck.image import Image
+
+STORIES = ("deep_crash", "gen_churn", "killed", "thrash_crash")
+MUTANTS = int(os.environ.get("BCACHECTL_TALLY_MUTANTS") or 40)
+
+
+@lru_cache(maxsize=2)
+def base_image(cache: Path) -> Image:
+    return Image(cache.read_bytes(), [])
+
+
+def report(image: Image, processes: int) -> list[str]:
+    """All that a check says, with leaves tallied by so many processes; 0 for none tallied."""
+    check = Check(image.cache.read, image.cache.size_sectors)
+    check.walk.processes = processes
+    run(check)
+    return [repr(check.totals), *map(repr, check.findings), repr(check.dirty), repr(check.unknown),
+            repr(check.used.tobytes()), repr(check.walk.gens.tobytes()), repr(sorted(check.dropped))]
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_tally_is_the_map(golden: Callable[..., Path], name: str) -> None:
+    image = base_image(golden(name) / "cache.img")
+    walk = Walk(image.cache.read, image.cache.size_sectors, processes=1)
+    found = [item.value for item in walk.structures() if not isinstance(item, Damage)]
+    leaves = {leaf.place.sector: leaf for leaf in found if isinstance(leaf, PlainLeaf)}
+    assert leaves
+    journal, places = journal_map(walk), [leaf.place for leaf in leaves.values()]
+    tallied = dict(zip(leaves, walk.tallies(places), strict=True))
+    for slot in walk.slots:
+        tally = tallied.get(slot.leaf.sector) if slot.leaf is not None else None
+        if tally is None:
+            continue
+        kept = leaf_map(walk, slot, journal, known_buckets=walk.geometry.nbuckets).kept
+        assert tally.extents == len(kept.start)
+        assert tally.dirty_sectors == int(kept.size[kept.dirty].sum())
+        assert tally.clean_sectors == int(kept.size[~kept.dirty].sum())
+        for inode, spread in tally.dirty.items():
+            rows = kept.take(kept.dirty & (kept.start >> INODE_SHIFT == inode))
+            assert spread == (int(rows.size.sum()), int(rows.start.min()), int(rows.end.max()))
+
+
+def change_key(image: Image, dice: random.Random) -> None:
+    """Change something about one key of a btree node; mostly with a good checksum."""
+    node = dice.choice(image.nodes)
+    number = dice.randrange(len(node.sets))
+    keys = node.sets[number].keys
+    if not len(keys.pos):
+        return
+    row = dice.randrange(len(keys.pos))
+    at = image.set_at(node, number) + image.key_at(node, number, row)
+    high, low = struct.unpack("<QQ", image.cache.get(at, 16))
+    ptr = int(keys.ptr[row])
+    other = int(keys.ptr[dice.randrange(len(keys.pos))])
+    match dice.randrange(8):
+        case 0:
+            high ^= 1 << dice.randrange(64)
+        case 1:
+            low += dice.choice([8, -8, 1, 4096, -100000])
+        case 2:
+            high += dice.choice([8, -8, 1]) << 20
+        case 3:
+            high &= ~(0xFFFF << 20)
+        case 4:
+            ptr ^= dice.choice([1, 3, 0x40, 0x80, 0xFF])
+        case 5:
+            ptr += dice.choice([8, -8, 1, 64, 1024]) << 8
+        case 6:
+            ptr = other
+        case _:
+            high ^= dice.choice([1, 2, 1 << 36])
+    image.cache.put(at, struct.pack("<QQ", high & (1 << 64) - 1, low & (1 << 64) - 1))
+    if keys.nptrs[row]:
+        image.cache.put(at + 16, struct.pack("<Q", ptr & (1 << 64) - 1))
+    if dice.random() < 0.95:
+        image.fix_set(node, number)
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_nothing_else_is_found(golden: Callable[..., Path], name: str) -> None:
+    base = base_image(golden(name) / "cache.img")
+    for number in range(MUTANTS):
+        dice = random.Random(f"{name}/{number}")
+        image = base.fresh()
+        for _ in range(dice.choice([1, 1, 2, 5])):
+            change_key(image, dice)
+        assert report(image, 1) == report(image, 0), f"mutant {number}"
+
+
+def test_processes(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = base_image(golden("deep_crash") / "cache.img")
+    alone = report(image, 1)
+    monkeypatch.setattr(fanout, "LEAVES_MIN", 2)
+    monkeypatch.setattr(fanout, "PIECE_LEAVES", 3)
+    assert report(image, 3) == alone
+
+
+def test_a_process_that_dies(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = base_image(golden("deep_crash") / "cache.img")
+    alone, parent = report(image, 1), os.getpid()
+    doomed = {node.bucket * image.walk.geometry.bucket_size_sectors for node in image.nodes[7:9]}
+    read = image.cache.read
+
+    def read_or_die(sector: int, count: int) -> bytes:
+        if sector in doomed and os.getpid() != parent:
+            os._exit(1)
+        return read(sector, count)
+
+    monkeypatch.setattr(fanout, "LEAVES_MIN", 2)
+    monkeypatch.setattr(fanout, "PIECE_LEAVES", 3)
+    monkeypatch.setattr(image.cache, "read", read_or_die)
+    assert report(image, 2) == alone
+
+
+def test_results_that_nobody_wants(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = base_image(golden("deep_crash") / "cache.img")
+    monkeypatch.setattr(fanout, "LEAVES_MIN", 2)
+    monkeypatch.setattr(fanout, "PIECE_LEAVES", 1)
+    walk = Walk(image.cache.read, image.cache.size_sectors, processes=2)
+    with closing(walk.structures()) as items:
+        assert any(isinstance(item.value, PlainLeaf) for item in items if not isinstance(item, Damage))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
