@@ -98,16 +98,15 @@ def judge(sb: Superblock, backing: Backing, check: Check | None, cache: str) -> 
     slot = slot_of(check.walk, sb.uuid)
     if slot is None:
         return _without_slot(sb, check, backing.name, cache)
-    dirty = check.dirty.get(slot, extent.empty())
-    if not len(dirty.start):
+    if slot not in check.dirty:
         return _without_dirty(sb, slot)
-    return _with_dirty(sb, backing, check, cache, slot, dirty)
+    return _with_dirty(sb, backing, check, cache, slot, check.dirty_extents(slot))
 
 
 def ownerless(check: Check) -> dict[int, int]:
     """Dirty sectors by slot, of slots that no device owns."""
     entries = check.walk.uuids
-    return {slot: int(dirty.size.sum()) for slot, dirty in sorted(check.dirty.items())
+    return {slot: dirty.sectors for slot, dirty in sorted(check.dirty.items())
             if slot >= len(entries) or entries[slot].is_free or entries[slot].is_retired}
 
 
