@@ -12,7 +12,8 @@ All of this is numpy over whole nodes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -119,17 +120,16 @@ def _merged(some: Extents, others: Extents) -> Extents:
     places = np.searchsorted(some.start, others.start) + np.arange(len(others.start))
     is_some = np.ones(len(some.start) + len(others.start), np.bool_)
     is_some[places] = False
-    both = extents_of(len(is_some))
-    columns: zip[tuple[npt.NDArray[np.generic], ...]] = zip(both, some, others, strict=True)
-    for column, one, other in columns:
-        column[is_some], column[places] = one, other
+    pairs: Iterator[tuple[Any, Any]] = zip(some, others, strict=True)
+    return Extents._make(_interleaved(column, other, is_some, places) for column, other in pairs)
+
+
+def _interleaved(column: npt.NDArray[Any], other: npt.NDArray[Any], is_column: npt.NDArray[np.bool_],
+                 places: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+    both = np.empty(len(is_column), column.dtype)
+    both[is_column] = column
+    both[places] = other
     return both
-
-
-def extents_of(count: int) -> Extents:
-    """Columns for so many extents, not filled."""
-    return Extents(np.empty(count, np.uint64), np.empty(count, np.uint64), np.empty(count, np.bool_),
-                   np.empty(count, np.uint8), np.empty(count, np.uint64), np.empty(count, np.uint8))
 
 
 def flatten(extents: Extents) -> Extents:

@@ -109,7 +109,7 @@ def test_what_it_says(golden: Callable[..., Path], capsys: pytest.CaptureFixture
     assert options(found) == expected
     text = run(capsys, "resolve", *words)[1]
     assert all(choice["loses"] in text for choice in found["choices"])
-    dirty_bytes = sum(int(each.size.sum()) << 9 for each in examined(story.cache).dirty.values())
+    dirty_bytes = sum(each.sectors << 9 for each in examined(story.cache).dirty.values())
     for choice in found["choices"]:
         if choice["option"] == "--use-backing-alone":
             unknown = 0 if state is BdevState.CLEAN else None
