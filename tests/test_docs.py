@@ -237,7 +237,7 @@ def test_link_rule_fails() -> None:
 
 # --- pages of the manual that are written by hand ----------------------------------------------------------------
 
-HAND_WRITTEN = ("bcachectl.7", "bcachectl-tunables.5")
+HAND_WRITTEN = ("bcachectl.7", "bcachectl-recovery.7", "bcachectl-tunables.5")
 
 
 def tunables_of(section: str) -> set[str]:

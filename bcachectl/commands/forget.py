@@ -27,6 +27,7 @@ from bcachectl.fsck.rescue import open_check
 from bcachectl.fsck.rescue_map import Owner
 from bcachectl.fsck.writeback import Dirty, find_dirty, sectors_of, source
 from bcachectl.ondisk.bkey import INODE_SHIFT
+from bcachectl.ondisk.magic import INVALID_UUID
 from bcachectl.units import format_sectors, format_uuid
 from bcachectl.writeplan import Plan, Write
 
@@ -221,6 +222,7 @@ def _report(plan: Plan, undo: Path, name: str, uuid: bytes, held: Held, exported
         print(f"{export}: {format_sectors(exported.copied_sectors)} of dirty data, by its place on the backing device; "
               f"{format_sectors(exported.lost_sectors)} lost. {export}.map lists where there is any.")
     given_up = "" if exported is not None or not held.dirty_sectors else " given up"
-    print(f"{name} ({format_uuid(uuid)}) is forgotten: {format_sectors(held.dirty_sectors)} dirty{given_up}, "
+    known = "" if uuid in (bytes(16), INVALID_UUID) else f" ({format_uuid(uuid)})"
+    print(f"{name}{known} is forgotten: {format_sectors(held.dirty_sectors)} dirty{given_up}, "
           f"{format_sectors(held.clean_sectors)} clean dropped.")
     print(f"`bcachectl undo {undo}` takes it back, as long as the set has not run.")

@@ -130,8 +130,14 @@ def orphans(check: Check, dirty: Dirty, candidates: Sequence[Backing]) -> list[O
 
 
 def _may_be(check: Check, candidate: Backing, entry: UuidEntry | None, *, end_sector: int) -> bool:
-    # Large enough, not a live member of the set, and with the label that the slot keeps, if it keeps one.
+    # Large enough, with the label that the slot keeps if it keeps one, and no live member of the set; but one that was
+    # attached anew after the slot was retired may well be the device that was torn off.
     sb, _found = read_backing(candidate)
-    if sb is None or candidate.size_sectors < end_sector or slot_of(check.walk, sb.uuid) is not None:
+    if sb is None or candidate.size_sectors < end_sector:
         return False
+    slot = slot_of(check.walk, sb.uuid)
+    if slot is not None:
+        is_later = entry is not None and 0 < entry.invalidated <= check.walk.uuids[slot].first_reg
+        if not is_later:
+            return False
     return entry is None or not entry.label_text or entry.label_text == sb.label_text
