@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import struct
 import zlib
@@ -220,4 +221,7 @@ class MetaImage:
 
 def open_image(path: str, fd: int) -> MetaImage | None:
     """The image in an open file, or None if the file is something else."""
-    return MetaImage(path, fd) if os.pread(fd, len(MAGIC), 0) == MAGIC else None
+    # A whole page of aligned memory, because the file may be open for direct I/O.
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        os.preadv(fd, [page], 0)
+        return MetaImage(path, fd) if page[:len(MAGIC)] == MAGIC else None
