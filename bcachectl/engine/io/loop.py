@@ -8,7 +8,8 @@ One turn of the loop:
 2. requests that the engine completed are answered: ``request.tag`` is an `Answerer`;
 3. exports send what they gathered (`Export.flush`), one system call per client;
 4. the loop sleeps in epoll until a descriptor is ready or the next timer of the scheduler is due.  With nothing to do
-   it sleeps for ever: an idle engine uses no CPU.
+   it sleeps for ever: an idle engine uses no CPU.  With a ring that is ``waited_in`` it sleeps there, and the ring
+   polls epoll: one system call a turn carries the submissions, completions and commands of all devices.
 
 Descriptors are registered with a `Handler`.  `STOP_SIGNALS` make `Loop.signalled` true and wake `Loop.signal_wait`;
 what follows from it is the business of the task that waits there.
@@ -39,6 +40,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PASSES_PER_TURN = 8
 """How often the scheduler runs before descriptors are looked at again; clients must not wait for a long gc."""
 
+WAITED_RING_ENTRIES = 4096
+"""Entries of a ring with clients: room for some 15 ublk devices."""
+
 
 class Handler(Protocol):
     """Someone who waits for a descriptor."""
@@ -64,13 +68,16 @@ class Export(Protocol):
         ...
 
 
-def make_backend(media: list[Medium], kind: str = "auto") -> Backend:
+def make_backend(media: list[Medium], kind: str = "auto", *, waited_in: bool = False) -> SyncBackend | RingBackend:
     """A backend by name: ``uring``, ``sync``, or ``auto``: the ring where the kernel has one.
 
-    The ring performs what lies in memory at once, so it serves image files as well as devices.
+    The ring performs what lies in memory at once, so it serves image files as well as devices.  ``waited_in``: a ring
+    that the loop sleeps in, with room for clients; OSError where the kernel has none.
     """
     if kind not in ("auto", "sync", "uring"):
         raise ValueError(kind)
+    if waited_in:
+        return RingBackend(media, entries=WAITED_RING_ENTRIES, waited_in=True)
     if kind != "sync":
         try:
             return RingBackend(media)
@@ -106,7 +113,8 @@ class Loop:
         self._signal_fds = (-1, -1)
         self._old_signals: list[tuple[int, Any]] = []
         self._old_wakeup_fd = -1
-        if backend.fileno() >= 0:
+        self._ring = backend if isinstance(backend, RingBackend) and backend.waited_in else None
+        if self._ring is None and backend.fileno() >= 0:
             self._epoll.register(backend.fileno(), select.EPOLLIN)
 
     def register(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
@@ -190,8 +198,13 @@ class Loop:
                 break
         for export in self.exports:
             export.flush()
+        timeout_s = 0 if ios or main.done else self._timeout_s()
+        if self._ring is not None:
+            if not self._ring.wait(self._epoll.fileno(), timeout_s):
+                return
+            timeout_s = 0
         handlers = self._handlers
-        for fd, events in self._epoll.poll(0 if ios or main.done else self._timeout_s()):
+        for fd, events in self._epoll.poll(timeout_s):
             handler = handlers.get(fd)
             if handler is not None:
                 handler.on_ready(fd, events)

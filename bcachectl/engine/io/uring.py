@@ -8,7 +8,12 @@ The ring is memory shared with the kernel: two index rings and an array of 64-by
     submission: our tail -> kernel's head     array of slot numbers -> entries (`_SQE`)
     completion: kernel's tail -> our head     (user_data u64, result i32, flags u32)
 
-An entry's user_data is the index of a `_Flight`, which holds the Io, the memory it uses, and how far it got.
+An entry's user_data is the index of a `_Flight`, which holds the Io, the memory it uses, and how far it got; or it
+belongs to a `RingClient`.
+
+Entries lie in numbered slots, and the index ring says in which order the kernel takes them.  So an entry that is used
+again and again, such as the answer to one tag of a ublk device, is written once in a slot that `Ring.reserve` gave;
+from then on two or three stores and a `Ring.publish` send it.
 
 What goes where (`RingBackend.submit`):
 
@@ -27,9 +32,10 @@ import ctypes
 import errno
 import mmap
 import os
+import select
 import struct
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,19 +45,35 @@ from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, W
 
 RING_ENTRIES = 256
 """Entries of the submission ring; more Ios than the completion ring holds wait in a queue."""
+MIN_SHARED_SLOTS = 128
+"""Slots that `Ring.reserve` leaves to Ios."""
 
 _SYS_SETUP, _SYS_ENTER = 425, 426
 _OFF_SQES = 0x10000000
-_SETUP_CLAMP, _SETUP_SUBMIT_ALL = 1 << 4, 1 << 7
+_SETUP_CLAMP, _SETUP_SUBMIT_ALL, _SETUP_COOP_TASKRUN, _SETUP_SQE128 = 1 << 4, 1 << 7, 1 << 8, 1 << 10
+_SETUP_SINGLE_ISSUER, _SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
+_WAITED_IN = (_SETUP_CLAMP | _SETUP_SUBMIT_ALL | _SETUP_SINGLE_ISSUER | _SETUP_DEFER_TASKRUN,
+              _SETUP_CLAMP | _SETUP_SUBMIT_ALL | _SETUP_COOP_TASKRUN)
 _FEAT_SINGLE_MMAP = 1
-_ENTER_GETEVENTS = 1
-_OP_FSYNC, _OP_FALLOCATE, _OP_READ, _OP_WRITE = 3, 17, 22, 23
+_ENTER_GETEVENTS, _ENTER_EXT_ARG = 1, 8
+_OP_FSYNC, _OP_POLL_ADD, _OP_FALLOCATE, _OP_READ, _OP_WRITE = 3, 6, 17, 22, 23
+OP_READ = _OP_READ
+OP_URING_CMD = 46
+SQE_IO_LINK = 1 << 2
+"""Flag of an entry: the next one begins when this one has succeeded, and fails with ECANCELED when it has not."""
 _FSYNC_DATASYNC = 1
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
+
+CLIENT_SHIFT = 32
+"""user_data is a client's number shifted by this, and his own number of the entry; client 0 are the Ios."""
+_NUMBER = (1 << CLIENT_SHIFT) - 1
+_POLL = _NUMBER << CLIENT_SHIFT
 
 # opcode flags ioprio fd | off addr | len rw_flags user_data | buf_index personality splice_fd addr3 pad
 _SQE = struct.Struct("<BBHiQQIIQHHiQQ")
 _PARAMS = struct.Struct("<10I10I10I")
+_TIMESPEC = struct.Struct("<qq")
+_GETEVENTS_ARG = struct.Struct("<QIIQ")     # signal mask, its size, padding, address of a timespec
 assert _SQE.size == 64
 assert _PARAMS.size == 120
 
@@ -59,17 +81,31 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc["syscall"]
 _syscall.argtypes = (ctypes.c_long,) * 7
 _syscall.restype = ctypes.c_long
+# Without declared types a call costs half.  Numbers are then passed as 32 bits, so the last two arguments, which go to
+# the kernel as 64, are ready-made objects.
+_quick_syscall = _libc["syscall"]
+_NO_POINTER, _NO_BYTES = ctypes.c_void_p(None), ctypes.c_size_t(0)
+
+
+_WAIT_BYTES = ctypes.c_size_t(_GETEVENTS_ARG.size)
+_WAIT_ENDS = (errno.ETIME, errno.EINTR, errno.EBUSY, errno.EAGAIN)
 
 
 class Ring:
-    """One io_uring.  OSError if the kernel has none, or forbids it."""
+    """One io_uring.  OSError if the kernel has none, or forbids it.
 
-    def __init__(self, entries: int = RING_ENTRIES) -> None:
+    ``entry_bytes`` is 64, or 128 for commands with a long payload.  A ring that is ``waited_in`` belongs to the one
+    thread that made it, and completes nothing but in `enter` and `wait`, which makes each completion cheaper; another
+    ring completes at any time and may be polled.
+    """
+
+    def __init__(self, entries: int = RING_ENTRIES, *, entry_bytes: int = 64, waited_in: bool = False) -> None:
         params = bytearray(_PARAMS.size)
         where = ctypes.addressof(ctypes.c_char.from_buffer(params))
         self.fd = -1
-        for flags in (_SETUP_CLAMP | _SETUP_SUBMIT_ALL, _SETUP_CLAMP):
-            _PARAMS.pack_into(params, 0, 0, 0, flags, *(0,) * 27)
+        wide = _SETUP_SQE128 if entry_bytes == 128 else 0
+        for flags in (*(_WAITED_IN if waited_in else ()), _SETUP_CLAMP | _SETUP_SUBMIT_ALL, _SETUP_CLAMP):
+            _PARAMS.pack_into(params, 0, 0, 0, flags | wide, *(0,) * 27)
             self.fd = _syscall(_SYS_SETUP, entries, where, 0, 0, 0, 0)
             if self.fd >= 0:
                 break
@@ -78,43 +114,89 @@ class Ring:
             raise OSError(code, os.strerror(code))
         fields = _PARAMS.unpack(params)
         self.sq_entries, self.cq_entries = fields[0], fields[1]
+        self.entry_bytes = entry_bytes
         sq_offsets, cq_offsets = fields[10:20], fields[20:30]
         if not fields[5] & _FEAT_SINGLE_MMAP:
             os.close(self.fd)
             raise OSError(errno.ENOSYS, "io_uring of this kernel is too old")
         length = max(sq_offsets[6] + self.sq_entries * 4, cq_offsets[5] + self.cq_entries * 16)
         self._mmap = mmap.mmap(self.fd, length, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=0)
-        self._sqes = mmap.mmap(self.fd, self.sq_entries * 64, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFF_SQES)
+        self._sqes = mmap.mmap(self.fd, self.sq_entries * entry_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE,
+                               offset=_OFF_SQES)
         whole = memoryview(self._mmap)
         self._u32 = whole[:length & ~3].cast("I")
         cqes = whole[cq_offsets[5]:cq_offsets[5] + self.cq_entries * 16]
         self._cq_u64, self._cq_i32 = cqes.cast("Q"), cqes.cast("i")
         self._sq_head, self._sq_tail = sq_offsets[0] // 4, sq_offsets[1] // 4
-        self._sq_mask = self._u32[sq_offsets[2] // 4]
+        self.sq_mask = self._u32[sq_offsets[2] // 4]
         self._cq_head, self._cq_tail = cq_offsets[0] // 4, cq_offsets[1] // 4
         self._cq_mask = self._u32[cq_offsets[2] // 4]
         array = sq_offsets[6] // 4
-        for index in range(self.sq_entries):        # entry i of the index ring is slot i, for good
-            self._u32[array + index] = index
-        self._tail = self._u32[self._sq_tail]
+        self.sq_array = self._u32[array:array + self.sq_entries]
+        self.tail = self._u32[self._sq_tail]
+        entries_view = memoryview(self._sqes)
+        self.sqe_u64, self.sqe_u32, self.sqe_i32 = (entries_view.cast(kind) for kind in ("Q", "I", "i"))
+        self._shared_slots: int = self.sq_entries   # slots below this number are `push`'s own
+        self._pushed = 0                            # of them, not yet taken by the kernel, at most
+        self._next_slot = 0
+        self._given_back: dict[int, list[int]] = {}
+        self._timeout = ctypes.create_string_buffer(_TIMESPEC.size)
+        self._wait_arguments = ctypes.create_string_buffer(
+            _GETEVENTS_ARG.pack(0, 0, 0, ctypes.addressof(self._timeout)), _GETEVENTS_ARG.size)
+        self._wait_pointer = ctypes.c_void_p(ctypes.addressof(self._wait_arguments))
 
-    def push(self, opcode: int, *, fd: int, offset: int, address: int, length: int, op_flags: int,
-             user_data: int) -> bool:
-        """Write one entry; False if the ring is full.  The kernel sees it with the next `enter`."""
-        if (self._tail - self._u32[self._sq_head]) & 0xFFFFFFFF >= self.sq_entries:
+    def reserve(self, count: int) -> int:
+        """Take ``count`` slots out of `push`'s use, for an owner who fills each once and publishes it many times; the
+        first one's number.  OSError if too few would be left.
+        """
+        given_back = self._given_back.get(count)
+        if given_back:
+            return given_back.pop()
+        if self._shared_slots - count < MIN_SHARED_SLOTS:
+            raise OSError(errno.ENOSPC, "the ring has no room for another device")
+        self.enter()
+        self._shared_slots -= count
+        self._next_slot = 0
+        return self._shared_slots
+
+    def give_back(self, first: int, count: int) -> None:
+        """The owner of slots from `reserve` is gone, and the kernel has none of them."""
+        self._given_back.setdefault(count, []).append(first)
+
+    def fill(self, slot: int, opcode: int, *, fd: int, user_data: int, offset: int = 0, address: int = 0,
+             length: int = 0, op_flags: int = 0, flags: int = 0, payload: bytes = b"") -> None:
+        """Write the entry of a slot.  ``payload`` is a command's, from byte 48 on; its command is in ``offset``."""
+        start = slot * self.entry_bytes
+        _SQE.pack_into(self._sqes, start, opcode, flags, 0, fd, offset, address, length, op_flags, user_data,
+                       0, 0, 0, 0, 0)
+        if payload:
+            self._sqes[start + 48:start + 48 + len(payload)] = payload
+
+    def publish(self, slot: int) -> None:
+        """Hand the entry of a slot to the kernel with the next `enter` or `wait`; not again before that."""
+        self.sq_array[self.tail & self.sq_mask] = slot
+        self.tail = (self.tail + 1) & 0xFFFFFFFF
+
+    def push(self, opcode: int, *, fd: int, user_data: int, offset: int = 0, address: int = 0, length: int = 0,
+             op_flags: int = 0, payload: bytes = b"") -> bool:
+        """Publish an entry in a slot that is free; False if none is before the next `enter`."""
+        if self._pushed >= self._shared_slots:
             return False
-        _SQE.pack_into(self._sqes, (self._tail & self._sq_mask) * 64, opcode, 0, 0, fd, offset, address, length,
-                       op_flags, user_data, 0, 0, 0, 0, 0)
-        self._tail = (self._tail + 1) & 0xFFFFFFFF
+        slot = self._next_slot
+        self._next_slot = slot + 1 if slot + 1 < self._shared_slots else 0
+        self._pushed += 1
+        self.fill(slot, opcode, fd=fd, offset=offset, address=address, length=length, op_flags=op_flags,
+                  user_data=user_data, payload=payload)
+        self.publish(slot)
         return True
 
     def enter(self, min_complete: int = 0) -> None:
         """Hand the pushed entries to the kernel and wait for ``min_complete`` completions."""
-        self._u32[self._sq_tail] = self._tail
+        self._u32[self._sq_tail] = self.tail
         while True:
-            unsent = (self._tail - self._u32[self._sq_head]) & 0xFFFFFFFF
+            unsent = (self.tail - self._u32[self._sq_head]) & 0xFFFFFFFF
             if not unsent and not min_complete:
-                return
+                break
             flags = _ENTER_GETEVENTS if min_complete else 0
             sent = _syscall(_SYS_ENTER, self.fd, unsent, min_complete, flags, 0, 0)
             if sent < 0:
@@ -128,16 +210,42 @@ class Ring:
                 elif code != errno.EINTR:
                     raise OSError(code, os.strerror(code))
             elif sent == unsent:
-                return
+                break
+        self._pushed = 0
+
+    def wait(self, timeout_s: float) -> None:
+        """Hand the entries to the kernel and sleep until something completed, a signal came, or the time is over; one
+        system call.  A negative time is for ever; with 0 it does not sleep.
+        """
+        u32 = self._u32
+        u32[self._sq_tail] = self.tail
+        unsent = (self.tail - u32[self._sq_head]) & 0xFFFFFFFF
+        if timeout_s <= 0:
+            sent = _quick_syscall(_SYS_ENTER, self.fd, unsent, int(timeout_s < 0), _ENTER_GETEVENTS, _NO_POINTER,
+                                  _NO_BYTES)
+        else:
+            _TIMESPEC.pack_into(self._timeout, 0, int(timeout_s), int(timeout_s % 1 * 1e9))
+            sent = _quick_syscall(_SYS_ENTER, self.fd, unsent, 1, _ENTER_GETEVENTS | _ENTER_EXT_ARG,
+                                  self._wait_pointer, _WAIT_BYTES)
+        if sent == unsent:
+            self._pushed = 0
+        elif sent >= 0 or ctypes.get_errno() in _WAIT_ENDS:
+            self.enter()                            # what was not taken goes now, without sleeping
+        else:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
 
     def reap(self) -> list[tuple[int, int]]:
         """The (user_data, result) of all completions there are."""
         u32 = self._u32
         head, tail = u32[self._cq_head], u32[self._cq_tail]
+        if head == tail:
+            return []
+        mask, cq_u64, cq_i32 = self._cq_mask, self._cq_u64, self._cq_i32
         done = []
         while head != tail:
-            index = head & self._cq_mask
-            done.append((self._cq_u64[2 * index], self._cq_i32[4 * index + 2]))
+            index = head & mask
+            done.append((cq_u64[index + index], cq_i32[4 * index + 2]))
             head = (head + 1) & 0xFFFFFFFF
         u32[self._cq_head] = head
         return done
@@ -164,17 +272,45 @@ class _Flight:
         self.flushing = False
 
 
-class RingBackend:
-    """Performs Ios on a `Ring`; many devices, one descriptor to wait for."""
+class RingClient(Protocol):
+    """Someone who puts entries of his own into the backend's ring; see `RingBackend.add_client`."""
 
-    def __init__(self, media: list[Medium]) -> None:
+    def landed(self, completions: list[tuple[int, int]]) -> None:
+        """(number, result) of the client's entries that completed, in that order."""
+        ...
+
+
+class RingBackend:
+    """Performs Ios on a `Ring`; many devices, one descriptor to wait for.
+
+    A backend that is ``waited_in`` is one whose owner sleeps in `wait`: one system call for each turn hands over what
+    was submitted, of Ios and of clients, and takes what completed.
+    """
+
+    def __init__(self, media: list[Medium], *, entries: int = RING_ENTRIES, waited_in: bool = False) -> None:
         self.media = media
-        self.ring = Ring()
+        self.waited_in = waited_in
+        self.ring = Ring(entries, waited_in=waited_in)
         self.done: list[Io] = []
         self.flights: list[_Flight | None] = []
         self.free: list[int] = []
         self.waiting: deque[int] = deque()
         self.in_ring = 0
+        self.max_in_ring = self.ring.cq_entries // 2
+        self.clients: dict[int, RingClient] = {}
+        self._last_client = 0
+        self._is_polled = False
+        self._is_poll_due = False
+
+    def add_client(self, client: RingClient) -> int:
+        """Give a client's entries their place; his user_data is this plus a number of less than 32 bits."""
+        self._last_client += 1
+        self.clients[self._last_client] = client
+        return self._last_client << CLIENT_SHIFT
+
+    def remove_client(self, base: int) -> None:
+        """The client has no entry in the ring any more."""
+        del self.clients[base >> CLIENT_SHIFT]
 
     def submit(self, ios: list[Io]) -> None:
         """Start the Ios; what can be done at once is done at once."""
@@ -191,20 +327,28 @@ class RingBackend:
             else:
                 self._launch(io, medium)
         self._push_waiting()
-        self.ring.enter()
+        if not self.waited_in:
+            self.ring.enter()
 
     def reap(self) -> list[Io]:
         """What is done by now."""
-        if self.in_ring:
-            again = False
-            for index, result in self.ring.reap():
-                self.in_ring -= 1
-                again = self._landed(index, result) or again
-            if again or self.waiting:
-                self._push_waiting()
-            self.ring.enter()
+        if self.in_ring or self.clients:
+            self._collect()
+            if not self.waited_in:
+                self.ring.enter()
         done, self.done = self.done, []
         return done
+
+    def wait(self, fd: int, timeout_s: float) -> bool:
+        """Hand over all that was submitted, and sleep until something completes, ``fd`` is readable, a signal comes,
+        or the time is over (never, if it is negative).  True if ``fd`` is readable.
+        """
+        if not self._is_polled:
+            self._is_polled = self._push_poll(fd)
+        self.ring.wait(0 if self.done else timeout_s)
+        self._collect()
+        is_due, self._is_poll_due = self._is_poll_due, False
+        return is_due
 
     def fileno(self) -> int:
         """The ring's descriptor; it polls readable while completions are there."""
@@ -218,8 +362,33 @@ class RingBackend:
         """Wait for what the kernel still holds, then close the ring."""
         while self.in_ring:
             self.ring.enter(min_complete=1)
-            self.in_ring -= len(self.ring.reap())
+            self.in_ring -= sum(1 for data, _ in self.ring.reap() if not data >> CLIENT_SHIFT)
         self.ring.close()
+
+    def _push_poll(self, fd: int) -> bool:
+        return self.ring.push(_OP_POLL_ADD, fd=fd, op_flags=select.POLLIN, user_data=_POLL)
+
+    def _collect(self) -> None:
+        # Take what the ring has completed: Ios are done, or go on; the rest is told to the clients.
+        landed: dict[int, list[tuple[int, int]]] = {}
+        again = False
+        for data, result in self.ring.reap():
+            client = data >> CLIENT_SHIFT
+            if client:
+                if client in landed:
+                    landed[client].append((data & _NUMBER, result))
+                elif data == _POLL:
+                    self._is_polled, self._is_poll_due = False, True
+                else:
+                    landed[client] = [(data & _NUMBER, result)]
+            else:
+                self.in_ring -= 1
+                again = self._landed(data, result) or again
+        if again or self.waiting:
+            self._push_waiting()
+        for client, completions in landed.items():
+            if client in self.clients:
+                self.clients[client].landed(completions)
 
     @staticmethod
     def _perform_in_memory(io: Io, medium: Medium) -> bool:
@@ -255,8 +424,8 @@ class RingBackend:
         self.waiting.append(index)
 
     def _push_waiting(self) -> None:
-        # The completion ring must never overflow, so no more are in the ring than it holds.
-        while self.waiting and self.in_ring < self.ring.cq_entries:
+        # The completion ring must not overflow; the other half of it is the clients'.
+        while self.waiting and self.in_ring < self.max_in_ring:
             if not self._push(self.waiting[0]):
                 self.ring.enter()
                 if not self._push(self.waiting[0]):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bcachectl.blockdev import BlockDevice, open_device
@@ -35,12 +36,12 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["sync", "uring", "uring-direct"])
+@pytest.fixture(params=["sync", "uring", "uring-direct", "uring-waited", "uring-waited-direct"])
 def backend(request: pytest.FixtureRequest, image: Path) -> Iterator[Backend]:
-    kind, _, direct = request.param.partition("-")
+    kind, *words = request.param.split("-")
     try:
-        device = open_device(str(image), write=True, direct=bool(direct))
-        made = make_backend([device], kind)
+        device = open_device(str(image), write=True, direct="direct" in words)
+        made = make_backend([device], kind, waited_in="waited" in words)
     except Exception as error:
         pytest.skip(f"not here: {error}")
     yield made
@@ -52,7 +53,16 @@ def drain(backend: Backend, ios: list[Io]) -> list[Io]:
     backend.submit(ios)
     done: list[Io] = []
     while len(done) < len(ios):
-        if backend.fileno() >= 0 and not (got := backend.reap()):
+        if isinstance(backend, uring.RingBackend) and backend.waited_in:
+            read_fd, write_fd = os.pipe()
+            assert not backend.wait(read_fd, 0), "nothing can be read from an empty pipe"
+            os.write(write_fd, b"x")
+            while not backend.wait(read_fd, 5):
+                pass
+            os.close(read_fd)
+            os.close(write_fd)
+            got = backend.reap()
+        elif backend.fileno() >= 0 and not (got := backend.reap()):
             assert select.select([backend.fileno()], [], [], 5)[0], "the ring never answered"
             got = backend.reap()
         elif backend.fileno() < 0:
@@ -115,7 +125,7 @@ def test_errors_are_positive_errnos(backend: Backend, image: Path) -> None:
 
 
 def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_entries: int = 0) -> None:
+    def refuse(_entries: int = 0, **_how: object) -> None:
         raise OSError(errno.ENOSYS, "no io_uring")
 
     monkeypatch.setattr(uring, "Ring", refuse)
@@ -191,10 +201,11 @@ def test_an_overlay_refuses_a_base_that_changed(tmp_path: Path, image: Path) -> 
         overlaid(tmp_path / "foreign", image)
 
 
-def test_the_loop_runs_coroutines_and_an_idle_one_uses_no_cpu(image: Path) -> None:
+@pytest.mark.parametrize("waited_in", [False, True])
+def test_the_loop_runs_coroutines_and_an_idle_one_uses_no_cpu(image: Path, waited_in: bool) -> None:
     with open_device(str(image)) as device:
         sched = make_sched()
-        backend = make_backend([device])
+        backend = make_backend([device], waited_in=waited_in)
         loop = Loop(sched, backend, Front())
         buf = bytearray(4096)
 
@@ -213,10 +224,11 @@ def test_the_loop_runs_coroutines_and_an_idle_one_uses_no_cpu(image: Path) -> No
         loop.close()
 
 
-def test_a_signal_wakes_the_loop(image: Path) -> None:
+@pytest.mark.parametrize("waited_in", [False, True])
+def test_a_signal_wakes_the_loop(image: Path, waited_in: bool) -> None:
     with open_device(str(image)) as device:
         sched = make_sched()
-        backend = make_backend([device], "sync")
+        backend = make_backend([device], "sync", waited_in=waited_in)
         loop = Loop(sched, backend, Front())
         before = signal.getsignal(signal.SIGTERM)
         loop.catch_signals()
@@ -229,3 +241,51 @@ def test_a_signal_wakes_the_loop(image: Path) -> None:
         loop.run(story())
         loop.close()
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Client:
+    """A client of the ring that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.landed_so_far: list[tuple[int, int]] = []
+
+    def landed(self, completions: list[tuple[int, int]]) -> None:
+        """Keep them."""
+        self.landed_so_far += completions
+
+
+@pytest.mark.parametrize("nbytes", [4096, 8192])
+def test_an_entry_that_is_linked_to_a_read_fails_with_it(image: Path, nbytes: int) -> None:
+    """What the ublk export builds on: a read that is short takes the entry behind it along; and a slot is filled once
+    and published many times."""
+    with open_device(str(image)) as device:
+        backend = make_backend([device], waited_in=True)
+        assert isinstance(backend, uring.RingBackend)
+        client, ring = Client(), backend.ring
+        base = backend.add_client(client)
+        slot = ring.reserve(2)
+        first, second = (np.frombuffer(mmap.mmap(-1, nbytes), np.uint8) for _ in range(2))
+        for number, (buf, length) in enumerate(((first, nbytes), (second, 4096))):
+            ring.fill(slot + number, uring.OP_READ, fd=device.fd, user_data=base | number, length=length,
+                      flags=0 if number else uring.SQE_IO_LINK, address=buf.__array_interface__["data"][0])
+        for turn, offset in enumerate((0, SIZE_BYTES // 2, SIZE_BYTES - 4096)):
+            ring.sqe_u64[slot * 8 + 1] = offset
+            ring.publish(slot)
+            ring.publish(slot + 1)
+            while len(client.landed_so_far) < 2 * turn + 2:
+                backend.wait(0, 5)
+        is_short = nbytes > 4096
+        whole, linked = (0, nbytes), (1, 4096)
+        last = [(0, 4096), (1, -errno.ECANCELED)] if is_short else [whole, linked]
+        assert client.landed_so_far == [whole, linked, whole, linked, *last]
+        assert bytes(second[:4096]) == image.read_bytes()[:4096]
+        backend.remove_client(base)
+        backend.close()
+
+
+def test_a_ring_that_has_no_slots_left_says_so() -> None:
+    ring = uring.Ring(256)
+    assert ring.reserve(128) == 128
+    with pytest.raises(OSError, match="no room for another device"):
+        ring.reserve(1)
+    ring.close()
