@@ -16,8 +16,6 @@ from bcachectl.engine.front import (
     NOT_NOW,
     REQ_DISCARD,
     REQ_FLUSH,
-    REQ_FUA,
-    REQ_PREFLUSH,
     REQ_READ,
     REQ_STATUS,
     REQ_WRITE_ZEROES,
@@ -137,7 +135,7 @@ class FlashVolume:
         cset = self.cset
         start = self.base + request.sector
         end = start + request.nsectors
-        durable = bool(request.flags & (REQ_FUA | REQ_PREFLUSH))
+        durable = path.is_durable(request)
         if request.op == REQ_READ:
             return await self._read(start, end, request)
         if request.op == REQ_FLUSH:

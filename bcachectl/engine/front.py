@@ -4,7 +4,8 @@
 An export (NBD, loop, ublk) knows nothing of caches.  It does four things:
 
 1. for a read it may first ask `Volume.read_nowait`; if the answer is not `NOT_NOW` the data lies in one piece at that
-   byte of the cache device and the export reads it itself, at once, without suspending anything in between;
+   byte of the cache device and the export reads it itself, at once, without suspending anything in between, or pins
+   the bucket (`bcachectl.engine.buckets.Buckets.pin`) until it has read;
 2. writes it may first offer to the volume's `bcachectl.engine.write_batch.WriteBatch`, if it has one; what that places
    on the cache device the export writes there itself, at once;
 3. otherwise it makes a `Request` and calls `Volume.submit`;
@@ -34,6 +35,9 @@ REQ_RAHEAD = 8
 """`Request.flags`: read-ahead or background I/O."""
 REQ_SYNC = 16
 """`Request.flags`: someone waits for this write (REQ_SYNC of the block layer)."""
+REQ_STABLE = 32
+"""`Request.flags`: when this write completes, an engine that is killed and started again has it.  Its key is in the
+journal on the device; what the devices themselves hold in volatile caches may be lost with their power."""
 
 NOT_NOW = -1
 """`Volume.read_nowait`: the read needs more than one lookup in memory; use `Volume.submit`."""

@@ -40,6 +40,7 @@ from bcachectl.engine.front import (
     REQ_PREFLUSH,
     REQ_RAHEAD,
     REQ_READ,
+    REQ_STABLE,
     REQ_SYNC,
     REQ_WRITE_ZEROES,
     Request,
@@ -522,7 +523,7 @@ async def _write_cached(dev: CachedDev, request: Request, sector: int) -> int:
 
 
 async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
-    durable = bool(request.flags & (REQ_FUA | REQ_PREFLUSH))
+    durable = is_durable(request)
     dev.dirty_writers += 1
     try:
         error = await dev.become_dirty()
@@ -541,7 +542,7 @@ async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
 
 async def _write_through(dev: CachedDev, request: Request, start: int) -> int:
     flags = io_flags(request)
-    new = NewData(False, request.stream, False, bool(flags))
+    new = NewData(False, request.stream, False, is_durable(request))
     there = dev.backing.write(start - dev.base, request.buf, flags)
     if await _covers_dirty(dev, start, start + request.nsectors):
         error = dev.count_backing_error(await there) or dev.count_backing_error(await dev.backing.flush())
@@ -550,7 +551,7 @@ async def _write_through(dev: CachedDev, request: Request, start: int) -> int:
     error = dev.count_backing_error(await there)
     if error:
         # The cache may hold what the backing device does not: take it out again.
-        await invalidate(dev.cset, start, start + request.nsectors, durable=bool(flags))
+        await invalidate(dev.cset, start, start + request.nsectors, durable=is_durable(request))
     return error or here
 
 
@@ -574,7 +575,7 @@ async def _write_bypass(dev: CachedDev, request: Request, start: int, end: int) 
     if error and request.op != REQ_DISCARD:
         # What the cache holds is still the last good data.
         return error
-    ok = await invalidate(dev.cset, start, end, durable=bool(flags))
+    ok = await invalidate(dev.cset, start, end, durable=is_durable(request))
     return 0 if ok else EIO
 
 
@@ -589,6 +590,11 @@ async def _covers_dirty(dev: CachedDev, start: int, end: int) -> bool:
 
 def io_flags(request: Request) -> int:
     return (FUA if request.flags & REQ_FUA else 0) | (PREFLUSH if request.flags & REQ_PREFLUSH else 0)
+
+
+def is_durable(request: Request) -> bool:
+    """Whether the request is answered only when its keys are in the journal on the device."""
+    return bool(request.flags & (REQ_FUA | REQ_PREFLUSH | REQ_STABLE))
 
 
 # Flushing, and questions.
