@@ -92,6 +92,8 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
          "Serve a set of images over NBD; nbd-client or qemu connects to the URI that is printed."),
         ("bcachectl engine run --cache /dev/nvme0n1p3 --backing /dev/sdb --read-only",
          "Read a set, dirty as it may be, and change nothing."),
+        ("bcachectl engine run --cache /dev/nvme0n1p3 --backing /dev/sdb --export ublk --recover",
+         "Serve as /dev/ublkb0, and take that device back if an engine was killed: for a service that is restarted."),
         ("bcachectl engine run --cache cache.img --backing back.img --overlay try.img",
          "Try something out: all writes go to a file of their own.")],
     "engine list": [("bcachectl engine list", "What runs here.")],

@@ -13,11 +13,12 @@ import typer
 
 from bcachectl.commands.options import complete_device
 from bcachectl.engine.export.host import EngineHost, HostOptions
+from bcachectl.engine.export.ublk_control import is_available
 from bcachectl.engine.sched import NS_PER_MS, NS_PER_S
-from bcachectl.errors import UsageError, WrongState
+from bcachectl.errors import UsageError
 
 IN_USE_POLL_NS = 500 * NS_PER_MS
-"""How often a stopping engine looks whether a loop device has been let go."""
+"""How often a stopping engine looks whether a device has been let go."""
 
 
 class Export(StrEnum):
@@ -42,8 +43,11 @@ def engine_run(
     backing: Annotated[list[str] | None, typer.Option("--backing", metavar="DEVICE", autocompletion=complete_device,
                                                       help="A backing device or image of the set; may be repeated."
                                                       )] = None,
-    export: Annotated[Export | None, typer.Option("--export", help="How volumes are exported; by default as loop "
-                                                  "devices where that is possible, otherwise over NBD.")] = None,
+    export: Annotated[Export | None, typer.Option("--export", help="How volumes are exported; by default as ublk "
+                                                  "devices, as loop devices, or over NBD, whatever is possible "
+                                                  "first.")] = None,
+    recover: Annotated[bool, typer.Option("--recover", help="Take back the ublk devices that an engine of this set "
+                                          "left when it was killed; whoever uses them never notices.")] = False,
     nbd_socket: Annotated[str | None, typer.Option("--nbd-socket", metavar="PATH", help="Serve NBD on this Unix "
                                                    "socket, beside another export if there is one.")] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Write nothing to any device; volumes are "
@@ -66,16 +70,20 @@ def engine_run(
 
     For each volume one JSON line on stdout says where it is. A second signal does not wait for devices in use.
     """
-    if export is Export.UBLK:
-        raise WrongState("ublk is not available in this version; use --export loop or --export nbd")
+    export = export or _best_export(io_backend)
+    if export is Export.UBLK and io_backend is IoBackend.SYNC:
+        raise UsageError("--export ublk and --io sync exclude each other: ublk devices are served through io_uring")
+    if recover and export is not Export.UBLK:
+        raise UsageError(f"--recover: only ublk devices can be taken back, and this engine exports over {export}; "
+                         "add --export ublk")
     if read_only and overlay is not None:
         raise UsageError("--read-only and --overlay exclude each other: an overlay is there to be written to")
     if ready_fd is not None:
         _check_descriptor(ready_fd)
-    use_loop = export is Export.LOOP or (export is None and _has_loop())
     host = EngineHost(HostOptions(
-        cache=cache, backings=tuple(backing or ()), use_loop=use_loop,
-        use_nbd=not use_loop or nbd_socket is not None, nbd_socket=nbd_socket, read_only=read_only, overlay=overlay,
+        cache=cache, backings=tuple(backing or ()), use_loop=export is Export.LOOP, use_ublk=export is Export.UBLK,
+        recover=recover, use_nbd=export is Export.NBD or nbd_socket is not None, nbd_socket=nbd_socket,
+        read_only=read_only, overlay=overlay,
         tunables=tuple(_parse_tunable(text) for text in tunables or ()), trace=trace, debug_checks=debug_checks,
         io_backend=io_backend.value))
     try:
@@ -154,8 +162,12 @@ def _complain(why: str) -> None:
     print(f"bcachectl: the set has failed: {why}", file=sys.stderr, flush=True)
 
 
-def _has_loop() -> bool:
-    return os.geteuid() == 0 and os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control")
+def _best_export(io_backend: IoBackend) -> Export:
+    if os.geteuid() == 0 and is_available() and io_backend is not IoBackend.SYNC:
+        return Export.UBLK
+    if os.geteuid() == 0 and os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"):
+        return Export.LOOP
+    return Export.NBD
 
 
 def _check_descriptor(fd: int) -> None:

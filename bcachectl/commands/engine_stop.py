@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from bcachectl import discovery
 from bcachectl.commands.options import DryRun, Json, complete_set, print_json
-from bcachectl.control import LiveSet, engines, find_set, socket_dirs
+from bcachectl.control import LiveSet, engines, find_set, looks_like_uuid, parse_set_uuid, socket_dirs
 from bcachectl.engine.export.loopdev import clean_all_stale
+from bcachectl.engine.export.ublk_control import UblkControl, is_available, left_over
 from bcachectl.errors import WrongState
+from bcachectl.units import format_uuid, parse_uuid
 
 STOP_TIMEOUT_S = 600.0
 """How long an orderly stop may take: all dirty btree nodes and the journal are written."""
@@ -25,14 +28,51 @@ def engine_stop(
 ) -> None:
     """Stop an engine in good order, as SIGTERM does.
 
-    What an engine that was killed left behind, a dead mount and its loop device, is removed first.
+    What an engine that was killed left behind is removed first: dead mounts and their loop devices, and the ublk
+    devices of SET, a whole UUID or a device of the set. Requests that wait on such a ublk device fail; 'engine run
+    --recover' would serve them.
     """
+    if target is not None and remove_left_over(target, dry_run=dry_run):
+        return
     if not dry_run and os.geteuid() == 0:
         left = clean_all_stale(socket_dirs())
         if left and target is None and not engines():
             print("\n".join(f"removed {path}, left by an engine that was killed" for path in left))
             return
     stop_engine(find_set(target), dry_run=dry_run, as_json=as_json)
+
+
+def remove_left_over(target: str, *, dry_run: bool) -> bool:
+    """Remove the ublk devices that a killed engine of this set left; False if there is none, or an engine runs it."""
+    uuid = _set_uuid(target) if is_available() else None
+    if uuid is None or any(engine.uuid == format_uuid(uuid) for engine in engines()):
+        return False
+    control = UblkControl()
+    try:
+        left = left_over(control, uuid)
+        for info in left:
+            device = f"/dev/ublkb{info.dev_id}"
+            users = discovery.users_of(device)
+            if users:
+                raise WrongState(f"{device}: {', '.join(users)}; take it back with 'bcachectl engine run --recover', "
+                                 "or unmount it")
+            if dry_run:
+                print(f"would remove {device}, left by an engine that was killed")
+                continue
+            control.stop(info.dev_id)
+            control.delete(info.dev_id, wait=False)
+            print(f"removed {device}, left by an engine that was killed")
+    finally:
+        control.close()
+    return bool(left)
+
+
+def _set_uuid(target: str) -> bytes | None:
+    # Of a whole uuid, or of a device of the set.
+    if looks_like_uuid(target):
+        return parse_uuid(parse_set_uuid(target))
+    superblock = discovery.probe(discovery.named(target)).superblock if os.path.exists(target) else None
+    return None if superblock is None else superblock.set_uuid
 
 
 def stop_engine(live: LiveSet, *, dry_run: bool, as_json: bool) -> None:

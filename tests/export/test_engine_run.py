@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from bcachectl.engine.export import ublk_control
 from tests.export.engine import ROOT, Engine
 from tests.export.test_golden_serve import digest, options_for
 from tests.export.test_loop import is_left_behind
@@ -166,7 +167,10 @@ def test_two_engines_on_one_set(tmp_path: Path) -> None:
 
 def test_options_that_make_no_sense(tmp_path: Path) -> None:
     options = make_set(tmp_path)
-    refused(tmp_path, *options, "--export", "ublk", status=4, word="ublk is not available in this version")
+    if not ublk_control.is_available():
+        refused(tmp_path, *options, "--export", "ublk", status=4, word="the kernel's ublk driver is not loaded")
+    refused(tmp_path, *options, "--export", "ublk", "--io", "sync", status=2, word="exclude each other")
+    refused(tmp_path, *options, "--export", "nbd", "--recover", status=2, word="--recover: only ublk devices")
     refused(tmp_path, *options, "--read-only", "--overlay", "x", status=2, word="exclude each other")
     refused(tmp_path, *options, "--set", "cache_mode", status=2, word="cache_mode=writeback")
     refused(tmp_path, *options, "--read-only", "--export", "nbd", status=4, word="never been run")

@@ -15,8 +15,10 @@ A set that fails keeps serving what it still can; `EngineHost.failed` has the re
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from typing import TextIO
 from urllib.parse import quote
@@ -29,10 +31,14 @@ from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.export.control import ControlServer
 from bcachectl.engine.export.loopdev import LoopExport, prepare_process
 from bcachectl.engine.export.nbd import NbdServer
+from bcachectl.engine.export.ublk import UblkExport
+from bcachectl.engine.export.ublk_control import UblkControl, is_available, left_over, mark_of
+from bcachectl.engine.export.ublk_wire import DevInfo
 from bcachectl.engine.front import Volume
 from bcachectl.engine.io.loop import Loop, make_backend, make_entropy, make_sched
-from bcachectl.engine.io.medium import Medium
+from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.overlay import Overlay
+from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.errors import BcachectlError, Corrupt, DeviceError, Refused, UsageError, WrongState
 from bcachectl.ondisk.superblock import (
@@ -45,6 +51,10 @@ from bcachectl.ondisk.superblock import (
 )
 from bcachectl.units import format_uuid
 
+RELEASE_TIMEOUT_S = 20.0
+"""How long an engine that takes over waits for the devices of the one before: what that one had under way when it was
+killed is finished first."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostOptions:
@@ -53,6 +63,8 @@ class HostOptions:
     cache: str
     backings: tuple[str, ...] = ()
     use_loop: bool = False
+    use_ublk: bool = False
+    recover: bool = False
     use_nbd: bool = True
     nbd_socket: str | None = None
     read_only: bool = False
@@ -82,7 +94,9 @@ class EngineHost:
     def __init__(self, options: HostOptions) -> None:
         self.options = options
         self.wants_stop = False
-        self.loops: dict[str, LoopExport] = {}
+        self.block_exports: dict[str, LoopExport | UblkExport] = {}
+        self.ublk: UblkControl | None = None
+        self._left_over: list[DevInfo] = []
         self.nbd: NbdServer | None = None
         self.control: ControlServer | None = None
         self.trace: TextIO | None = None
@@ -90,16 +104,20 @@ class EngineHost:
         if options.use_loop and os.geteuid():
             raise Refused("a loop device needs root; run the engine as root, or use --export nbd")
         with contextlib.ExitStack() as undo:
+            if options.use_ublk:
+                self.ublk = UblkControl()
+                undo.callback(self.ublk.close)
             self.media: list[Medium] = []
             self._overlay: Overlay | None = None
             undo.callback(self._close_media)
             self._open_devices()
             self._check_superblocks()
+            self._find_left_over()
             if options.trace is not None:
                 self.trace = _open_trace(options.trace)
                 undo.callback(self.trace.close)
             self.sched = make_sched()
-            self.backend = make_backend(self.media, options.io_backend)
+            self.backend = self._make_backend()
             undo.callback(self.backend.close)
             self.bdevs = [self._bdev(index) for index in range(len(self.media))]
             self.cset = CacheSet(self.sched, self.bdevs[0], entropy=make_entropy(), options=Options(
@@ -117,7 +135,7 @@ class EngineHost:
     async def start(self) -> None:
         """Bring the set up and export its volumes; raises what keeps it from that."""
         options = self.options
-        if options.use_loop:
+        if options.use_loop or options.use_ublk:
             prepare_process()
         try:
             await self.cset.start()
@@ -126,6 +144,7 @@ class EngineHost:
         try:
             await self._start_exports()
         except (BcachectlError, OSError):
+            self._leave_taken_over()
             await self.stop()
             raise
 
@@ -145,16 +164,20 @@ class EngineHost:
             path = options.nbd_socket or os.path.join(os.path.dirname(socket_path(uuid)), f"{uuid}.nbd")
             self.nbd = NbdServer(self.loop, self.cset.volumes, self.media[0], os.path.abspath(path),
                                  block_bytes=max(medium.logical_block_bytes for medium in self.media))
-        if options.use_loop:
-            for volume in self.cset.volumes:
-                await self._start_loop(volume)
+        marks = {mark_of(self.cset.uuid, volume.uuid) for volume in self.cset.volumes}
+        for info in self._left_over:
+            if info.mark not in marks:
+                raise WrongState(f"/dev/ublkb{info.dev_id}: belongs to a volume of this set that is not here; name its "
+                                 "backing device with --backing")
+        for volume in self.cset.volumes:
+            await self._start_block_export(volume)
         self._volumes_seen = self._volume_count()
 
     def ready(self) -> list[Ready]:
         """Where the volumes are."""
         found = []
         for volume in self.cset.volumes:
-            export = self.loops.get(volume.name)
+            export = self.block_exports.get(volume.name)
             uri = None if self.nbd is None else f"nbd+unix:///{volume.name}?socket={quote(self.nbd.path)}"
             found.append(Ready(volume.name, format_uuid(volume.uuid), volume.size_sectors << 9,
                                None if export is None else export.device, uri))
@@ -173,16 +196,16 @@ class EngineHost:
         return self.wants_stop
 
     async def device_in_use(self) -> str | None:
-        """A loop device that is mounted or otherwise claimed."""
-        for export in self.loops.values():
+        """A loop or ublk device that is mounted or otherwise claimed."""
+        for export in self.block_exports.values():
             if await export.is_in_use():
                 return export.device
         return None
 
     async def stop(self) -> None:
         """End the exports, then the set.  A device that is in use is taken away all the same."""
-        for name in list(self.loops):
-            await self._stop_loop(name)
+        for name in list(self.block_exports):
+            await self._stop_block_export(name)
         if self.nbd is not None:
             await self.nbd.stop()
             self.nbd = None
@@ -190,10 +213,10 @@ class EngineHost:
 
     def close(self) -> None:
         """Give everything back, in whatever state it is."""
-        for export in self.loops.values():
+        for export in self.block_exports.values():
             with contextlib.suppress(DeviceError):
                 export.abort()
-        self.loops.clear()
+        self.block_exports.clear()
         if self.nbd is not None:
             self.nbd.close()
         if self.control is not None:
@@ -201,6 +224,8 @@ class EngineHost:
         self.flush()
         self.loop.close()
         self.backend.close()
+        if self.ublk is not None:
+            self.ublk.close()
         if self.trace is not None:
             self.trace.close()
         self._close_media()
@@ -256,12 +281,56 @@ class EngineHost:
 
     def _open(self, path: str) -> BlockDevice:
         is_written = not self.options.read_only and self.options.overlay is None
-        device = open_device(path, write=is_written, exclusive=True)
+        device = self._open_when_free(path, write=is_written)
         for other in self.media:
             if os.path.samefile(other.path, path):
                 device.close()
                 raise UsageError(f"{path}: is named twice")
         return device
+
+    def _open_when_free(self, path: str, *, write: bool) -> BlockDevice:
+        deadline_s = time.monotonic() + (RELEASE_TIMEOUT_S if self.options.recover else 0)
+        while True:
+            try:
+                return open_device(path, write=write, exclusive=True)
+            except DeviceError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(0.02)
+
+    def _make_backend(self) -> Backend:
+        try:
+            return make_backend(self.media, self.options.io_backend, waited_in=self.options.use_ublk)
+        except OSError as error:
+            if not self.options.use_ublk:
+                raise
+            raise WrongState(f"a ublk device needs io_uring, which this kernel does not give ({error.strerror}); use "
+                             "--export loop or --export nbd") from error
+
+    def _find_left_over(self) -> None:
+        # Devices of this set from an engine that was killed.  Whoever uses one waits for an engine that takes it over,
+        # and would find what another engine has written meanwhile behind its back.
+        options = self.options
+        control = self.ublk
+        if control is None and not options.read_only and options.overlay is None and is_available():
+            control = UblkControl()
+        if control is None:
+            return
+        try:
+            self._left_over = left_over(control, self._set_uuid)
+        finally:
+            if control is not self.ublk:
+                control.close()
+        remove = f"with 'bcachectl engine stop {format_uuid(self._set_uuid)}'"
+        if self._left_over and not options.recover:
+            names = ", ".join(f"/dev/ublkb{info.dev_id}" for info in self._left_over)
+            raise WrongState(f"{names}: left by an engine of this set that was killed; take it back with --export ublk "
+                             f"--recover, or remove it {remove}")
+        marks = [info.mark for info in self._left_over]
+        for info in self._left_over:
+            if marks.count(info.mark) > 1:
+                raise WrongState(f"/dev/ublkb{info.dev_id}: is not the only ublk device of its volume; remove all of "
+                                 f"this set {remove}")
 
     def _open_devices(self) -> None:
         options = self.options
@@ -300,6 +369,7 @@ class EngineHost:
             except Corrupt as corrupt:
                 raise _naming(medium.path, corrupt) from corrupt
         cache, *backings = found
+        self._set_uuid = cache.set_uuid
         if cache.is_backing:
             raise WrongState(f"{self.media[0].path}: is a backing device; name the set's cache device as --cache")
         for medium, backing in zip(self.media[1:], backings, strict=True):
@@ -350,30 +420,57 @@ class EngineHost:
         for target in targets:
             await tunables.set(target, name, text)
 
+    async def _start_block_export(self, volume: Volume) -> None:
+        if self.options.use_ublk:
+            await self._start_ublk(volume)
+        elif self.options.use_loop:
+            await self._start_loop(volume)
+
+    async def _start_ublk(self, volume: Volume) -> None:
+        assert self.ublk is not None and isinstance(self.backend, RingBackend)
+        below = self.media[volume.backing.index] if isinstance(volume, CachedDev) else None
+        mark = mark_of(self.cset.uuid, volume.uuid)
+        export = UblkExport(
+            self.loop, self.backend, self.ublk, volume, self.media[0], self.cset.buckets, mark=mark,
+            stream=len(self.block_exports) + 1,
+            block_bytes=max(medium.logical_block_bytes for medium in self.media),
+            can_discard=below is None or below.can_discard, can_zero=below is None or below.can_zero)
+        self.block_exports[volume.name] = export
+        for info in self._left_over:
+            if info.mark == mark:
+                self._left_over.remove(info)
+                await export.recover(info)
+                return
+        await export.start()
+
+    def _leave_taken_over(self) -> None:
+        # This start fails.  Whoever uses a device that was taken over waits for the next one.
+        for name, export in list(self.block_exports.items()):
+            if isinstance(export, UblkExport) and export.is_taken_over:
+                del self.block_exports[name]
+                export.abort()
+
     async def _start_loop(self, volume: Volume) -> None:
         directory = os.path.splitext(socket_path(format_uuid(self.cset.uuid)))[0]
         # A flash-only volume forgets what it held; a cached device passes it on.
         can_zero = not isinstance(volume, CachedDev) or self.media[volume.backing.index].can_zero
-        export = LoopExport(self.loop, volume, self.media[0], directory, stream=len(self.loops) + 1,
+        export = LoopExport(self.loop, volume, self.media[0], directory, stream=len(self.block_exports) + 1,
                             can_zero=can_zero)
-        self.loops[volume.name] = export
+        self.block_exports[volume.name] = export
         await export.start()
 
-    async def _stop_loop(self, name: str) -> None:
-        export = self.loops.pop(name)
-        if await export.is_in_use():
-            export.abort()
-        else:
-            await export.stop()
+    async def _stop_block_export(self, name: str) -> None:
+        export = self.block_exports.pop(name)
+        await export.stop(wait=not await export.is_in_use())
 
     async def _follow_volumes(self) -> None:
         names = {volume.name for volume in self.cset.volumes}
         for volume in self.cset.volumes:
-            if self.options.use_loop and volume.name not in self.loops:
-                await self._start_loop(volume)
-        for name in sorted(self.loops):
+            if volume.name not in self.block_exports:
+                await self._start_block_export(volume)
+        for name in sorted(self.block_exports):
             if name not in names:
-                await self._stop_loop(name)
+                await self._stop_block_export(name)
 
 
 def _naming(path: str, corrupt: Corrupt) -> Corrupt:

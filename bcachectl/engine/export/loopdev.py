@@ -80,8 +80,13 @@ class LoopExport:
         device = self.device
         return device is not None and await self.loop.call_in_thread(lambda: is_claimed(device))
 
-    async def stop(self) -> None:
-        """Detach and unmount, in good order; the caller has seen that the device is not in use."""
+    async def stop(self, *, wait: bool = True) -> None:
+        """Detach and unmount, in good order; the caller has seen that the device is not in use.  Without ``wait``: at
+        once, whoever uses it.
+        """
+        if not wait:
+            self.abort()
+            return
         device, self.device = self.device, None
         if device is not None:
             await self.loop.call_in_thread(lambda: detach(device, self.path))
