@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,9 +159,10 @@ def judge(shape: Shape, directory: Path, cache: Path, backings: list[Path], judg
     found = [finding for finding in report["findings"] if finding["severity"] != "note"]
     assert found == [], found[:5]
     with engine_on(directory, cache, backings, "--read-only") as engine:
+        names = {volume["uuid"]: volume["volume"] for volume in engine.volumes}
         for number, one in enumerate(judges):
-            content = NbdClient(engine.socket(), f"bcache{number}").read_all()
-            assert one.judge(content) == [], f"the engine serves bcache{number}"
+            content = NbdClient(engine.socket(), names[uuid_of(backings[number])]).read_all()
+            assert one.judge(content) == [], f"the engine serves {backings[number].name}"
         engine.stop()
     ours = bcachectl("dump", "btree", "--format=kernel", cache, directory=directory)
     assert [digest(path) for path in (cache, *backings)] == before, "a reading verb has written"
@@ -193,6 +195,13 @@ def call(directory: Path, *words: str | Path) -> str:
                           env={**os.environ, "XDG_STATE_HOME": str(directory / "state")})
     assert done.returncode in (0, 1, 4), f"{words}: {done.returncode}\n{done.stdout[-2000:]}{done.stderr}"
     return done.stdout
+
+
+def uuid_of(backing: Path) -> str:
+    """The uuid in a backing device's superblock; a device that was attached anew comes later among the volumes."""
+    with backing.open("rb") as file:
+        file.seek(4096 + 40)
+        return str(uuid.UUID(bytes=file.read(16)))
 
 
 def digest(path: Path) -> str:
