@@ -28,7 +28,7 @@ from bcachectl.engine.node import DIRTY, FLAGS, HAS_PTR, PENDING, SIZE_MASK, Ext
 from bcachectl.engine.sched import NS_PER_S, Mutex, Task, WaitQueue
 from bcachectl.errors import Corrupt
 from bcachectl.ondisk.bkey import MAX_POS, KeyColumns, pack_key
-from bcachectl.ondisk.bset import BsetImage, decode_node, encode_bset
+from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BsetImage, decode_node, encode_bset
 from bcachectl.ondisk.magic import bset_magic
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from bcachectl.engine.journal import JournalPin
 
 LEAF_WRITE_BYTES = 4096 - 48
-"""A set that grew past this is written at once (btree.c, bch_btree_leaf_dirty)."""
+LEAF_WRITE_SHIFT = 5
+"""A set that grew past a page is written at once (btree.c, bch_btree_leaf_dirty); in nodes of more than 128 KiB, past
+1/32 of the node: each such write flushes the device, and what is pending is in the journal."""
 LEAF_WRITE_DELAY_NS = 30 * NS_PER_S
 """A dirty leaf is written at the latest after this time."""
 
@@ -47,6 +49,7 @@ class Btree:
     __slots__ = (
         "cset",
         "magic",
+        "leaf_write_bytes",
         "root",
         "leaves",
         "dirty_leaves",
@@ -65,6 +68,7 @@ class Btree:
     def __init__(self, cset: CacheSet, root: Node) -> None:
         self.cset = cset
         self.magic = bset_magic(cset.sb.set_uuid)
+        self.leaf_write_bytes = max(LEAF_WRITE_BYTES, cset.geometry.node_sectors << 9 >> LEAF_WRITE_SHIFT)
         self.root = root
         self.leaves: dict[Node, None] = {}
         self.dirty_leaves: dict[Node, None] = {}
@@ -347,6 +351,11 @@ class Btree:
         if new.flags & DIRTY:
             cset.account_dirty(new.start, new.end - new.start)
         self.inserts += 1
+        self.touched(leaf, pin)
+
+    def touched(self, leaf: Node, pin: JournalPin | None) -> None:
+        """Keys of a journal entry were inserted into a leaf: it holds the entry, and is to be written."""
+        cset = self.cset
         self.changes += 1
         leaf.used = 1
         if pin is not None and (leaf.pin is None or pin.seq < leaf.pin.seq):
@@ -359,7 +368,7 @@ class Btree:
             self.dirty_leaves[leaf] = None
             leaf.dirty_ns = cset.sched.now_ns
             self.flush_wake.wake_all()
-        if 32 + 8 * leaf.pending_words > LEAF_WRITE_BYTES and not leaf.writing:
+        if BSET_HEADER_BYTES + 8 * leaf.pending_words > self.leaf_write_bytes and not leaf.writing:
             cset.sched.spawn(self.write_leaf(leaf), "write leaf")
 
     async def insert(self, new: Extent, pin: JournalPin | None) -> bool:

@@ -213,6 +213,23 @@ class Node:
             ptrs[first:last] = array("Q", [piece[2] for piece in pieces])
         return overwritten
 
+    def overwrite_dirty(self, start: int, end: int, ptr: int) -> bool:
+        """What `insert` does of a dirty extent that covers exactly one that is there and dirty: only the pointer
+        changes.  False, and nothing done, if there is none such.
+        """
+        ends, metas = self.ends, self.meta
+        index = bisect_right(ends, start)
+        if index == len(ends) or ends[index] != end:
+            return False
+        meta = metas[index]
+        if meta & SIZE_MASK != end - start or meta & FLAGS != FLAGS:
+            return False
+        if not meta & PENDING:
+            metas[index] = meta | PENDING
+            self.pending_words += 3
+        self.ptrs[index] = ptr
+        return True
+
     def drop_written_holes(self) -> None:
         """Forget holes that are in a written set: nothing in memory lies beneath them."""
         meta = np.array(self.meta, np.uint32)

@@ -26,16 +26,13 @@ class Streams:
         self.recent: dict[int, tuple[int, int]] = {}
         self.lengths: dict[int, tuple[int, int]] = {}
 
-    def run_sectors(self, start: int, nsectors: int, *, stream: int, now_ns: int) -> int:
-        """What `note` would return, without counting anything."""
-        nbytes = nsectors << 9
+    def reaches(self, start: int, nsectors: int, cutoff_bytes: int, *, stream: int, now_ns: int) -> bool:
+        """Whether `note` would return ``cutoff_bytes`` or more, without counting anything."""
         run, average = self.lengths.get(stream, (0, 0))
         found = self.recent.get(start)
         if found is not None and now_ns - found[1] < RECENT_NS:
-            nbytes += found[0]
-        else:
-            average = (average * 7 + run) >> 3
-        return max(nbytes, average) >> 9
+            return found[0] + (nsectors << 9) >= cutoff_bytes or average >= cutoff_bytes
+        return nsectors << 9 >= cutoff_bytes or (average * 7 + run) >> 3 >= cutoff_bytes
 
     def note(self, start: int, nsectors: int, *, stream: int, now_ns: int) -> int:
         """Count a request; returns the sectors that the cutoff is compared with."""

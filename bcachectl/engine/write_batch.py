@@ -22,10 +22,11 @@ cancelled.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.front import NOT_NOW
-from bcachectl.engine.node import DIRTY, HAS_PTR, Extent, Node
+from bcachectl.engine.node import FLAGS, Extent, Node
 from bcachectl.engine.request import keeps_back
 from bcachectl.ondisk.bkey import KEY_BYTES, pack_dirty_keys
 
@@ -38,89 +39,123 @@ two."""
 
 
 class WriteBatch:
-    """The batch of one cached device: empty but between `place` and `commit`."""
+    """The batch of one cached device: empty but between `place` and `commit`.
 
-    __slots__ = ("dev", "placed")
+    ``extents`` are (start, end, pointer word), ``leaves`` where their keys go, ``pins`` the buckets that hold a pin for
+    one of them.
+    """
+
+    __slots__ = ("dev", "extents", "leaves", "pins")
 
     def __init__(self, dev: CachedDev) -> None:
         self.dev = dev
-        self.placed: list[tuple[tuple[int, int, int], Node]] = []
+        self.extents: list[tuple[int, int, int]] = []
+        self.leaves: list[Node] = []
+        self.pins: list[int] = []
 
     def place(self, writes: list[tuple[int, int]], stream: int) -> list[int]:
         """Where the data of each (sector, nsectors) is to be written now, a byte of the cache device; or NOT_NOW.
 
         The sectors are the volume's.  After this comes `commit` or `abandon`, before anything else of the engine runs.
         """
-        assert not self.placed
+        assert not self.extents
         dev = self.dev
+        if not keeps_back(dev):
+            return [NOT_NOW] * len(writes)
         cset = dev.cset
-        room = cset.journal.room_bytes() // KEY_BYTES if keeps_back(dev) else 0
-        ranges, streams, buckets = dev.ranges, dev.streams, cset.buckets
-        mask, cutoff_sectors, now_ns = dev.block_mask, dev.sequential_cutoff >> 9, cset.sched.now_ns
-        words = WORDS_PER_INSERT * len(writes)
+        room = cset.journal.room_bytes() // KEY_BYTES
+        ranges, streams, sectors, buckets = dev.ranges, dev.streams, cset.sectors, cset.buckets
+        extents, root, has_room = self.extents, cset.btree.root, self._rooms(len(writes))
+        data_offset, base, mask, size_sectors = dev.data_offset, dev.base, dev.block_mask, dev.size_sectors
+        cutoff_bytes, now_ns, shift = dev.sequential_cutoff >> 9 << 9, cset.sched.now_ns, buckets.bucket_shift
+        open_bucket, marked = None, -1
         places = []
         for sector, nsectors in writes:
             places.append(NOT_NOW)
-            first = sector + dev.data_offset
-            last = first + nsectors
-            if not room or (first | nsectors) & mask or sector + nsectors > dev.size_sectors:
+            first = sector + data_offset
+            if len(extents) == room or (first | nsectors) & mask or sector + nsectors > size_sectors:
                 continue
-            if ranges.writes and ranges.writing(first, last):
+            if ranges.writes and ranges.writing(first, first + nsectors):
                 continue
-            leaf = self._leaf(dev.base + first, dev.base + last, words)
-            if leaf is None:
+            start = base + first
+            leaf: Node | None = root
+            while leaf is not None and leaf.level:
+                leaf = leaf.children[bisect_right(leaf.ends, start)]
+            if leaf is None or start + nsectors > leaf.end or not has_room(leaf):
                 continue
-            if 0 < cutoff_sectors <= streams.run_sectors(first, nsectors, stream=stream, now_ns=now_ns):
+            if cutoff_bytes and streams.reaches(first, nsectors, cutoff_bytes, stream=stream, now_ns=now_ns):
                 continue
-            ptr = cset.sectors.alloc_whole(dev.base + first, nsectors, write_point=stream)
+            ptr = sectors.take(open_bucket, start, nsectors) if open_bucket is not None else 0
             if not ptr:
-                continue
-            streams.note(first, nsectors, stream=stream, now_ns=now_ns)
+                ptr = sectors.alloc_whole(start, nsectors, write_point=stream)
+                if not ptr:
+                    continue
+                open_bucket = sectors.last_used()
+                self.pins.append((ptr >> 8) >> shift)
+            if cutoff_bytes:
+                streams.note(first, nsectors, stream=stream, now_ns=now_ns)
             if ranges.fills:
-                ranges.cancel_fills(first, last)
-            # Before the key is in the map: a gc that runs later must not take the bucket for clean.
-            buckets.mark_dirty(buckets.bucket_of(ptr))
-            self.placed.append(((dev.base + first, dev.base + last, ptr), leaf))
+                ranges.cancel_fills(first, first + nsectors)
+            if (ptr >> 8) >> shift != marked:
+                # Before the key is in the map: a gc that runs later must not take the bucket for clean.
+                marked = (ptr >> 8) >> shift
+                buckets.mark_dirty(marked)
+            extents.append((start, start + nsectors, ptr))
+            self.leaves.append(leaf)
             places[-1] = (ptr >> 8) << 9
-            room -= 1
         return places
 
-    def _leaf(self, start: int, end: int, words: int) -> Node | None:
-        # The leaf for keys of [start, end), if an insert there need not wait.
-        cset = self.dev.cset
-        node: Node | None = cset.btree.root
-        while node is not None and node.level:
-            node = node.children[bisect_right(node.ends, start)]
-        if node is None or node.frozen or end > node.end or not node.has_room(words, cset.geometry):
-            return None
-        return node
+    def _rooms(self, count: int) -> Callable[[Node], bool]:
+        # Whether ``count`` inserts into a leaf need not wait; asked of each leaf once.
+        known: dict[Node, bool] = {}
+        geometry = self.dev.cset.geometry
+
+        def has_room(leaf: Node) -> bool:
+            found = known.get(leaf)
+            if found is None:
+                found = known[leaf] = not leaf.frozen and leaf.has_room(WORDS_PER_INSERT * count, geometry)
+            return found
+
+        return has_room
 
     def commit(self, duration_ns: int) -> None:
         """The data of all that was placed is written, in ``duration_ns``: put it in journal and map."""
-        placed, self.placed = self.placed, []
-        if not placed:
+        extents, leaves = self.extents, self.leaves
+        if not extents:
             return
         dev = self.dev
         cset = dev.cset
+        btree, buckets, stats = cset.btree, cset.buckets, dev.stats
         cset.congestion.account(duration_ns, is_write=True)
-        pin = cset.journal.add_nowait(pack_dirty_keys([extent for extent, _leaf in placed]))
+        pin = cset.journal.add_nowait(pack_dirty_keys(extents))
         assert pin is not None, "there was room when the writes were placed"
         nsectors = 0
-        for (start, end, ptr), leaf in placed:
-            cset.btree.insert_into(leaf, Extent(start, end, HAS_PTR | DIRTY, ptr), pin)
-            cset.buckets.unpin(cset.buckets.bucket_of(ptr))
-            cset.alloc.rescale(end - start)
+        for (start, end, ptr), leaf in zip(extents, leaves, strict=True):
             nsectors += end - start
+            if leaf.overwrite_dirty(start, end, ptr):
+                btree.inserts += 1
+            else:
+                btree.insert_into(leaf, Extent(start, end, FLAGS, ptr), pin)
+        for leaf in dict.fromkeys(leaves):
+            btree.touched(leaf, pin)
         cset.journal.unpin(pin)
+        self._drop_pins()
         cset.gc.note_sectors(nsectors)
-        cset.cache.submitted += len(placed)
-        dev.stats.write_requests += len(placed)
-        dev.stats.write_sectors += nsectors
+        buckets.rescale_sectors -= nsectors
+        while buckets.rescale_sectors < 0:
+            cset.alloc.rescale(0)
+        cset.cache.submitted += len(extents)
+        stats.write_requests += len(extents)
+        stats.write_sectors += nsectors
         dev.writeback.note_request()
+        self.extents, self.leaves = [], []
 
     def abandon(self) -> None:
-        """Not all of the data could be written: no key was made, and the sectors are lost until gc finds them."""
-        buckets = self.dev.cset.buckets
-        for (_start, _end, ptr), _leaf in self.placed:
-            buckets.unpin(buckets.bucket_of(ptr))
-        self.placed = []
+        """Not all of the data could be written: no key is made, and the sectors are lost until gc finds them."""
+        self._drop_pins()
+        self.extents, self.leaves = [], []
+
+    def _drop_pins(self) -> None:
+        for bucket in self.pins:
+            self.dev.cset.buckets.unpin(bucket)
+        self.pins.clear()

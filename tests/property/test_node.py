@@ -76,6 +76,24 @@ class LeafMachine(RuleBasedStateMachine):
             else:
                 self.model.pop(position, None)
 
+    @precondition(lambda self: self.model)
+    @rule(which=st.integers(0, 1000), short=st.booleans())
+    def overwrite(self, which: int, short: bool) -> None:
+        """Exactly one extent that is dirty, or not."""
+        if not self.node.has_room(9, GEOMETRY):
+            return
+        extent = self.node.extent(which % len(self.node.ends))
+        self.next_sector += GEOMETRY.bucket_size_sectors - self.next_sector % GEOMETRY.bucket_size_sectors
+        ptr = self.next_sector << 8 | 5
+        end = extent.end - short
+        fits = extent.flags == DIRTY | HAS_PTR and not short
+        if end > extent.start and self.node.overwrite_dirty(extent.start, end, ptr):
+            assert fits
+            for position in range(extent.start, end):
+                self.model[position] = (extent.flags, ptr + ((position - extent.start) << 8))
+        else:
+            assert not fits
+
     @precondition(lambda self: self.node.pending_words)
     @rule()
     def write(self) -> None:

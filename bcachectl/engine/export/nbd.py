@@ -214,10 +214,14 @@ class Connection:
         if handshake.is_over:
             self.is_leaving = True
         elif handshake.volume is not None:
-            self.volume = handshake.volume
-            self.size_bytes = self.volume.size_sectors << 9
-            # Behind the replies to reads there is always room for those to one batch of writes.
-            self._arena = memoryview(mmap.mmap(-1, ARENA_BYTES + MAX_BATCH * wire.SIMPLE_REPLY.size))
+            self.choose(handshake.volume)
+
+    def choose(self, volume: Volume) -> None:
+        """The negotiation is over: requests for the volume follow."""
+        self.volume = volume
+        self.size_bytes = volume.size_sectors << 9
+        # Behind the replies to reads there is always room for those to one batch of writes.
+        self._arena = memoryview(mmap.mmap(-1, ARENA_BYTES + MAX_BATCH * wire.SIMPLE_REPLY.size))
 
     def _transmit(self) -> None:
         # The hot loop: everything it needs is a local variable.
@@ -576,12 +580,7 @@ class NbdServer:
             sock.close()
             return
         sock.setblocking(False)
-        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
-                break
-            except OSError:
-                continue
+        enlarge(sock)
         self._serial += 1
         connection = Connection(self, sock, self._serial)
         self.connections[connection.fd] = connection
@@ -642,6 +641,16 @@ def _write_places(fd: int, places: list[int], payloads: list[memoryview]) -> boo
         side_by_side.append(payload)
         end = place + len(payload)
     return True
+
+
+def enlarge(sock: socket.socket) -> None:
+    """Let a socket take many answers at once, as far as the system allows."""
+    for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+            return
+        except OSError:
+            continue
 
 
 def listen(path: str) -> socket.socket:
