@@ -38,7 +38,7 @@ from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
 from bcachectl.ondisk.magic import bset_magic
 from bcachectl.ondisk.superblock import NBUCKETS_MIN_RUN, SB_SECTOR, Superblock
-from bcachectl.ondisk.uuids import UUID_FLASH_ONLY
+from bcachectl.ondisk.uuids import FREE, UUID_FLASH_ONLY
 
 FINDINGS_LIMIT = 10_000
 UNKNOWN_CODES = ("JOURNAL_GAP", "JOURNAL_CSUM", "JOURNAL_KEYS", "JOURNAL_EMPTY", "BTREE_ROOT_PTR")
@@ -267,8 +267,10 @@ class Check:
 
     def volume_name(self, inode: int) -> str:
         """The name of a volume as the other verbs say it, ``slot N`` for a device that the set no longer knows."""
-        live = [slot for slot, entry in enumerate(self.walk.uuids) if not entry.is_free and not entry.is_retired]
-        return f"bcache{live.index(inode)}" if inode in live else f"slot {inode}"
+        entries = self.walk.uuids
+        if inode >= len(entries) or entries[inode].is_free or entries[inode].is_retired:
+            return f"slot {inode}"
+        return f"bcache{sum(not entry.is_free and not entry.is_retired for entry in entries[:inode])}"
 
     def data_offset(self, inode: int) -> int:
         """The sector of a backing device at which its volume begins; 16 if the device was not given."""
@@ -336,6 +338,8 @@ class Check:
     def _uuids(self) -> None:
         seen: dict[bytes, int] = {}
         for slot, entry in enumerate(self.walk.uuids):
+            if entry is FREE:
+                continue
             where = f"uuid array, slot {slot}"
             if entry.is_free or entry.is_retired:
                 if entry.is_free and (entry.sectors or entry.flags or any(entry.label)):
@@ -580,7 +584,8 @@ class Check:
         for inode, dirty in sorted(self.dirty.items()):
             if inode >= len(walk.uuids):
                 self._add(Finding("EXTENT_INODE", "btree", f"{dirty.sectors} dirty sectors of device number {inode}; "
-                                  f"there are {len(walk.uuids)} slots"), inode << INODE_SHIFT, inode + 1 << INODE_SHIFT)
+                                  f"there are {len(walk.uuids)} slots"), inode << INODE_SHIFT,
+                          min(inode + 1 << INODE_SHIFT, MAX_POS))
                 extents = self.dirty_extents(inode)
                 for row in range(len(extents.start)):
                     self._drop(extents, row)

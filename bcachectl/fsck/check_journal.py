@@ -15,7 +15,7 @@ import numpy as np
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck.findings import Finding
 from bcachectl.fsck.walk import JournalEntry, Walk
-from bcachectl.ondisk.bkey import INODE_SHIFT, decode_key_columns
+from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, JSET_VERSION, decode_jset
 from bcachectl.ondisk.magic import jset_magic
@@ -139,10 +139,11 @@ def _check_full(walk: Walk) -> Iterator[Finding]:
 
 
 def _check_keys(walk: Walk) -> Iterator[Finding]:
-    for entry in walk.replay:
-        try:
-            keys = decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8)
-        except Corrupt:
+    sound = walk.sound_journal
+    if sound is not None and int(sound.pos.max(initial=0)) >> INODE_SHIFT < walk.geometry.nr_uuids:
+        return
+    for entry, keys in zip(walk.replay, walk.journal_keys, strict=True):
+        if isinstance(keys, Corrupt):
             continue  # The walk has said so.
         inodes = keys.pos >> np.uint64(INODE_SHIFT)
         wrong = np.flatnonzero((inodes >= walk.geometry.nr_uuids) & (keys.size > 0))

@@ -383,13 +383,12 @@ def interior_key(keys: KeyColumns, row: int) -> Bkey:
 
 def journal_map(walk: Walk) -> Extents:
     """The journal's keys as a flat map; those that no kernel accepts are tagged as lost."""
+    if walk.plain_journal is not None:
+        return _retag(walk.plain_journal, np.ones(len(walk.plain_journal.start), np.bool_), TAG_JOURNAL)
     parts: list[Extents] = []
-    for entry in walk.replay:
-        try:
-            keys, is_valid = decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8), True
-        except Corrupt:
-            keys, is_valid = plausible_keys(entry.jset.keys), False
-        part = _tagged(walk, SalvagedSet(0, keys, is_valid))
+    for entry, found in zip(walk.replay, walk.journal_keys, strict=True):
+        keys = plausible_keys(entry.jset.keys) if isinstance(found, Corrupt) else found
+        part = _tagged(walk, SalvagedSet(0, keys, keys is found))
         parts.append(_retag(part, part.csum == TAG_NONE, TAG_JOURNAL))
     return extent.flatten(extent.concatenate(parts))
 

@@ -41,6 +41,7 @@ from bcachectl.ondisk.bkey import (
     MAX_INODE,
     PTR_DEV,
     SECTOR_MASK,
+    SHORTEST_KEY_WORDS,
     KeyColumns,
     decode_key_columns,
 )
@@ -363,7 +364,7 @@ def _set_bounds(keys: KeyColumns, counts: list[int]) -> npt.NDArray[np.intp] | N
     # Where each set's keys end among all keys; None if a key crosses from one set into the next.
     if len(counts) == 1:
         return np.array([len(keys.pos)], np.intp)
-    ends = np.cumsum(keys.nptrs.astype(np.int64) + 2)
+    ends = np.cumsum(keys.nptrs.astype(np.int64) + SHORTEST_KEY_WORDS)
     wanted = np.cumsum(counts)
     bounds: npt.NDArray[np.intp] = np.searchsorted(ends, wanted) + 1
     return bounds if bool((ends[bounds - 1] == wanted).all()) else None

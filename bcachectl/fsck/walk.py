@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,7 @@ from bcachectl.ondisk.bkey import (
     PTR_GEN,
     PTR_OFFSET,
     SECTOR_MASK,
+    SHORTEST_KEY_WORDS,
     Bkey,
     KeyColumns,
     Ptr,
@@ -186,6 +188,36 @@ class Walk:
         self._visited: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.journal_map = extent.empty()
         """The keys of the journal as a flat map, holes included."""
+
+    @cached_property
+    def journal_keys(self) -> list[KeyColumns | Corrupt]:
+        """The keys of each entry of `replay`, or what is wrong with them; to be asked when the journal is known."""
+        found: list[KeyColumns | Corrupt] = []
+        for entry in self.replay:
+            try:
+                found.append(decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8))
+            except Corrupt as error:
+                found.append(error)
+        return found
+
+    @cached_property
+    def sound_journal(self) -> KeyColumns | None:
+        """The keys of all entries of `replay` in one table; None if there is anything to say about one of them."""
+        words = [len(entry.jset.keys) // 8 for entry in self.replay]
+        try:
+            keys = decode_key_columns(b"".join(entry.jset.keys for entry in self.replay), sum(words))
+        except Corrupt:
+            return None
+        # Of each entry the last key must end with it.
+        ends = np.concatenate(([0], np.cumsum(keys.nptrs.astype(np.int64) + SHORTEST_KEY_WORDS)))
+        is_whole = bool(np.isin(np.cumsum(words), ends).all())
+        return keys if is_whole and not validity.extents_fatal(keys, self.geometry).any() else None
+
+    @cached_property
+    def plain_journal(self) -> Extents | None:
+        """`sound_journal` as a flat map, holes included."""
+        keys = self.sound_journal
+        return extent.flatten(extent.from_keys(keys)) if keys is not None else None
 
     @property
     def newest(self) -> Jset | None:
@@ -354,6 +386,9 @@ class Walk:
         tallier = self._tallier() if self.processes else None
         # A stack, not recursion: the level of a damaged root may say anything.
         todo: list[Child] = [(level, root, 0, MAX_POS)]
+        if level == 0 and tallier is not None:
+            yield from self._walk_leaves(todo, tallier)
+            return
         while todo:
             child = todo.pop()
             node = yield from self._walk_node(child)
@@ -387,23 +422,10 @@ class Walk:
 
     def _tallier(self) -> Tallier | None:
         # None where a leaf cannot be told apart from a damaged one by counting.
-        journal = self._plain_journal()
+        journal = self.plain_journal
         if journal is None or not self._gen_known.all() or self.geometry.bucket_size_sectors > RUN_MASK:
             return None
         return Tallier(self.read, self.geometry, self._bset_magic, self.gens, journal)
-
-    def _plain_journal(self) -> Extents | None:
-        # The keys of the journal as a flat map; None if there is anything to say about one.
-        parts: list[Extents] = []
-        for entry in self.replay:
-            try:
-                keys = decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8)
-            except Corrupt:
-                return None
-            if validity.extents_fatal(keys, self.geometry).any():
-                return None
-            parts.append(extent.from_keys(keys))
-        return extent.flatten(extent.concatenate(parts))
 
     def _walk_leaves(self, children: Sequence[Child], tallier: Tallier) -> Iterator[Record | Damage]:
         # The leaves below one node.  What is not plain is read again, by the way of all nodes.
@@ -551,13 +573,15 @@ class Walk:
         self.gens[bucket[newest_last]] = gen[newest_last]
 
     def _mark_journal(self) -> Iterator[Damage]:
+        if self.sound_journal is not None and self.plain_journal is not None:
+            self.mark_columns([self.sound_journal], 0)
+            self.journal_map = self.plain_journal
+            return
         parts: list[Extents] = []
-        for entry in self.replay:
+        for entry, keys in zip(self.replay, self.journal_keys, strict=True):
             where = f"journal entry {entry.jset.seq} in bucket {entry.index}"
-            try:
-                keys = decode_key_columns(entry.jset.keys, len(entry.jset.keys) // 8)
-            except Corrupt as error:
-                yield Damage(where, f"{error.where}: {error.why}", 0, 0)
+            if isinstance(keys, Corrupt):
+                yield Damage(where, f"{keys.where}: {keys.why}", 0, 0)
                 continue
             fatal = validity.extents_fatal(keys, self.geometry)
             for row in np.flatnonzero(fatal):

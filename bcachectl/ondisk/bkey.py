@@ -93,7 +93,7 @@ MAX_OFFSET = (1 << 63) - 1
 _MASK64 = (1 << 64) - 1
 _DOUBLINGS = 4              # `_key_starts` leaps over 2 ** 4 keys in a stream
 _LONG_STREAM_WORDS = 512    # of this length; in a shorter one it visits each
-_SHORTEST_KEY_WORDS = 2
+SHORTEST_KEY_WORDS = 2
 _KEY2 = struct.Struct("<QQ")
 _KEY3 = struct.Struct("<QQQ")
 _DIRTY_KEY3 = HIGH_ONE | 1 << 60 | 1 << 36
@@ -230,7 +230,7 @@ def decode_keys(words: Buffer) -> list[Bkey]:
     keys = []
     at = 0
     while at < len(values):
-        stop = at + _SHORTEST_KEY_WORDS + (values[at] >> 60 & 7)
+        stop = at + SHORTEST_KEY_WORDS + (values[at] >> 60 & 7)
         if stop > len(values):
             raise Corrupt(f"key at word {at} of {len(values)}", "runs past the end of its set")
         keys.append(_bkey(values[at], values[at + 1], values[at + 2:stop]))
@@ -281,7 +281,7 @@ def encode_key_columns(pos: npt.NDArray[np.uint64], size: npt.NDArray[np.uint32]
         assert int(nptrs.max(initial=1)) == 1, "a key with several pointers"
         return words.tobytes()
     assert int(nptrs.max()) <= 1, "a key with several pointers"
-    ends = np.cumsum(nptrs.astype(np.int64) + _SHORTEST_KEY_WORDS)
+    ends = np.cumsum(nptrs.astype(np.int64) + SHORTEST_KEY_WORDS)
     starts = np.concatenate(([0], ends[:-1]))
     stream = np.empty(int(ends[-1]), "<u8")
     stream[starts] = high
@@ -295,13 +295,13 @@ def _split_words(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64],
     """The columns high, low and first pointer of a key stream, copied out of it."""
     nr_u64s = len(words)
     if nr_u64s:
-        stride = _SHORTEST_KEY_WORDS + (int(words[0]) >> 60 & 7)
+        stride = SHORTEST_KEY_WORDS + (int(words[0]) >> 60 & 7)
         if nr_u64s % stride == 0:
             # Rows as long as the first key hold one key each exactly if they all say so.
             rows = words.reshape(-1, stride)
             high = rows[:, 0].copy()
-            if bool((high >> 60 & 7 == stride - _SHORTEST_KEY_WORDS).all()):
-                ptr = rows[:, 2].copy() if stride > _SHORTEST_KEY_WORDS else np.zeros(len(rows), np.uint64)
+            if bool((high >> 60 & 7 == stride - SHORTEST_KEY_WORDS).all()):
+                ptr = rows[:, 2].copy() if stride > SHORTEST_KEY_WORDS else np.zeros(len(rows), np.uint64)
                 return high, rows[:, 1].copy(), ptr
     starts = _key_starts(words)
     high = words[starts]
@@ -321,7 +321,7 @@ def _key_starts(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
     """
     nr_u64s = len(words)
     following = np.arange(nr_u64s + 2, dtype=np.intp)
-    following[:nr_u64s] += _SHORTEST_KEY_WORDS
+    following[:nr_u64s] += SHORTEST_KEY_WORDS
     following[:nr_u64s] += (words >> 60 & 7).astype(np.intp)
     np.minimum(following, nr_u64s + 1, out=following)
     leap = following

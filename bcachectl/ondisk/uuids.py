@@ -18,6 +18,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from construct import Bytes, Int32ul, Int64ul
 from construct import Struct as Layout
 
@@ -93,11 +94,19 @@ class UuidEntry:
         return self.label.split(b"\0")[0].split(b"\n")[0].decode("utf-8", "backslashreplace")
 
 
+FREE = UuidEntry()
+"""A slot that was never used; `decode_uuids` gives this very entry for each of them."""
+
+
 def decode_uuids(buf: Buffer) -> list[UuidEntry]:
     """All slots of an array, in order."""
     if len(buf) % UUID_ENTRY_BYTES:
         raise Corrupt("uuid array", f"length {len(buf)} is not a multiple of {UUID_ENTRY_BYTES}")
-    return [UuidEntry(*fields) for fields in _ENTRY.iter_unpack(buf)]
+    entries = [FREE] * (len(buf) // UUID_ENTRY_BYTES)
+    used = np.frombuffer(buf, "<u8").reshape(len(entries), UUID_ENTRY_BYTES // 8) != 0
+    for slot in np.flatnonzero(used.any(axis=1)).tolist():
+        entries[slot] = UuidEntry(*_ENTRY.unpack_from(buf, slot * UUID_ENTRY_BYTES))
+    return entries
 
 
 def decode_uuids_v0(buf: Buffer) -> list[UuidEntry]:

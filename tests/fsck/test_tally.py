@@ -17,7 +17,7 @@ from bcachectl.fsck import fanout
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.salvage import journal_map, leaf_map
 from bcachectl.fsck.walk import Damage, PlainLeaf, Walk
-from bcachectl.ondisk.bkey import INODE_SHIFT
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS
 from tests.fsck.image import Image
 
 STORIES = ("deep_crash", "gen_churn", "killed", "thrash_crash")
@@ -105,6 +105,17 @@ def test_nothing_else_is_found(golden: Callable[..., Path], name: str) -> None:
         for _ in range(dice.choice([1, 1, 2, 5])):
             change_key(image, dice)
         assert report(image, 1) == report(image, 0), f"mutant {number}"
+
+
+def test_the_last_device_number(golden: Callable[..., Path]) -> None:
+    image = base_image(golden("gen_churn") / "cache.img").fresh()
+    node = next(node for node in reversed(image.nodes) if not node.level and node.end == MAX_POS)
+    row = len(node.sets[0].keys.pos) - 1
+    at = image.set_at(node, 0) + image.key_at(node, 0, row)
+    high, = struct.unpack("<Q", image.cache.get(at, 8))
+    image.cache.put(at, struct.pack("<Q", high | 0xFFFFF | 1 << 36))
+    image.fix_set(node, 0)
+    assert any("EXTENT_INODE" in line for line in report(image, 1))
 
 
 def test_processes(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
