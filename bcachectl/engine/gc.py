@@ -53,10 +53,12 @@ if TYPE_CHECKING:
 GC_MERGE_NODES = 4
 LEAF_COST_KEYS = 1024
 """What a visit of a leaf costs besides its keys."""
+WRITE_COST_KEYS = 1 << 12
+"""What writing a leaf costs."""
 SLEEP_NS = 20 * NS_PER_MS
 """Pause between two slices while requests come in (the kernel's is 100 ms, after ten nodes or more)."""
 HURRY_SLEEP_NS = 1 * NS_PER_MS
-"""The same when the allocator has asked for the run."""
+"""The same when the run is wanted soon."""
 REWRITE_STALE = 10
 """A node with a pointer this many gens behind is rewritten, so that last_gc can advance (btree.c, gc_rewrite)."""
 KEY_TOO_STALE = 96
@@ -200,7 +202,8 @@ class Gc:
         if not busy or cset.stopping or len(cset.alloc.bucket_wait):
             await cset.sched.yield_now()
         else:
-            sleep_ns = HURRY_SLEEP_NS if cset.alloc.invalidate_needs_gc else SLEEP_NS
+            hurry = cset.alloc.invalidate_needs_gc or self.sectors_to_gc < 0
+            sleep_ns = HURRY_SLEEP_NS if hurry else SLEEP_NS
             await cset.sched.sleep_until(cset.sched.now_ns + sleep_ns)
 
     async def _walk(self, marks: Marks) -> bool:
@@ -255,6 +258,7 @@ class Gc:
         if leaf.pending_words:
             # Also if a write is under way: what became pending since is not in it.
             writes.append(cset.sched.spawn(cset.btree.write_leaf(leaf), "gc write leaf"))
+            self.slice_left -= WRITE_COST_KEYS
         elif leaf.writing:
             writes.append(cset.sched.spawn(self._await_leaf(leaf), "gc await leaf"))
         window.append(leaf)
