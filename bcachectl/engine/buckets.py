@@ -183,6 +183,18 @@ class Buckets:
             and (sector & ((1 << self.bucket_shift) - 1)) + nsectors <= 1 << self.bucket_shift
         )
 
+    def in_range_mask(self, ptrs: U64, nsectors: U64) -> npt.NDArray[np.bool_]:
+        """`in_range` for a whole column."""
+        bucket = self.buckets_of(ptrs)
+        inside = (ptrs >> np.uint64(8)) & np.uint64((1 << self.bucket_shift) - 1)
+        mask: npt.NDArray[np.bool_] = (
+            (ptrs >> np.uint64(PTR_DEV_SHIFT) == 0)
+            & (bucket >= self.first_bucket)
+            & (bucket < self.nbuckets)
+            & (inside + nsectors <= np.uint64(1 << self.bucket_shift))
+        )
+        return mask
+
     def buckets_of(self, ptrs: U64) -> npt.NDArray[np.int64]:
         """`bucket_of` for a whole column."""
         sectors = (ptrs >> np.uint64(8)) & np.uint64(PTR_SECTOR_MASK)

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bcachectl.engine.extents import Columns, lay_over
 from bcachectl.errors import Corrupt
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, KeyColumns, encode_key_columns
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BsetImage
@@ -287,6 +288,7 @@ def load_leaf(node: Node, images: list[BsetImage], where: str) -> None:
     """Combine the sets of a leaf, oldest first, into its columns (extents.c, bch_extent_sort_fixup).  Corrupt if they
     cannot be.
     """
+    whole: Columns | None = None
     for number, image in enumerate(images):
         keys = image.keys
         live = keys.size > 0
@@ -303,19 +305,19 @@ def load_leaf(node: Node, images: list[BsetImage], where: str) -> None:
             raise Corrupt(where, "short btree key")
         # A check key is a placeholder: it masks what is older and holds nothing.
         real = (keys.nptrs == 1) & (keys.ptr >> np.uint64(51) == 0)
-        meta = keys.size.astype(np.uint32)
-        meta[real] |= np.uint32(HAS_PTR)
-        meta[real & keys.dirty] |= np.uint32(DIRTY)
-        ptrs = np.where(real, keys.ptr, np.uint64(0))
+        flags = np.zeros(len(real), np.uint32)
+        flags[real] = HAS_PTR
+        flags[real & keys.dirty] |= np.uint32(DIRTY)
         starts = keys.pos - keys.size.astype(np.uint64)
         if (starts[1:] < keys.pos[:-1]).any():
             raise Corrupt(where, f"keys of set {number} overlap or are out of order")
-        if not node.ends:
-            node.set_columns(keys.pos, meta, ptrs)
-            continue
-        for start, end, here, ptr in zip(starts.tolist(), keys.pos.tolist(), meta.tolist(), ptrs.tolist(), strict=True):
-            node.insert(Extent(start, end, here & FLAGS, ptr), 0)
-    node.drop_written_holes()
+        here = Columns(starts, keys.pos, flags, np.where(real, keys.ptr, np.uint64(0)))
+        whole = here if whole is None else lay_over(whole, here)
+    if whole is not None:
+        # Holes have done their masking.
+        whole = whole.take((whole.flags & np.uint32(HAS_PTR)) != 0)
+        meta = (whole.end - whole.start).astype(np.uint32) | whole.flags
+        node.set_columns(whole.end, meta, whole.ptr)
 
 
 __all__ = [

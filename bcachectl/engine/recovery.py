@@ -25,7 +25,8 @@ import numpy as np
 
 from bcachectl.engine.alloc import Reserve
 from bcachectl.engine.btree import Btree
-from bcachectl.engine.buckets import MARK_NONE, MARK_RECLAIMABLE, MAX_SECTORS_USED, PTR_DEV_SHIFT
+from bcachectl.engine.buckets import MARK_DIRTY, MARK_NONE, MARK_RECLAIMABLE, MAX_SECTORS_USED, PTR_DEV_SHIFT
+from bcachectl.engine.extents import Columns
 from bcachectl.engine.journal import JournalPin
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.errors import Corrupt
@@ -84,59 +85,56 @@ def _mark_journal(cset: CacheSet, entries: list[Jset]) -> dict[int, JournalPin]:
         pins[seq] = pin
         cset.journal.pins.append(pin)
     for jset in entries:
-        for new, is_real in _journal_keys(cset, jset):
-            if is_real:
-                buckets.raise_gens(np.array([new.ptr], np.uint64))
-                bucket = buckets.bucket_of(new.ptr)
-                buckets.pin_at[bucket] += 1
-                if new.flags & DIRTY:
-                    buckets.mark_dirty(bucket)
-                elif buckets.mark_at[bucket] == MARK_NONE:
-                    buckets.mark_at[bucket] = MARK_RECLAIMABLE
-                size = buckets.sectors_used_at[bucket] + new.end - new.start
-                buckets.sectors_used_at[bucket] = min(size, MAX_SECTORS_USED)
+        keys = _journal_keys(cset, jset)
+        ptrs = keys.ptr[keys.flags > 0]
+        buckets.raise_gens(ptrs)
+        bucket = buckets.buckets_of(ptrs)
+        np.add.at(buckets.pin, bucket, 1)
+        is_dirty = (keys.flags[keys.flags > 0] & np.uint32(DIRTY)) != 0
+        buckets.mark[bucket[is_dirty]] = MARK_DIRTY
+        clean = bucket[~is_dirty]
+        buckets.mark[clean[buckets.mark[clean] == MARK_NONE]] = MARK_RECLAIMABLE
+        which, place = np.unique(bucket, return_inverse=True)
+        sectors = np.bincount(place, weights=(keys.end - keys.start)[keys.flags > 0], minlength=len(which))
+        buckets.sectors_used[which] = np.minimum(buckets.sectors_used[which] + sectors, MAX_SECTORS_USED)
     return pins
 
 
-def _journal_keys(cset: CacheSet, jset: Jset) -> list[tuple[Extent, bool]]:
-    # The extents of an entry, in order, and whether each points to data; Corrupt if one is impossible.
-    found = []
+def _journal_keys(cset: CacheSet, jset: Jset) -> Columns:
+    # The extents of an entry, in the order in which they were added, holes without flags; Corrupt if one is impossible.
+    where = f"journal entry {jset.seq}"
     keys = decode_key_columns(jset.keys, len(jset.keys) // 8)
-    for position, size, dirty, nptrs, ptr in zip(
-        keys.pos.tolist(),
-        keys.size.tolist(),
-        keys.dirty.tolist(),
-        keys.nptrs.tolist(),
-        keys.ptr.tolist(),
-        strict=True,
-    ):
-        if size == 0:
-            continue
-        if size > position & ((1 << INODE_SHIFT) - 1) or nptrs > 1:
-            raise Corrupt(f"journal entry {jset.seq}", "bad, short offset")
-        is_real = nptrs == 1 and ptr >> PTR_DEV_SHIFT == 0
-        if is_real and not cset.buckets.in_range(ptr, size):
-            raise Corrupt(f"journal entry {jset.seq}", f"key with a pointer out of range ({ptr:#x})")
-        flags = (HAS_PTR | (DIRTY if dirty else 0)) if is_real else 0
-        found.append((Extent(position - size, position, flags, ptr if is_real else 0), is_real))
-    return found
+    live = keys.size > 0
+    end, size, ptr = keys.pos[live], keys.size[live].astype(np.uint64), keys.ptr[live]
+    if (size > end & np.uint64((1 << INODE_SHIFT) - 1)).any() or (keys.nptrs[live] > 1).any():
+        raise Corrupt(where, "bad, short offset")
+    is_real = (keys.nptrs[live] == 1) & (ptr >> np.uint64(PTR_DEV_SHIFT) == 0)
+    wrong = is_real & ~cset.buckets.in_range_mask(ptr, size)
+    if wrong.any():
+        raise Corrupt(where, f"key with a pointer out of range ({int(ptr[wrong][0]):#x})")
+    flags = np.where(is_real, np.where(keys.dirty[live], HAS_PTR | DIRTY, HAS_PTR), 0).astype(np.uint32)
+    return Columns(end - size, end, flags, np.where(is_real, ptr, np.uint64(0)))
 
 
 async def _replay(cset: CacheSet, entries: list[Jset], pins: dict[int, JournalPin]) -> None:
     # Inserts the journal's keys again, in order (journal.c, bch_journal_replay).
+    buckets = cset.buckets
     for jset in entries:
-        pin = pins[jset.seq]
-        for new, is_real in _journal_keys(cset, jset):
-            if is_real and cset.buckets.is_stale(new.ptr):
-                # Written back long ago, and its bucket reused: it masks what is older, and holds nothing.
-                new = new._replace(flags=new.flags & ~DIRTY)
-            await cset.btree.insert(new, None if cset.read_only else pin)
-            if is_real:
-                cset.buckets.unpin(cset.buckets.bucket_of(new.ptr))
-            cset.replayed_keys += 1
+        pin = None if cset.read_only else pins[jset.seq]
+        keys = _journal_keys(cset, jset)
+        # Written back long ago, and its bucket reused: it masks what is older, and holds nothing.
+        stale = (keys.flags > 0) & buckets.stale_mask(buckets.buckets_of(keys.ptr), keys.ptr)
+        keys.flags[stale] &= np.uint32(~DIRTY & 0xFFFFFFFF)
+        for new in map(Extent, keys.start.tolist(), keys.end.tolist(), keys.flags.tolist(), keys.ptr.tolist()):
+            if not cset.btree.insert_nowait(new, pin):
+                await cset.btree.insert(new, pin)
+            if new.flags:
+                buckets.unpin(buckets.bucket_of(new.ptr))
+        cset.replayed_keys += len(keys.end)
         cset.replayed_entries += 1
-        if not cset.read_only:
-            cset.journal.unpin(pin)
+        cset.journal.unpin(pin)
+        # Leaves that have filled up are written meanwhile.
+        await cset.sched.yield_now()
     cset.events.emit(
         "bcache_journal_replay", keys=cset.replayed_keys, entries=cset.replayed_entries, seq=entries[-1].seq
     )
