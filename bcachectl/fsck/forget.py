@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from bcachectl.errors import Refused, UsageError, WrongState
 from bcachectl.fsck.check import Check
-from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.repair import RepairWrite, plan_rebuild
 from bcachectl.fsck.salvage import leaf_map
@@ -30,15 +29,10 @@ SLOT_DIGITS_MAX = 6
 
 
 class Held(NamedTuple):
-    """What a cache has of one device number: dirty extents in positions, and how much is clean."""
+    """What a cache has of one device number: sectors that only it has, and sectors that the device has too."""
 
-    dirty: Extents
+    dirty_sectors: int
     clean_sectors: int
-
-    @property
-    def dirty_sectors(self) -> int:
-        """Sectors that only the cache has."""
-        return int(self.dirty.size.sum())
 
 
 def refuse_damaged(check: Check, path: str) -> None:
@@ -83,7 +77,7 @@ def held(check: Check, slot: int) -> Held:
             kept = leaf_map(check.walk, leaf, check.journal, known_buckets=check.known_buckets).kept
             own = kept.take((kept.start >= start) & (kept.start < end) & ~kept.dirty)
             clean += int(own.size.sum())
-    return Held(check.dirty_extents(slot), clean)
+    return Held(check.dirty[slot].sectors if slot in check.dirty else 0, clean)
 
 
 def plan_forget(check: Check, slot: int, *, now_s: int) -> tuple[tuple[RepairWrite, ...], ...]:

@@ -225,3 +225,21 @@ def test_an_engine_runs_the_set(golden: Callable[..., Path], tmp_path: Path, mon
     assert status == 4
     assert "run by an engine" in err
     assert "bcachectl engine stop" in err
+
+
+def test_by_the_set_s_uuid(golden: Callable[..., Path], tmp_path: Path, loop_device: Callable[..., str],
+                           capsys: pytest.CaptureFixture[str]) -> None:
+    """The cache is found by its set; a backing device that is here after all is not forgotten by mistake."""
+    story = golden("two_backing", writable=True)
+    cache = loop_device(story / "cache.img")
+    uuid = json.loads(run(capsys, "show", "--json", cache)[1])["superblock"]["set_uuid"]
+    words = ["forget-backing", uuid[:8], "bcache1", "--export", tmp_path / "e", "--backup", tmp_path / "u"]
+    here = loop_device(story / "back1.img")
+    status, _out, err = run(capsys, *words)
+    assert (status, "--force=present" in err, f"writeback {cache} {here}" in err) == (3, True, True)
+    status, out, err = run(capsys, *words, "--force=present", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["export"]["lost_bytes"] == 0
+    assert [entry["kind"] for entry in uuids(capsys, Path(cache))] == ["backing", "retired"]
+    status, _out, err = run(capsys, "forget-backing", uuid, "bcache1")
+    assert (status, "is no backing device" in err) == (4, True)
