@@ -31,6 +31,33 @@ def rare_cases() -> Iterator[RareCase]:
     yield from _levels()
     yield from _into_journal()
     yield from _keys()
+    yield from _owners()
+
+
+def _owners() -> Iterator[RareCase]:
+    for base in ("attached_clean", "gen_churn", "fifo_discard"):
+        yield RareCase(f"uuid_freed_clean_{base}", base, forget_slots, ("BACKING_FORGOTTEN", "ORPHAN_CLEAN"))
+    for base in ("dirty_crash", "two_backing", "flash_volume", "killed"):
+        yield RareCase(f"uuid_array_zero_{base}", base, forget_arrays, ("BACKING_FORGOTTEN", "ORPHAN_DIRTY"))
+
+
+def forget_slots(image: Image) -> None:
+    """Every slot of every uuid array that the journal names becomes free."""
+    for sector in _arrays(image):
+        for slot in range(8):
+            image.cache.put((sector << 9) + slot * 128, bytes(16))
+
+
+def forget_arrays(image: Image) -> None:
+    """Every uuid array that the journal names becomes zeros: it has no checksum to tell."""
+    for sector in _arrays(image):
+        image.cache.put(sector << 9, bytes(1024))
+
+
+def _arrays(image: Image) -> set[int]:
+    # Those whose bucket was not used again since.
+    return {ptr.sector for entry in image.walk.journal for ptr in entry.jset.uuid_bucket.ptrs
+            if image.walk.gens[ptr.sector // image.walk.geometry.bucket_size_sectors] == ptr.gen}
 
 
 def _notes() -> Iterator[RareCase]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,13 +15,14 @@ import typer
 from bcachectl import discovery, writeplan
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.claim import claim
-from bcachectl.commands import fsck_files, fsck_report
-from bcachectl.commands.options import Json, complete_device, print_json
+from bcachectl.commands import fsck_copy, fsck_files, fsck_report
+from bcachectl.commands.options import DryRun, Json, complete_device, print_json
 from bcachectl.commands.superblock_options import check_given
 from bcachectl.errors import BcachectlError, Refused, UsageError
 from bcachectl.fsck.check import Check
-from bcachectl.fsck.check_backing import Backing
+from bcachectl.fsck.check_backing import Backing, read_backing
 from bcachectl.fsck.findings import Severity
+from bcachectl.fsck.owners import ASSIGN_FLASH, ASSIGN_NONE
 from bcachectl.fsck.repair import Repair, plan_repair
 from bcachectl.fsck.rescue import open_check
 from bcachectl.units import format_uuid, parse_size, parse_uuid
@@ -39,10 +39,11 @@ CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", autocompletion=co
 BackingArgument = Annotated[list[str] | None, typer.Argument(
     metavar="[BACKING...]", autocompletion=complete_device, show_default=False,
     help="Backing devices of the set, to be checked against it.")]
-NoOption = Annotated[bool, typer.Option("-n", "--no", help="Only check, write nothing. This is the default.")]
+NoOption = Annotated[bool, typer.Option("-n", "--no", help="Only check, write nothing. This is the default, on a "
+                                                      "terminal too.")]
 PreenOption = Annotated[bool, typer.Option("-p", "--preen", help="Repair what can be repaired without any loss.")]
 YesOption = Annotated[bool, typer.Option("-y", "--yes", help="Repair everything that can be repaired.")]
-RepairOption = Annotated[bool, typer.Option("--repair", help="Repair, after asking once.")]
+RepairOption = Annotated[bool, typer.Option("--repair", help="Show the plan of a full repair, ask, then repair.")]
 OutputOption = Annotated[Path | None, typer.Option(
     "--output", metavar="FILE", show_default=False,
     help="Repair onto a copy of CACHE in FILE; no device is written, and backing devices are only read.")]
@@ -54,17 +55,21 @@ BucketOption = Annotated[str | None, typer.Option("--bucket-size", metavar="SIZE
                                                   help="Bucket size to go by if the superblock is damaged.")]
 SetOption = Annotated[str | None, typer.Option("--set-uuid", metavar="UUID", show_default=False,
                                                help="Set uuid to go by if the superblock is damaged.")]
+AssignOption = Annotated[list[str] | None, typer.Option(
+    "--assign", metavar="SLOT=OWNER", show_default=False,
+    help="Whose the data of a slot is that the uuid array has lost: the uuid or a BACKING of the set, none (it is kept "
+         "as an orphan), or flash (a flash-only volume). May be given several times.")]
 
 
 def fsck(cache: CacheArgument, backings: BackingArgument = None, no: NoOption = False, preen: PreenOption = False,
          yes: YesOption = False, repair: RepairOption = False, output: OutputOption = None, backup: BackupOption = None,
          files: FilesOption = False, bucket_size: BucketOption = None, set_uuid: SetOption = None,
-         as_json: Json = False) -> int:
+         assign: AssignOption = None, dry_run: DryRun = False, as_json: Json = False) -> int:
     """Check a cache set offline: every structure, every key, and every rule between them.
 
-    Nothing is written unless -p, -y or --repair asks for it; then an undo file is kept first, and `bcachectl undo`
-    takes the repair back. Exit status as of fsck(8): 0 clean, 1 corrected, 4 left uncorrected, 8 operational error, 16
-    usage, 32 interrupted.
+    Nothing is written unless -p, -y or --repair asks for it: without them, on a terminal too, this only reports. Before
+    a repair an undo file is kept, and `bcachectl undo` takes the repair back. Exit status as of fsck(8): 0 clean, 1
+    corrected, 4 left uncorrected, 8 operational error, 16 usage, 32 interrupted.
     """
     try:
         if sum((no, preen, yes, repair)) > 1:
@@ -72,11 +77,13 @@ def fsck(cache: CacheArgument, backings: BackingArgument = None, no: NoOption = 
         wants_repair = preen or yes or repair
         if output is not None and not wants_repair:
             raise UsageError("--output says where a repair goes; add -p, -y or --repair")
+        if (assign or dry_run) and not wants_repair:
+            raise UsageError(f"{'--assign' if assign else '--dry-run'} is about a repair; add -p, -y or --repair")
         sectors = parse_size(bucket_size) >> 9 if bucket_size is not None else None
         uuid = parse_uuid(set_uuid) if set_uuid is not None else None
         names = list(backings or ())
         with ExitStack() as stack:
-            if wants_repair and output is None:
+            if wants_repair and output is None and not dry_run:
                 opened = stack.enter_context(claim([cache, *names], write=True))
             else:
                 opened = {name: stack.enter_context(open_device(name)) for name in [cache, *names]}
@@ -87,8 +94,9 @@ def fsck(cache: CacheArgument, backings: BackingArgument = None, no: NoOption = 
             if not wants_repair:
                 _print(check, None, None, lines, as_json)
                 return EXIT_UNCORRECTED if check.worst > Severity.NOTE else 0
-            return _repair(check, opened, cache, lines, preen=preen, ask=repair, output=output, backup=backup,
-                           as_json=as_json)
+            plan = plan_repair(check, safe_only=preen, assign=_assigned(assign or [], opened))
+            return _repair(check, plan, opened, cache, lines, ask=repair, output=output, backup=backup,
+                           dry_run=dry_run, as_json=as_json)
     except KeyboardInterrupt:
         print("bcachectl: interrupted", file=sys.stderr)
         return EXIT_CANCELLED
@@ -135,9 +143,31 @@ def _print(check: Check, repair: Repair | None, undo: Path | None, files: list[s
             print(line)
 
 
-def _repair(check: Check, opened: dict[str, BlockDevice], cache: str, files: list[str], *, preen: bool, ask: bool,
-            output: Path | None, backup: Path | None, as_json: bool) -> int:
-    repair = plan_repair(check, safe_only=preen)
+def _assigned(words: Sequence[str], opened: dict[str, BlockDevice]) -> dict[int, bytes]:
+    assigned: dict[int, bytes] = {}
+    for word in words:
+        slot, equals, owner = word.partition("=")
+        if not equals or not slot.isdecimal() or int(slot) in assigned:
+            raise UsageError(f"--assign {word}: is not SLOT=OWNER, once for each slot")
+        if owner in (ASSIGN_NONE.decode(), ASSIGN_FLASH.decode()):
+            assigned[int(slot)] = owner.encode()
+            continue
+        if owner in opened:
+            sb, _found = read_backing(_member(opened[owner]))
+            if sb is None:
+                raise UsageError(f"--assign {word}: {owner} has no superblock of a backing device")
+            assigned[int(slot)] = sb.uuid
+            continue
+        try:
+            assigned[int(slot)] = parse_uuid(owner)
+        except BcachectlError as error:
+            raise UsageError(f"--assign {word}: the owner is a uuid, a backing device that is named too, none or "
+                             "flash") from error
+    return assigned
+
+
+def _repair(check: Check, repair: Repair, opened: dict[str, BlockDevice], cache: str, files: list[str], *, ask: bool,
+            output: Path | None, backup: Path | None, dry_run: bool, as_json: bool) -> int:
     if output is not None:
         repair = repair._replace(steps=tuple(tuple(write for write in step if not write.device)
                                              for step in repair.steps if any(not write.device for write in step)))
@@ -147,12 +177,16 @@ def _repair(check: Check, opened: dict[str, BlockDevice], cache: str, files: lis
         if not as_json:
             _print(check, repair, None, files, as_json)
             print("\n".join(writeplan.describe(plan)))
+        if dry_run:
+            if as_json:
+                _print(check, repair, None, files, as_json)
+            return EXIT_UNCORRECTED
         if ask:
             if not sys.stdin.isatty():
                 raise Refused("--repair asks before it writes, and there is no terminal; give -p or -y")
             if not typer.confirm(f"Make these {len(plan.writes)} writes?"):
                 return EXIT_UNCORRECTED
-        undo = _apply(plan, opened, cache, output, backup)
+        undo = _apply(plan, check, opened, cache, output, backup)
     if as_json or not plan.steps:
         _print(check, repair, undo, files, as_json)
     elif undo is not None:
@@ -169,17 +203,14 @@ def _plan(repair: Repair, cache: str) -> Plan:
                                           write.data) for write in step) for step in repair.steps))
 
 
-def _apply(plan: Plan, opened: dict[str, BlockDevice], cache: str, output: Path | None,
+def _apply(plan: Plan, check: Check, opened: dict[str, BlockDevice], cache: str, output: Path | None,
            backup: Path | None) -> Path | None:
     if output is None:
         undo = backup or writeplan.undo_path("fsck", opened, now_s=int(time.time()))
         writeplan.save_undo(plan, opened, undo)
         writeplan.apply(plan, opened)
         return undo
-    if output.exists():
-        raise Refused(f"{output}: exists already; name a new file")
-    with open(cache, "rb") as source, output.open("xb") as copy:
-        shutil.copyfileobj(source, copy, 1 << 20)
+    fsck_copy.copy_device(opened[cache], check, output)
     with open_device(str(output), write=True) as device:
         writeplan.apply(plan, {str(output): device})
     return None

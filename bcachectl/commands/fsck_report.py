@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.findings import Finding, Loss, Severity
-from bcachectl.fsck.repair import Repair, is_repairable
+from bcachectl.fsck.owners import Choice
+from bcachectl.fsck.repair import Repair, is_repairable, plan_repair
 from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK
 from bcachectl.units import format_sectors, format_uuid
 
@@ -43,6 +44,9 @@ def as_json(check: Check, repair: Repair | None, undo: Path | None, files: list[
     }
     if files:
         body["files"] = files
+    choices = choices_of(check, repair)
+    if choices:
+        body["choices"] = [_choice_json(choice) for choice in choices]
     if repair is not None:
         body["repair"] = {
             "writes": [{"device": write.device or "cache", "offset_bytes": write.offset_bytes,
@@ -52,6 +56,40 @@ def as_json(check: Check, repair: Repair | None, undo: Path | None, files: list[
             "left": [finding.code for finding in repair.left],
             "undo_file": str(undo) if undo is not None else None}
     return body
+
+
+def choices_of(check: Check, repair: Repair | None) -> tuple[Choice, ...]:
+    """The slots whose owner a repair would have to find, or has found."""
+    if repair is not None:
+        return repair.choices
+    if any(finding.code.startswith(("UUID_", "ORPHAN_")) for finding in check.findings):
+        return plan_repair(check, safe_only=False).choices
+    return ()
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    return {"slot": choice.inode, "dirty_bytes": choice.dirty_sectors << 9, "clean_bytes": choice.clean_sectors << 9,
+            "outcome": choice.outcome or None,
+            "candidates": [{"device": each.device, "uuid": format_uuid(each.uuid), "large_enough": each.fits,
+                            "clean_extents_compared": each.compared, "clean_extents_equal": each.equal}
+                           for each in choice.evidence]}
+
+
+def _choice_lines(choice: Choice) -> Iterator[str]:
+    yield (f"slot {choice.inode}: {format_sectors(choice.dirty_sectors)} of dirty data, "
+           f"{format_sectors(choice.clean_sectors)} of clean data, and no owner")
+    for each in choice.evidence:
+        told = "is too small, or its data starts later" if not each.fits else "is large enough" + (
+            f"; {each.equal} of {each.compared} clean extents agree with it" if each.compared
+            else "; there is no clean data to compare")
+        yield f"  {each.device} ({format_uuid(each.uuid)}) {told}"
+    if choice.outcome:
+        yield f"  A repair has it {choice.outcome}."
+        return
+    if not choice.evidence:
+        yield "  No backing device that the set forgot is named; name the backing devices of the set to compare them."
+    yield (f"  A repair has to be told: --assign {choice.inode}=UUID of its backing device, {choice.inode}=none to "
+           f"keep it as an orphan, {choice.inode}=flash if it was a flash-only volume.")
 
 
 def _finding_json(finding: Finding) -> dict[str, Any]:
@@ -78,20 +116,24 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
            f"{totals.nodes} btree nodes, {totals.extents} extents")
     good, lost = format_sectors(totals.dirty_sectors), format_sectors(totals.lost_dirty_sectors)
     clean, dropped = format_sectors(totals.clean_sectors), format_sectors(totals.lost_clean_sectors)
-    yield f"  dirty data: {good} good, {lost} lost; clean data: {clean} good, {dropped} to drop"
+    more = " and more" if check.is_clean_unknown else ""
+    yield f"  dirty data: {good} good, {lost} lost; clean data: {clean} good, {dropped}{more} to drop"
     for finding in check.findings:
         yield ""
         yield from _finding_lines(finding)
     if files:
         yield ""
         yield from files
+    for choice in choices_of(check, repair):
+        yield ""
+        yield from _choice_lines(choice)
     if repair is not None and repair.left:
         yield ""
         yield f"Not repaired: {', '.join(dict.fromkeys(finding.code for finding in repair.left))}"
     if repair is None and check.worst > Severity.NOTE:
         yield ""
-        yield ("Nothing was written. `bcachectl fsck -p` repairs what costs nothing, -y everything; both keep an undo "
-               "file, and --output FILE repairs a copy.")
+        yield ("Nothing was written. `bcachectl fsck -p` repairs what costs nothing, -y everything, and --repair "
+               "shows the plan and asks; each keeps an undo file, and --output FILE repairs a copy.")
 
 
 def _finding_lines(finding: Finding) -> Iterator[str]:

@@ -31,7 +31,16 @@ from bcachectl.fsck.check_sizes import check_sizes
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Loss, Severity
-from bcachectl.fsck.salvage import TAG_UNKNOWN_GEN, LeafMap, bucket_of, expand, has_lost_set, journal_map, leaf_map
+from bcachectl.fsck.salvage import (
+    TAG_UNKNOWN_GEN,
+    LeafMap,
+    bucket_of,
+    expand,
+    has_lost_set,
+    journal_map,
+    leaf_map,
+    older_keys,
+)
 from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Spread, Tally, joined_spreads, run_buckets
 from bcachectl.fsck.walk import Damage, JournalEntry, Node, PlainLeaf, Read, Slot, Walk
 from bcachectl.ondisk import validity
@@ -148,6 +157,8 @@ class Check:
         self.totals = Totals(0, 0, 0, 0, 0, 0)
         self.is_doubtful = False
         """Keys are missing, nobody knows which."""
+        self.is_clean_unknown = False
+        """More clean data is dropped than `totals` says; nobody knows how much."""
         self.unknown: list[Slot] = []
         """Leaves that nothing, or not all, is known about."""
         self.lost_positions = 0
@@ -491,6 +502,7 @@ class Check:
         found = self._leaf_map(slot)
         if found.is_unknown:
             self.unknown.append(slot)
+        self.is_clean_unknown |= found.is_clean_unknown
         self.lost_positions += slot.end - slot.start if found.is_lost else 0
         self._lost.append(found.lost)
         self._count(found.kept, metadata)
@@ -563,24 +575,56 @@ class Check:
         # The leaves once more, to see which extents these are.  Clean ones give way; of dirty ones the first stays.
         parts = [self._leaf_map(slot).kept for slot in self.slots]
         found = extent.concatenate([part.take(np.isin(PTR_OFFSET.get(part.ptr), sectors)) for part in parts])
-        order = np.lexsort((PTR_OFFSET.get(found.ptr), ~found.dirty))
-        taken: list[tuple[int, int]] = []
+        known = extent.overlay(older_keys(self.walk)[0], self.walk.journal_map)
+        told = set(zip(known.start.tolist(), known.ptr.tolist(), strict=True))
+        pairs = zip(found.start.tolist(), found.ptr.tolist(), strict=True)
+        is_told = np.array([pair in told for pair in pairs], np.bool_)
+        order = np.lexsort((PTR_OFFSET.get(found.ptr), ~is_told, ~found.dirty))
+        taken: dict[tuple[int, int], int] = {}
         for row in order.tolist():
             first = int(PTR_OFFSET.get(found.ptr)[row])
             last = first + int(found.size[row])
             if found.dirty[row] and not any(start < last and first < end for start, end in taken):
-                taken.append((first, last))
+                taken[first, last] = row
                 continue
+            for kept in (taken[start, end] for start, end in taken if start < last and first < end):
+                if not is_told[kept] and found.dirty[kept] and found.dirty[row]:
+                    # Nobody knows which of the two it is.
+                    start, end = int(found.start[kept]), int(found.end[kept])
+                    self.unknown.append(Slot(start, end, None, 0))
+                    self._add(self._extent_finding("EXTENT_OVERLAP", found, kept, "another extent uses these sectors; "
+                                                                                  "this one is kept"), start, end)
             self._add(self._extent_finding("EXTENT_OVERLAP", found, row, "another extent uses these sectors"),
                       int(found.start[row]), int(found.end[row]))
             self._drop(found, row)
 
     # Whose the data is.
 
+    def _only_clean(self) -> list[int]:
+        # Device numbers that have clean data only, and a free slot or none.  Few leaves can hold any.
+        uuids = self.walk.uuids
+        free = np.array([*(slot for slot, entry in enumerate(uuids) if entry.is_free), len(uuids)], np.int64)
+        found: set[int] = set()
+        for slot in self.slots:
+            first, last = slot.start >> INODE_SHIFT, slot.end - 1 >> INODE_SHIFT
+            at = int(np.searchsorted(free, first))
+            if last < len(uuids) and (at == len(free) or free[at] > last):
+                continue
+            kept = self._leaf_map(slot).kept
+            found |= set(np.unique(kept.start >> np.uint64(INODE_SHIFT)).tolist())
+        return sorted(inode for inode in found if inode not in self.dirty
+                      and (inode >= len(uuids) or uuids[inode].is_free))
+
     def _owners(self) -> None:
         walk = self.walk
         if not walk.uuids:
             return
+        for inode in self._only_clean():
+            if inode >= len(walk.uuids):
+                self._add(Finding("EXTENT_INODE", "btree", f"clean data of device number {inode}; there are "
+                                                           f"{len(walk.uuids)} slots"))
+            else:
+                self._add(Finding("ORPHAN_CLEAN", f"uuid array, slot {inode}", "clean data, the slot is free"))
         for inode, dirty in sorted(self.dirty.items()):
             if inode >= len(walk.uuids):
                 self._add(Finding("EXTENT_INODE", "btree", f"{dirty.sectors} dirty sectors of device number {inode}; "

@@ -12,14 +12,13 @@ A rebuild is the walk's live map piped into a fresh writer.  Nothing that is in 
 
 Each step is durable before the next begins, so a repair that is interrupted anywhere can be run again.
 
-The live map holds what `salvage` keeps.  Orphaned dirty data is part of it; a slot that has dirty data and no owner is
-retired, so that no device ever gets it by accident.
+The live map holds what `salvage` keeps.  Orphaned dirty data is part of it; who owns the data of a slot that the uuid
+array has lost is settled by `owners`, and nothing is rebuilt while that is open.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,16 +26,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError, WrongState
-from bcachectl.fsck import extents as extent
 from bcachectl.fsck.check import PRIO_BTREE, PRIO_INITIAL, Check, run
-from bcachectl.fsck.check_backing import Backing, slot_of
+from bcachectl.fsck.check_backing import Backing
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import CODES, Finding, Severity
-from bcachectl.fsck.salvage import bucket_of, leaf_map
+from bcachectl.fsck.owners import Choice, SlotPlan, flash_sectors, live_extents, slot_plan
+from bcachectl.fsck.salvage import bucket_of, fresh_node_seq, highest_seq
 from bcachectl.fsck.walk import Walk
-from bcachectl.ondisk import validity
-from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET, Bkey, encode_key_columns, pack_key, ptr_make
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, encode_key_columns, pack_key, ptr_make
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, encode_bset
 from bcachectl.ondisk.jset import encode_jset
 from bcachectl.ondisk.magic import INVALID_UUID, bset_magic, jset_magic, prio_magic
@@ -52,7 +50,7 @@ from bcachectl.ondisk.superblock import (
     encode_superblock,
     parse_superblock,
 )
-from bcachectl.ondisk.uuids import UUID_FLASH_ONLY, UuidEntry, decode_uuids, encode_uuids
+from bcachectl.ondisk.uuids import UuidEntry, encode_uuids
 
 SEQ_MARGIN = 16
 """Entries that damage hides may be newer than the newest that is seen, by no more than this."""
@@ -76,11 +74,15 @@ class RepairWrite:
 
 
 class Repair(NamedTuple):
-    """Steps of writes, each durable before the next, and the findings that they end and that they leave."""
+    """Steps of writes, each durable before the next, and the findings that they end and that they leave.
+
+    ``choices`` are slots with data and without an owner, and what becomes of each.
+    """
 
     steps: tuple[tuple[RepairWrite, ...], ...]
     repaired: tuple[Finding, ...]
     left: tuple[Finding, ...]
+    choices: tuple[Choice, ...] = ()
 
 
 class _Node(NamedTuple):
@@ -89,30 +91,47 @@ class _Node(NamedTuple):
     ptr: int
 
 
-def plan_repair(check: Check, *, safe_only: bool) -> Repair:
-    """What it takes to make a checked set good; with ``safe_only`` only what loses nothing."""
+def plan_repair(check: Check, *, safe_only: bool, assign: Mapping[int, bytes] | None = None) -> Repair:
+    """What it takes to make a checked set good; with ``safe_only`` only what loses nothing and guesses nothing.
+
+    ``assign`` is what `slot_plan` takes; WrongState if there is no such slot.
+    """
     serious = [finding for finding in check.findings if finding.severity > Severity.NOTE]
     wanted = [finding for finding in serious if is_repairable(finding) and (finding.is_safe or not safe_only)]
     rebuild = [finding for finding in serious if finding.code.startswith(REBUILD_PREFIXES)]
     is_whole = all(finding in wanted for finding in rebuild) and _can_rebuild(check)
+    slots: SlotPlan | None = None
+    if rebuild and _can_rebuild(check):
+        complete = _with_all_entries(check)
+        live = live_extents(complete)
+        slots = slot_plan(complete, live, assign or {})
+        is_whole &= slots.is_decided and not (safe_only and any(choice.dirty_sectors for choice in slots.choices))
+    elif assign:
+        raise WrongState("--assign gives slots with data and without an owner to devices, and there are none here")
     if rebuild and not is_whole:
         wanted = [finding for finding in wanted if finding not in rebuild]
+    elif slots is not None:
+        # The new array has a slot for them.
+        wanted += [finding for finding in serious if finding.code == "BACKING_FORGOTTEN"
+                   and finding.device not in slots.forgotten]
     superblock: tuple[RepairWrite, ...] = ()
     if any(finding.code.startswith("SB_") for finding in wanted):
         superblock = _superblock_write(check)
         wanted = [finding for finding in wanted if superblock or not finding.code.startswith("SB_")]
     steps: list[tuple[RepairWrite, ...]] = []
-    if rebuild and is_whole:
-        steps.extend(_Rebuild(_with_all_entries(check)).steps())
+    if rebuild and is_whole and slots is not None:
+        steps.extend(_Rebuild(complete, live, slots).steps())
     steps.append(superblock)
     steps.extend(_backing_writes(check, [finding for finding in wanted if finding.code in BACKING_REPAIRED]))
     return Repair(tuple(step for step in steps if step), tuple(wanted),
-                  tuple(finding for finding in serious if finding not in wanted))
+                  tuple(finding for finding in serious if finding not in wanted),
+                  slots.choices if slots is not None else ())
 
 
 def plan_rebuild(check: Check, *, without: int) -> tuple[tuple[RepairWrite, ...], ...]:
     """The steps of a rebuild of a good set that leaves the extents of one device number out."""
-    return tuple(step for step in _Rebuild(check, without).steps() if step)
+    slots = SlotPlan(tuple(check.walk.uuids), frozenset((without,)), (), ())
+    return tuple(step for step in _Rebuild(check, live_extents(check), slots).steps() if step)
 
 
 def is_repairable(finding: Finding) -> bool:
@@ -124,7 +143,7 @@ def is_repairable(finding: Finding) -> bool:
 
 def _can_rebuild(check: Check) -> bool:
     # Not if nothing is known of the tree: a rebuild would make an empty set of it.
-    return check.walk.newest is not None and check.lost_positions < MAX_POS
+    return check.walk.newest is not None and (check.lost_positions < MAX_POS or check.totals.extents > 0)
 
 
 def _with_all_entries(check: Check) -> Check:
@@ -178,20 +197,22 @@ def _backing_write(check: Check, backing: Backing, codes: Sequence[str]) -> Repa
 class _Rebuild:
     # The writes of a rebuild, made front to back.
 
-    def __init__(self, check: Check, without: int | None = None) -> None:
-        self.check, self.without = check, without
+    def __init__(self, check: Check, live: Extents, slots: SlotPlan) -> None:
+        self.check, self.slots = check, slots
         self.walk: Walk = check.walk
         assert self.walk.superblock is not None and self.walk.newest is not None
         self.sb: Superblock = self.walk.superblock
         self.newest = self.walk.newest
         self.geometry = self.walk.geometry
         self.gens: npt.NDArray[np.uint8] = self.walk.gens.copy()
-        self.extents = self._live()
+        inodes = live.start >> np.uint64(INODE_SHIFT)
+        kept = (inodes < np.uint64(len(slots.entries))) & ~np.isin(inodes, sorted(slots.dropped))
+        self.extents = live.take(kept)
         self.metadata: list[int] = []
         self.free = self._free_buckets()
         self.writes: list[RepairWrite] = []
-        highest = max(entry.jset.seq for entry in [*self.walk.journal, *leftovers(self.walk)])
-        self.seq = highest + SEQ_MARGIN
+        self.highest = highest_seq(self.walk)
+        self.seq = self.highest + SEQ_MARGIN
 
     def steps(self) -> list[tuple[RepairWrite, ...]]:
         root, level = self._tree()
@@ -219,22 +240,7 @@ class _Rebuild:
         except BcachectlError:
             return True
 
-    # What is kept.
-
-    def _live(self) -> Extents:
-        check = self.check
-        parts = [leaf_map(self.walk, slot, check.journal, known_buckets=check.known_buckets).kept
-                 for slot in check.slots]
-        live = extent.concatenate(parts)
-        live = live.take(np.argsort(live.start, kind="stable"))
-        if check.dropped:
-            pairs = zip(live.start.tolist(), PTR_OFFSET.get(live.ptr).tolist(), strict=True)
-            live = live.take(np.array([pair not in check.dropped for pair in pairs], np.bool_))
-        inodes = live.start >> np.uint64(INODE_SHIFT)
-        if self.without is not None:
-            live = live.take(inodes != np.uint64(self.without))
-            inodes = live.start >> np.uint64(INODE_SHIFT)
-        return live.take(inodes < np.uint64(max(len(self.walk.uuids), self.geometry.nr_uuids)))
+    # Room.
 
     def _free_buckets(self) -> list[int]:
         nbuckets = self.geometry.nbuckets
@@ -297,9 +303,8 @@ class _Rebuild:
     def _write_node(self, keys: bytes, end: int, level: int) -> _Node:
         bucket = self._alloc()
         ptr = ptr_make(self.geometry.sector_of(bucket), int(self.gens[bucket]))
-        seq = hashlib.sha256(self.sb.set_uuid + self.seq.to_bytes(8, "little") + bucket.to_bytes(8, "little")).digest()
-        data = encode_bset(keys, seq=int.from_bytes(seq[:8], "little") | 1, magic=bset_magic(self.sb.set_uuid),
-                           seed=ptr, block_bytes=self.geometry.block_bytes)
+        data = encode_bset(keys, seq=fresh_node_seq(self.walk, self.highest, bucket),
+                           magic=bset_magic(self.sb.set_uuid), seed=ptr, block_bytes=self.geometry.block_bytes)
         self.writes.append(RepairWrite("", self._offset(bucket), bytes(data),
                                        f"btree node of level {level} in bucket {bucket}"))
         return _Node(end, ptr)
@@ -316,57 +321,21 @@ class _Rebuild:
         return pack_key(0, geometry.meta_sectors, False, ptr)
 
     def _uuid_entries(self) -> list[UuidEntry]:
-        entries = list(self.walk.uuids) or self._lost_uuids()
+        entries = list(self.slots.entries)
         inodes = self.extents.start >> np.uint64(INODE_SHIFT)
-        for inode in np.unique(inodes[self.extents.dirty]).tolist():
-            if entries[inode].is_free:
-                entries[inode] = UuidEntry(uuid=INVALID_UUID)
         seen: set[bytes] = set()
         for slot, entry in enumerate(entries):
             if entry.is_free or entry.is_retired:
                 continue
             if entry.uuid in seen:
-                entries[slot] = entry = replace(entry, uuid=INVALID_UUID)
+                entries[slot] = replace(entry, uuid=INVALID_UUID)
+                continue
             seen.add(entry.uuid)
-            if entry.is_flash_only and not entry.is_retired:
+            if entry.is_flash_only:
                 own = self.extents.take(inodes == slot)
                 end = int(own.end.max()) - (slot << INODE_SHIFT) if len(own.end) else 0
-                sectors = max(entry.sectors, -(-end // self.geometry.block_size_sectors)
-                              * self.geometry.block_size_sectors)
-                entries[slot] = replace(entry, sectors=sectors) if sectors else replace(entry, uuid=INVALID_UUID)
+                entries[slot] = flash_sectors(entry, end, self.geometry.block_size_sectors)
         return entries
-
-    def _lost_uuids(self) -> list[UuidEntry]:
-        # An array of an older journal entry may still be there: slots are only ever added or retired.
-        inodes = np.unique(self.extents.start >> np.uint64(INODE_SHIFT)).tolist()
-        for entry in reversed(self.walk.journal):
-            older = self._uuids_of(entry.jset.uuid_bucket)
-            if older and all(inode < len(older) and not older[inode].is_free for inode in inodes):
-                return older
-        entries = [UuidEntry()] * self.geometry.nr_uuids
-        for inode in inodes:
-            entries[inode] = UuidEntry(uuid=INVALID_UUID)
-        members = [backing for backing in self.check.backings if self._is_member(backing)]
-        if len(inodes) == 1 and len(members) == 1:
-            sb = parse_superblock(members[0].read(SB_SECTOR, SB_BYTES >> 9))
-            entries[inodes[0]] = UuidEntry(uuid=sb.uuid, label=sb.label)
-        return entries
-
-    def _uuids_of(self, key: Bkey) -> list[UuidEntry]:
-        # The array that a journal entry names, if anything like one stands there: it has no checksum.
-        if validity.btree_ptr_invalid(key, self.geometry) or key.size != self.geometry.meta_sectors:
-            return []
-        try:
-            entries = decode_uuids(self.walk.read(key.ptrs[0].sector, key.size))
-        except BcachectlError:
-            return []
-        free = sum(entry.is_free for entry in entries)
-        odd = any(any(entry.pad) or entry.flags & ~UUID_FLASH_ONLY.mask for entry in entries)
-        return entries if free and not odd else []
-
-    def _is_member(self, backing: Backing) -> bool:
-        sb = parse_superblock(backing.read(SB_SECTOR, SB_BYTES >> 9))
-        return sb.set_uuid == self.sb.set_uuid and sb.is_backing and slot_of(self.walk, sb.uuid) is None
 
     def _write_prios(self) -> int:
         geometry = self.geometry

@@ -7,6 +7,10 @@ Whoever judges the cost of damage and whoever repairs it must agree, so both ask
   is: its keys mask what older sets say, and count as lost.
 * Clean extents of sets older than a damaged one are dropped: the lost set may have said that they are out of date, and
   the backing device has the data.  Dirty ones are kept, they exist nowhere else.
+* What a damaged set said is known as far as the journal still says it: entries that need not be replayed any more hold
+  the keys that went into the sets (`older_keys`).  They stand where the damaged set stood.  Keys that were replaced
+  without the journal (write-back, moving gc, fills) name buckets that were used again, if they are out of date.
+* Sectors of a node that cannot be read cost the sets that they belong to, not the node.
 * Pointers in a damaged interior node are hints.  A hint is followed if the node that it leads to has a good checksum,
   which is seeded with the very pointer.
 * An extent that no kernel accepts hides its range and counts as lost.
@@ -19,6 +23,7 @@ Rows of the maps made here carry a tag in the ``csum`` column, whose own meaning
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections import Counter
 from collections.abc import Container, Iterable
@@ -30,6 +35,7 @@ import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
+from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.walk import Slot, Walk
 from bcachectl.ondisk import validity
@@ -51,6 +57,8 @@ from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BSET_VERSION, decode_node
 from bcachectl.ondisk.crc64 import crc64, crc64_seeded
 from bcachectl.ondisk.magic import bset_magic
 
+OLDER_KEYS_LIMIT = 1 << 18
+"""So many keys of entries that need not be replayed are looked at, the newest."""
 TAG_NONE, TAG_JOURNAL, TAG_UNKNOWN_GEN, TAG_LOST = 0, 5, 6, 7
 DEPTH_LIMIT = 16
 """Levels of a btree that are followed below a damaged node."""
@@ -75,7 +83,8 @@ class LeafMap(NamedTuple):
     """A leaf with the journal on top: what is live, what is lost, and dirty extents whose bucket was used again.
 
     ``too_stale`` are raw keys that the kernel would fail the set for; ``is_unknown`` says that not all is known that
-    the leaf held, ``is_lost`` that nothing is.
+    the leaf held, ``is_lost`` that nothing is.  ``is_clean_unknown``: the journal tells of all dirty data, and of no
+    clean extent that a read has filled in.
     """
 
     kept: Extents
@@ -84,6 +93,7 @@ class LeafMap(NamedTuple):
     too_stale: Extents
     is_unknown: bool
     is_lost: bool
+    is_clean_unknown: bool
 
 
 class _Node:
@@ -207,11 +217,10 @@ def plausible_keys(words: bytes | memoryview) -> KeyColumns:
 
 
 def read_sets(walk: Walk, ptr: Ptr, nsectors: int) -> list[SalvagedSet] | None:
-    """The sets of the node at ``ptr``; None if it cannot be read."""
+    """The sets of the node at ``ptr``; None if none of it can be read."""
     assert walk.superblock is not None
-    try:
-        buf = walk.read(ptr.sector, nsectors)
-    except BcachectlError:
+    buf = _read_what_can_be(walk, ptr.sector, nsectors)
+    if buf is None:
         return None
     magic, seed = bset_magic(walk.superblock.set_uuid), ptr_make(ptr.sector, ptr.gen, ptr.dev)
     block_bytes = walk.geometry.block_bytes
@@ -228,6 +237,22 @@ def read_sets(walk: Walk, ptr: Ptr, nsectors: int) -> list[SalvagedSet] | None:
     if has_lost_set(buf, written_blocks=written_blocks, magic=magic, seed=seed, block_bytes=block_bytes):
         return salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
     return [SalvagedSet(image.block, image.keys, True) for image in sets]
+
+
+def _read_what_can_be(walk: Walk, sector: int, nsectors: int) -> bytes | None:
+    # Zeros for the blocks that cannot be read: no set has a good checksum with them.  Halves, since a failing device
+    # takes seconds for each request that fails.  None if nothing can be read.
+    try:
+        return walk.read(sector, nsectors)
+    except BcachectlError:
+        half = nsectors // 2 // walk.geometry.block_size_sectors * walk.geometry.block_size_sectors
+        if not half:
+            return None
+    first = _read_what_can_be(walk, sector, half)
+    second = _read_what_can_be(walk, sector + half, nsectors - half)
+    if first is None and second is None:
+        return None
+    return (first or bytes(half << 9)) + (second or bytes(nsectors - half << 9))
 
 
 def _real_gen(buf: bytes, magic: int, seed: int, block_bytes: int) -> int | None:
@@ -270,25 +295,57 @@ def _without(slot: Slot, *, start: int, end: int) -> list[Slot]:
     return [*parts, replace(slot, start=end)] if end < slot.end else parts
 
 
-def _fill(slot: Slot, candidates: list[Slot]) -> list[Slot]:
-    # The leaves among ``candidates`` whose keys all lie in the range of a lost one.
-    fitting = [each for each in candidates if slot.start <= each.start and each.end <= slot.end]
-    parts: list[Slot] = []
-    at = slot.start
-    for each in fitting:
-        if each.start >= at:
-            parts.append(replace(each, start=at))
-            at = each.end
-    if not parts:
+def _fill(slot: Slot, candidates: list[Candidate]) -> list[Slot]:
+    # The leaves among ``candidates`` whose keys all lie in the range of a lost one.  A leaf that was split stays where
+    # it was, and only its parent told that it is no more: of several that overlap the one that the journal knows best
+    # is taken, and is doubtful.
+    fitting = [each for each in candidates if slot.start <= each.slot.start and each.slot.end <= slot.end]
+    chosen: list[Slot] = []
+    for candidate in sorted(fitting, key=lambda each: -each.known_keys):
+        each = candidate.slot
+        others = [other for other in chosen if other.start < each.end and each.start < other.end]
+        for other in others:
+            chosen[chosen.index(other)] = replace(other, is_doubtful=True)
+        if not others:
+            chosen.append(each)
+    if not chosen:
         return [slot]
+    chosen.sort(key=lambda each: each.start)
+    starts = [slot.start, *(each.end for each in chosen[:-1])]
+    parts = [replace(each, start=start) for each, start in zip(chosen, starts, strict=True)]
     return [*parts[:-1], replace(parts[-1], end=slot.end)]
 
 
-def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> list[Slot]:
+def highest_seq(walk: Walk) -> int:
+    """The number of the newest journal entry, in or out of reach."""
+    return max(entry.jset.seq for entry in [*walk.journal, *leftovers(walk)])
+
+
+def fresh_node_seq(walk: Walk, highest: int, bucket: int) -> int:
+    """The number that a rebuild gives the node that it writes to ``bucket``; `find_leaves` leaves such nodes out.
+
+    They are what an interrupted rebuild left behind, copies of what is there.  ``highest`` is `highest_seq`.
+    """
+    assert walk.superblock is not None
+    words = walk.superblock.set_uuid + highest.to_bytes(8, "little") + bucket.to_bytes(8, "little")
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little") | 1
+
+
+class Candidate(NamedTuple):
+    """A leaf that nothing points to, and how many keys of the journal it has."""
+
+    slot: Slot
+    known_keys: int
+
+
+def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> list[Candidate]:
     """Leaves in buckets that nothing claims, by their magic and a checksum that fits the bucket's generation."""
     assert walk.superblock is not None
     geometry, magic = walk.geometry, bset_magic(walk.superblock.set_uuid)
-    found: list[Slot] = []
+    found: list[Candidate] = []
+    recent = extent.overlay(older_keys(walk)[0], walk.journal_map)
+    highest = highest_seq(walk)
+    told = set(zip(recent.start.tolist(), recent.ptr.tolist(), strict=True))
     for bucket in range(geometry.first_bucket, geometry.nbuckets):
         if bucket in claimed or bucket in known:
             continue
@@ -300,6 +357,8 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> l
         except BcachectlError:
             continue
         gen = _real_gen(buf, magic, ptr_make(sector, 0), geometry.block_bytes)
+        if struct.unpack_from("<Q", buf, 16)[0] == fresh_node_seq(walk, highest, bucket):
+            continue
         if gen is None or (gen != int(walk.gens[bucket]) and validity.gen_after(int(walk.gens[bucket]), gen)):
             continue
         sets = [image for image in salvage_sets(buf, magic=magic, seed=ptr_make(sector, gen),
@@ -312,8 +371,10 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> l
             walk.mark_columns([image.keys for image in sets], 0)
             first = int(min(start.min() for start in starts if len(start)))
             last = int(max(end.max() for end in ends if len(end)))
-            found.append(Slot(first, last, Ptr(0, sector, gen), geometry.node_sectors))
-    return sorted(found, key=lambda slot: slot.start)
+            known_keys = sum(pair in told for image in sets for pair in zip(
+                (image.keys.pos - image.keys.size).tolist(), image.keys.ptr.tolist(), strict=True))
+            found.append(Candidate(Slot(first, last, Ptr(0, sector, gen), geometry.node_sectors), known_keys))
+    return sorted(found, key=lambda each: each.slot.start)
 
 
 def _expand(walk: Walk) -> list[Slot]:
@@ -337,7 +398,7 @@ def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
     assert slot.lost is not None
     sets = read_sets(walk, slot.lost, slot.nsectors)
     if not sets:
-        return [slot]
+        return [slot if slot.level == 0 else Slot(slot.start, slot.end, None, 0)]
     walk.mark_columns([image.keys for image in sets if image.is_valid], slot.level)
     if slot.level == 0 or not depth:
         return [slot]
@@ -393,6 +454,26 @@ def journal_map(walk: Walk) -> Extents:
     return extent.flatten(extent.concatenate(parts))
 
 
+def older_keys(walk: Walk) -> tuple[Extents, bool]:
+    """The keys of the entries before those to be replayed, without a gap, as a flat map; whether that is all there ever
+    were: the first entry of a set has the number 1."""
+    if walk.older is None:
+        by_seq = {entry.jset.seq: entry.jset.keys for entry in walk.journal}
+        seq, words = walk.replay[0].jset.seq if walk.replay else 0, 0
+        parts: list[Extents] = []
+        while seq - 1 in by_seq and words < OLDER_KEYS_LIMIT * 3:
+            seq -= 1
+            words += len(by_seq[seq]) // 8
+            try:
+                keys = decode_key_columns(by_seq[seq], len(by_seq[seq]) // 8)
+            except Corrupt:
+                seq += 1
+                break
+            parts.append(_tagged(walk, SalvagedSet(0, keys, True)))
+        walk.older = extent.flatten(extent.concatenate(parts[::-1])), seq == 1
+    return walk.older
+
+
 def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) -> LeafMap:
     """The extents of one leaf by the rules above, with `journal_map` on top.
 
@@ -401,14 +482,29 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
     ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
     sets = read_sets(walk, ptr, slot.nsectors) if ptr is not None else None
     merged = too_stale = outside = extent.empty()
+    older, is_all_known = extent.empty(), False
+    if not sets or not all(image.is_valid for image in sets):
+        older, is_all_known = older_keys(walk)
+        older = extent.clip(older, start=slot.start, end=slot.end)
+        # Only a known generation tells that a bucket was used again since.
+        is_sure = bucket_of(walk, older) < known_buckets
+        is_all_known &= bool(is_sure.all())
+        older = older.take(is_sure)
+    if not sets:
+        merged = older
     for image in sets or []:
         rows = _tagged(walk, image)
         behind = walk.staleness(rows) > validity.BUCKET_GC_GEN_MAX
         if image.is_valid:
             too_stale = extent.concatenate([too_stale, rows.take(behind & (rows.csum == TAG_NONE))])
         else:
-            merged = _retag(merged, ~merged.dirty & (merged.nptrs > 0), TAG_LOST)
+            # What the journal says hides what was there before; where that is out of date the set said something newer.
+            is_clean = ~merged.dirty & (merged.nptrs > 0)
+            dropped = _retag(merged.take(is_clean), np.ones(int(is_clean.sum()), np.bool_), TAG_LOST)
+            merged = extent.overlay(extent.overlay(merged.take(~is_clean), older), dropped)
         merged = extent.overlay(merged, extent.flatten(rows))
+        if not image.is_valid:
+            merged = extent.overlay(merged, older.take((older.nptrs > 0) & (walk.staleness(older) == 0)))
     if len(merged.start) and (int(merged.start[0]) < slot.start or int(merged.end[-1]) > slot.end):
         before = extent.clip(merged, start=0, end=slot.start)
         outside = extent.concatenate([before, extent.clip(merged, start=slot.end, end=MAX_POS)])
@@ -426,7 +522,11 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
     # Where no set is good the node may be another's altogether.
     is_unknown = not any(image.is_valid for image in sets or []) or not all(
         image.is_valid or image.is_whole for image in sets or [])
-    return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, is_unknown, not sets)
+    is_clean_unknown = is_unknown and is_all_known
+    is_unknown = (is_unknown and not is_all_known) or slot.is_doubtful
+    is_lost = not sets and not is_all_known and not kept.any()
+    return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, is_unknown, is_lost,
+                   is_clean_unknown)
 
 
 def bucket_of(walk: Walk, extents: Extents) -> npt.NDArray[np.uint64]:

@@ -153,6 +153,8 @@ class Slot:
     nsectors: int
     lost: Ptr | None = None
     level: int = 0
+    is_doubtful: bool = False
+    """Found without a parent, and not the only one that could be meant."""
 
 
 class Walk:
@@ -183,6 +185,8 @@ class Walk:
         self.uuids: tuple[UuidEntry, ...] = ()
         self.slots: list[Slot] = []
         """The leaves in key order; together they cover the whole address space."""
+        self.older: tuple[Extents, bool] | None = None
+        """What `bcachectl.fsck.salvage.older_keys` found, if it was asked."""
         self.nodes = 0
         self._gen_known: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._visited: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)

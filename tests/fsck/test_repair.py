@@ -102,7 +102,7 @@ def test_output_leaves_the_device_alone(golden: Callable[..., Path], tmp_path: P
 
 
 def test_preen_leaves_what_costs_data(golden: Callable[..., Path], tmp_path: Path) -> None:
-    paths = damaged_files(golden, tmp_path, CASES["set_csum_first_leaf_deep_crash"])
+    paths = damaged_files(golden, tmp_path, CASES["set_csum_first_leaf_killed"])
     before = [path.read_bytes() for path in paths]
     assert cli.run(["fsck", "-p", *map(str, paths)]) == 4
     assert [path.read_bytes() for path in paths] == before
