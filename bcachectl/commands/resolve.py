@@ -268,4 +268,4 @@ def _done(plan: Plan, subject: Subject, choice: Choice, undo: Path, dry_run: boo
         return
     whats = [write.what for write in plan.writes if write.device == subject.backing.path]
     print(f"{subject.backing.path}: {whats[-1]}; lost: {choice.loss.text}.")
-    print(f"`bcachectl undo {undo}` takes it back.")
+    print(f"`bcachectl undo {undo}` takes it back, as long as neither was used since.")

@@ -7,7 +7,7 @@ A rebuild is the walk's live map piped into a fresh writer.  Nothing that is in 
 2. one sector, a journal entry at the head of the next journal bucket, switches to them: it is the newest entry, names
    the new root, uuids and prios, and asks for no replay.  Before it the device is what it was, after it the set is new;
 3. the heads of the other journal buckets are cleared, so that nothing of the old journal is ever found again;
-4. the superblock, if it needs it; a kernel refuses the device until then;
+4. the superblock; if it needs a repair, a kernel refuses the device until then;
 5. the superblocks of backing devices.
 
 Each step is durable before the next begins, so a repair that is interrupted anywhere can be run again.
@@ -121,6 +121,7 @@ def plan_repair(check: Check, *, safe_only: bool, assign: Mapping[int, bytes] | 
     steps: list[tuple[RepairWrite, ...]] = []
     if rebuild and is_whole and slots is not None:
         steps.extend(_Rebuild(complete, live, slots).steps())
+        superblock = superblock or _superblock_as_it_is(check)
     steps.append(superblock)
     steps.extend(_backing_writes(check, [finding for finding in wanted if finding.code in BACKING_REPAIRED]))
     return Repair(tuple(step for step in steps if step), tuple(wanted),
@@ -131,7 +132,8 @@ def plan_repair(check: Check, *, safe_only: bool, assign: Mapping[int, bytes] | 
 def plan_rebuild(check: Check, *, without: int) -> tuple[tuple[RepairWrite, ...], ...]:
     """The steps of a rebuild of a good set that leaves the extents of one device number out."""
     slots = SlotPlan(tuple(check.walk.uuids), frozenset((without,)), (), ())
-    return tuple(step for step in _Rebuild(check, live_extents(check), slots).steps() if step)
+    steps = (*_Rebuild(check, live_extents(check), slots).steps(), _superblock_as_it_is(check))
+    return tuple(step for step in steps if step)
 
 
 def is_repairable(finding: Finding) -> bool:
@@ -172,6 +174,16 @@ def _superblock_write(check: Check) -> tuple[RepairWrite, ...]:
     except BcachectlError:
         return ()  # Nothing is known that would be better.
     return (RepairWrite("", SB_SECTOR << 9, encode_superblock(sb, base), "superblock"),)
+
+
+def _superblock_as_it_is(check: Check) -> tuple[RepairWrite, ...]:
+    # Written again for the undo file's sake: whoever runs the set changes it (seq, last_mount), and perhaps no other
+    # sector of those that a rebuild writes.  An undo sees by it that the set ran since, and would throw that away.
+    try:
+        raw = check.walk.read(SB_SECTOR, SB_BYTES >> 9)
+    except BcachectlError:
+        return ()
+    return (RepairWrite("", SB_SECTOR << 9, bytes(raw), "superblock, as it is"),)
 
 
 def _backing_writes(check: Check, findings: Sequence[Finding]) -> Iterator[tuple[RepairWrite, ...]]:
