@@ -119,6 +119,7 @@ class CacheSet:
         self.cutoff_writeback_sync = 70
         self.idle_max_writeback_rate = True
         self.accounting = stats.Accounting(self)
+        self.summaries = stats.Summaries(self)
         self.tunables = tunables.Tunables(self)
         self.replayed_keys = 0
         self.replayed_entries = 0

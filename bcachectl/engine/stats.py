@@ -5,11 +5,12 @@ The kernel adds what was counted to four windows every 300/22 s, and lets three 
 of these ticks: five minutes, an hour, a day (stats.c, scale_accounting).  Here the totals count at once, and
 `Accounting.run` does the rest.
 
-A snapshot looks and changes nothing.  What is said about all buckets comes from `bcachectl.census`, in bulk.
+A snapshot looks and changes nothing of the set.  What is said about all buckets comes from `bcachectl.census`, in bulk.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,8 +28,10 @@ from bcachectl.snapshot import (
     EventSnapshot,
     FifoSnapshot,
     GcSnapshot,
+    GenSnapshot,
     JournalSnapshot,
     MapSnapshot,
+    PrioSnapshot,
     RequestCounters,
     SetSnapshot,
     VolumeSnapshot,
@@ -56,7 +59,42 @@ _MARK_TO_STATE = census.STATE_CLEAN - MARK_RECLAIMABLE
 assert (MARK_DIRTY + _MARK_TO_STATE, MARK_METADATA + _MARK_TO_STATE) == (census.STATE_DIRTY, census.STATE_METADATA)
 
 
+LARGE_NBUCKETS = 1 << 17
+KEEP_NS = 4 * NS_PER_S
+"""For so long the gens and priorities of a large set are shown as they were: counting a million takes a millisecond
+each, and whoever watches asks every second."""
+
 Volume = CachedDev | FlashVolume
+
+
+class Summaries:
+    """What is said about the gens and the priorities of all buckets; of a large set it may be `KEEP_NS` old."""
+
+    __slots__ = ("cset", "gen", "prio", "gen_ns", "prio_ns")
+
+    def __init__(self, cset: CacheSet) -> None:
+        self.cset = cset
+        self.gen: GenSnapshot | None = None
+        self.prio: PrioSnapshot | None = None
+        self.gen_ns = self.prio_ns = 0
+
+    def look(self) -> tuple[GenSnapshot, PrioSnapshot]:
+        """Both; at most one of them is counted anew in one go, once they are known."""
+        buckets, now_ns = self.cset.buckets, self.cset.sched.now_ns
+        first = buckets.first_bucket
+        oldest_ns = now_ns - KEEP_NS if buckets.nbuckets >= LARGE_NBUCKETS else now_ns
+        gen, prio = self.gen, self.prio
+        counted = False
+        if gen is None or self.gen_ns <= oldest_ns:
+            counted = gen is not None and oldest_ns < now_ns
+            gen = census.gen_snapshot(buckets.gen[first:], buckets.last_gc[first:], need_gc=buckets.need_gc)
+            self.gen, self.gen_ns = gen, now_ns
+        if prio is None or (self.prio_ns <= oldest_ns and not counted):
+            prio = census.prio_snapshot(buckets.prio[first:],
+                                        bucket_size_sectors=self.cset.geometry.bucket_size_sectors)
+            self.prio, self.prio_ns = prio, now_ns
+        return (replace(gen, need_gc=buckets.need_gc),
+                replace(prio, min_prio=buckets.min_prio, rescale_sectors=buckets.rescale_sectors))
 
 
 class Windows:
@@ -160,13 +198,11 @@ def allocator_snapshot(cset: CacheSet, cells: int) -> tuple[AllocatorSnapshot, M
     state[:buckets.first_bucket] = census.STATE_RESERVED
     state[cset.journal.buckets] = census.STATE_RESERVED
     counts, cells_map = census.census(state, used, bucket_size_sectors=size, cells=cells)
-    first = buckets.first_bucket
     event_counts = cset.events.counts
+    gens, prio = cset.summaries.look()
     return AllocatorSnapshot(
-        nbuckets=buckets.nbuckets, first_bucket=first, bucket_bytes=cset.geometry.bucket_bytes, counts=counts,
-        gens=census.gen_snapshot(buckets.gen[first:], buckets.last_gc[first:], need_gc=buckets.need_gc),
-        prio=census.prio_snapshot(buckets.prio[first:], bucket_size_sectors=size, min_prio=buckets.min_prio,
-                                  rescale_sectors=buckets.rescale_sectors),
+        nbuckets=buckets.nbuckets, first_bucket=buckets.first_bucket, bucket_bytes=cset.geometry.bucket_bytes,
+        counts=counts, gens=gens, prio=prio,
         replacement=alloc.replacement.name.lower(), discard=alloc.discard,
         reserves=tuple(FifoSnapshot(reserve.name, len(alloc.free[reserve]), alloc.free[reserve].size)
                        for reserve in Reserve),

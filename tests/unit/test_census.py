@@ -85,3 +85,13 @@ def test_quantiles_are_those_of_a_sort(count: int) -> None:
 def test_no_priorities_at_all() -> None:
     found = prio_snapshot(np.zeros(10, np.uint16), bucket_size_sectors=64)
     assert (found.quantiles, found.average, found.zero) == ((), 0, 10)
+
+
+def test_gens_are_counted_in_pairs() -> None:
+    draw = np.random.default_rng(4)
+    for count in (0, 1, 2, 999, 1 << 18, (1 << 19) + 7):
+        gen, last_gc = draw.integers(0, 256, count, dtype=np.uint8), draw.integers(0, 256, count, dtype=np.uint8)
+        expected = np.bincount(gen - last_gc, minlength=256)
+        found = gen_snapshot(gen, last_gc, need_gc=0)
+        assert list(found.histogram) == [*expected[:GEN_GUARD].tolist(), int(expected[GEN_GUARD:].sum())]
+        assert found.max == int((gen - last_gc).max(initial=0))
