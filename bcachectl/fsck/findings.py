@@ -175,10 +175,10 @@ CODES: dict[str, Meaning] = {
     "UUID_SECTORS": Meaning(_N, "A backing device's slot has a size, which only flash-only volumes have."),
     "UUID_FLAGS": Meaning(_N, "A slot of the uuid array has flags that no kernel gives a meaning to."),
     "UUID_FREE_DIRTY": Meaning(_N, "A free slot of the uuid array is not all zeros."),
-    "ORPHAN_DIRTY": Meaning(_E, "There is dirty data of a slot that has no owner; the next device to be attached would "
+    "ORPHAN_DIRTY": Meaning(_W, "There is dirty data of a slot that has no owner; the next device to be attached would "
                                 "be given it. A repair finds the owner, or is told with --assign; `writeback "
                                 "--orphans` can bring the data back.", safe=False),
-    "ORPHAN_CLEAN": Meaning(_E, "There is clean data of a slot that has no owner; the next device to be attached would "
+    "ORPHAN_CLEAN": Meaning(_W, "There is clean data of a slot that has no owner; the next device to be attached would "
                                 "be given it. A repair finds the owner, or drops the data."),
     "ORPHAN_RETIRED": Meaning(_N, "There are dirty keys of a device that was detached. An orderly detach leaves them "
                                   "for a while, a forced one for good: `writeback --orphans` lists them. A repair "
