@@ -30,9 +30,10 @@ from bcachectl.units import format_sectors, format_uuid, parse_size, parse_uuid
 
 RANGES_SHOWN = 8
 AFTERWARDS = """The cache was only read, so its keys still say dirty. If the set runs again with the
-devices as they are now, it writes the same data once more, which is harmless. If a device
-is to be used without this cache, take the cache out of the way first (`bcachectl wipe
---force=dirty`): its old data would later hide what is written meanwhile."""
+devices as they are now, it writes the same data once more, which is harmless. To use a
+device without this cache from now on, `bcachectl resolve DEVICE --use-backing-alone` (and
+--cache, if the cache still works) lets it go: the cache's old data would otherwise hide
+what is written meanwhile."""
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", autocompletion=complete_device, show_default=False,
                                               help="The cache device, or a file that holds an image of it.")]
