@@ -35,8 +35,8 @@ ENGINE, BCACHE, DM_CACHE, LOOP, DISK = "engine ublk", "kernel bcache", "dm-cache
 WORKLOADS = {
     "read 4k QD32": "--rw=randread --bs=4k --iodepth=32",
     "read 4k QD1": "--rw=randread --bs=4k --iodepth=1",
-    "write 4k QD32": "--rw=randwrite --bs=4k --iodepth=32",
     "read 1M QD4": "--rw=read --bs=1m --iodepth=4",
+    "write 4k QD32": "--rw=randwrite --bs=4k --iodepth=32",
     "miss 4k QD32": "--rw=randread --bs=4k --iodepth=32",
 }
 
@@ -67,12 +67,12 @@ for pid in /proc/[0-9]*; do
 done
 
 data=$((CACHE_SECTORS - 32768))
-host dmsetup create meta --table "0 32768 linear /dev/vde 0"
-host dmsetup create data --table "0 $data linear /dev/vde 32768"
-dd if=/dev/zero of=/dev/mapper/meta bs=1M count=1 2>/dev/null
-host dmsetup create cached --table "0 VOLUME_SECTORS cache /dev/mapper/meta /dev/mapper/data /dev/vdf 128 \\
+host env DM_DISABLE_UDEV=1 dmsetup create meta --table "0 32768 linear /dev/vde 0"
+host env DM_DISABLE_UDEV=1 dmsetup create data --table "0 $data linear /dev/vde 32768"
+dd if=/dev/zero of=/dev/dm-0 bs=1M count=1 2>/dev/null
+host env DM_DISABLE_UDEV=1 dmsetup create cached --table "0 VOLUME_SECTORS cache /dev/dm-0 /dev/dm-1 /dev/vdf 128 \\
     1 writeback smq 2 migration_threshold 204800"
-host losetup --direct-io=on /dev/loop0 /dev/vdg
+host /sbin/losetup --direct-io=on /dev/loop0 /dev/vdg
 
 # turn NAME DEVICE LABEL FIO_OPTION...
 turn() {
@@ -87,7 +87,7 @@ prime() {
     host dd if=/dev/urandom of=/dev/$1 bs=1M count=HOT_MIB oflag=direct 2>/dev/null || fail "writing $1"
     for again in 1 2 3; do host dd if=/dev/$1 of=/dev/null bs=64k count=$((HOT_MIB * 16)) iflag=direct 2>/dev/null; done
 }
-for device in $bcache $engine mapper/cached loop0 vdh; do prime $device; done
+for device in $bcache $engine dm-2 loop0 vdh; do prime $device; done
 """
 
 MODES = """
@@ -96,11 +96,11 @@ host env PYTHONPATH=ROOT XDG_RUNTIME_DIR=/run PYTHON -m bcachectl set bcache0 ca
 """
 
 FINISH = """
-host dmsetup status cached >/job/dm-cache.status
+host env DM_DISABLE_UDEV=1 dmsetup status cached >/job/dm-cache.status
 cat /proc/$pid_of_engine/status >/job/engine.status
 kill -TERM $pid_of_engine
 wait_for 60 sh -c "! test -e /proc/$pid_of_engine"
-host dmsetup remove cached
+host env DM_DISABLE_UDEV=1 dmsetup remove cached
 stop_all
 """
 
@@ -119,7 +119,7 @@ class Target:
 def targets() -> dict[str, Target]:
     """The targets by the names they have in the machine's script."""
     return {"engine": Target(ENGINE, "$engine"), "bcache": Target(BCACHE, "$bcache"),
-            "dm": Target(DM_CACHE, "mapper/cached"), "loop": Target(LOOP, "loop0"), "disk": Target(DISK, "vdh")}
+            "dm": Target(DM_CACHE, "dm-2"), "loop": Target(LOOP, "loop0"), "disk": Target(DISK, "vdh")}
 
 
 def script(rounds: int, seconds: float, only: str) -> str:
