@@ -38,9 +38,9 @@ sim: setup-dev ## the engine on simulated disks; SEED=n replays a seed
 crash: setup-dev ## power loss at every point of every story, three times (about an hour); SEED=n for other choices
 	$(if $(SEED),BCACHECTL_SIM_SEED=$(SEED)) BCACHECTL_CRASH=all $(PYTEST) -n $(WORKERS) --timeout 7200 -m crash
 
-damage: setup-dev ## every case of damage: exact findings, exact cost, clean after repair, the same on an image
-	BCACHECTL_IMAGES=all $(PYTEST) -n $(WORKERS) tests/fsck/test_damage.py tests/fsck/test_repair.py \
-		tests/fsck/test_image.py
+damage: setup-dev ## every case of damage: exact findings, exact cost, clean after repair, interrupted at every write
+	BCACHECTL_IMAGES=all BCACHECTL_DAMAGE=all $(PYTEST) -n $(WORKERS) tests/fsck/test_damage.py \
+		tests/fsck/test_repair.py tests/fsck/test_interrupted.py tests/fsck/test_image.py
 
 flips: setup-dev ## every byte of all metadata flipped (hours); SHARD=3/8 takes the third eighth
 	$(if $(SHARD),BCACHECTL_SHARD=$(SHARD)) BCACHECTL_FLIPS=all $(PYTEST) -n $(WORKERS) -rP tests/fsck/test_flip.py

@@ -10,14 +10,17 @@ A plan is made while nothing is written, so that every refusal comes first.  Its
 4. `read_undo` and `undo_plan` make the plan that takes it back.  A device that has changed since is refused.
 
 An undo file is one line of JSON (`UNDO_SCHEMA`, the verb, one entry a write with its device, place, length and the
-SHA-256 of the bytes before and after), a newline, and the old bytes one behind the other.
+SHA-256 of the bytes before and after, and the CRC-32 of each sector after), a newline, and the old bytes one behind the
+other.  A write that was interrupted leaves some of its sectors old and some new: that counts as unchanged.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,8 @@ from bcachectl.blockdev import BlockDevice
 from bcachectl.errors import BcachectlError, Refused
 
 UNDO_SCHEMA = 1
-UNDO_HEADER_MAX_BYTES = 16 << 20
+UNDO_HEADER_MAX_BYTES = 64 << 20
+SECTOR_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class UndoEntry(TypedDict):
     what: str
     before: str
     after: str
+    after_sectors: str
 
 
 def describe(plan: Plan) -> list[str]:
@@ -122,7 +127,8 @@ def save_undo(plan: Plan, devices: Mapping[str, BlockDevice], path: Path) -> Non
         before = device.read(write.offset_bytes, write.length_bytes)
         entries.append({"device": os.path.realpath(write.device), "size_bytes": device.size_bytes,
                         "offset_bytes": write.offset_bytes, "length_bytes": write.length_bytes, "what": write.what,
-                        "before": _digest(before), "after": _digest(write.data or bytes(write.length_bytes))})
+                        "before": _digest(before), "after": _digest(write.data or bytes(write.length_bytes)),
+                        "after_sectors": _sectors(write.data or bytes(write.length_bytes))})
         saved.append(before)
     header = {"bcachectl-undo": UNDO_SCHEMA, "verb": plan.verb, "entries": entries}
     try:
@@ -155,7 +161,7 @@ def read_undo(path: Path) -> tuple[str, list[UndoEntry], list[bytes]]:
         header = json.loads(line)
         schema = header["bcachectl-undo"]
         verb, entries = str(header["verb"]), [_undo_entry(entry) for entry in header["entries"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BcachectlError(f"{path}: is not an undo file of bcachectl") from error
     if schema != UNDO_SCHEMA:
         raise BcachectlError(f"{path}: is an undo file of schema {schema}; this bcachectl knows {UNDO_SCHEMA}")
@@ -185,7 +191,9 @@ def undo_plan(verb: str, entries: Sequence[UndoEntry], saved: Sequence[bytes], d
                           and later["offset_bytes"] < entry["offset_bytes"] + entry["length_bytes"]
                           and entry["offset_bytes"] < later["offset_bytes"] + later["length_bytes"]
                           for later in entries[index + 1:])
-        if not overwritten and not force_changed and _digest(now) not in (entry["after"], entry["before"]):
+        if overwritten or force_changed or _digest(now) in (entry["after"], entry["before"]):
+            continue
+        if not _is_torn(now, saved[index], entry["after_sectors"]):
             raise Refused(f"{entry['device']}: the {entry['what']} at byte {entry['offset_bytes']} was changed after "
                           f"{verb}; what was written since would be lost", hazard="changed")
     steps = tuple((Write(entry["device"], entry["offset_bytes"], entry["length_bytes"],
@@ -218,7 +226,9 @@ def _undo_entry(entry: Mapping[str, Any]) -> UndoEntry:
     found: UndoEntry = {
         "device": str(entry["device"]), "size_bytes": int(entry["size_bytes"]), "what": str(entry["what"]),
         "offset_bytes": int(entry["offset_bytes"]), "length_bytes": int(entry["length_bytes"]),
-        "before": str(entry["before"]), "after": str(entry["after"])}
+        "before": str(entry["before"]), "after": str(entry["after"]),
+        "after_sectors": str(entry.get("after_sectors", ""))}
+    base64.b64decode(found["after_sectors"], validate=True)
     if found["length_bytes"] < 0 or found["offset_bytes"] < 0:
         raise ValueError("negative range")
     return found
@@ -226,6 +236,23 @@ def _undo_entry(entry: Mapping[str, Any]) -> UndoEntry:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _sectors(data: bytes) -> str:
+    # The CRC-32 of each sector, 4 bytes each, in base64.
+    sums = b"".join(zlib.crc32(data[at:at + SECTOR_BYTES]).to_bytes(4, "little")
+                    for at in range(0, len(data), SECTOR_BYTES))
+    return base64.b64encode(sums).decode()
+
+
+def _is_torn(now: bytes, before: bytes, after_sectors: str) -> bool:
+    # Each sector is what it was before, or what was written.
+    sums = base64.b64decode(after_sectors)
+    pieces = range(0, len(now), SECTOR_BYTES)
+    return len(sums) == 4 * len(pieces) and all(
+        now[at:at + SECTOR_BYTES] == before[at:at + SECTOR_BYTES]
+        or zlib.crc32(now[at:at + SECTOR_BYTES]) == int.from_bytes(sums[number * 4:number * 4 + 4], "little")
+        for number, at in enumerate(pieces))
 
 
 def _sync_directory(directory: Path) -> None:

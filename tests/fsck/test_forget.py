@@ -23,7 +23,7 @@ from tests.damage import cases
 from tests.export.engine import Engine
 from tests.fsck.image import Image
 from tests.fsck.test_damage import base_image, check, live, per_sector, serious
-from tests.fsck.test_repair import interrupted
+from tests.fsck.test_interrupted import interrupted
 
 DATA_BYTES = 16 << 9
 NOW_S = 1_800_000_000

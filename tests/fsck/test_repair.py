@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A repair that is interrupted at any write can be run again; the verb, its undo file, its copy, its exit status."""
+"""fsck as a program: its repairs, its undo file, its copy, its exit status.
+
+test_interrupted.py has repairs that are interrupted."""
 
 from __future__ import annotations
 
@@ -11,54 +13,10 @@ from pathlib import Path
 import pytest
 
 from bcachectl import cli
-from bcachectl.fsck.repair import RepairWrite, plan_repair
 from tests.damage import Case, cases
-from tests.fsck.image import Image
-from tests.fsck.test_damage import apply, base_image, check, live, per_sector, serious
+from tests.fsck.test_damage import base_image
 
 CASES = {case.name: case for case in cases()}
-INTERRUPTED = ("sb_csum_deep_crash", "prio_csum_deep_crash", "journal_middle_csum_flash_volume",
-               "uuid_twice_two_backing",
-               "set_csum_middle_leaf_deep_crash", "set_zero_interior_deep_crash", "child_beyond_gen_churn",
-               "extent_overlap_killed", "backing_mode_9_two_backing", "uuid_flash_0")
-
-
-def interrupted(image: Image, steps: tuple[tuple[RepairWrite, ...], ...], done: int, dice: random.Random) -> None:
-    """Apply ``done`` writes; of the step that is under way any may be missing, and one may be torn."""
-    devices = {"": image.cache, **{device.name: device for device in image.backings}}
-    for step in steps:
-        if done <= 0:
-            return
-        is_whole = done >= len(step)
-        for write in step if is_whole else dice.sample(step, done):
-            data = write.data
-            if not is_whole and len(data) > 512 and dice.random() < 0.5:
-                data = data[:dice.randrange(1, len(data) // 512) * 512]
-            devices[write.device].put(write.offset_bytes, data)
-        done -= len(step)
-
-
-@pytest.mark.parametrize("name", INTERRUPTED)
-def test_interrupted_anywhere(golden: Callable[..., Path], name: str) -> None:
-    case = CASES[name]
-    base = base_image(golden(case.base))
-    whole = base.fresh()
-    case.edit(whole)
-    repair = plan_repair(check(whole), safe_only=False)
-    apply(whole, repair)
-    wanted = per_sector(live(check(whole)), dirty=True)
-    dice = random.Random(name)
-    writes = sum(len(step) for step in repair.steps)
-    points = sorted(dice.sample(range(writes), min(writes, 6)) + [writes - 1])
-    for done in points:
-        image = base.fresh()
-        case.edit(image)
-        interrupted(image, repair.steps, done, dice)
-        again = check(image)
-        apply(image, plan_repair(again, safe_only=False))
-        after = check(image)
-        assert set(serious(after)) <= {finding.code for finding in repair.left}, f"after {done} of {writes} writes"
-        assert per_sector(live(after), dirty=True) == wanted, f"after {done} of {writes} writes"
 
 
 def damaged_files(golden: Callable[..., Path], tmp_path: Path, case: Case) -> list[Path]:

@@ -108,3 +108,20 @@ def test_undo_names_are_not_taken_twice(tmp_path: Path, monkeypatch: pytest.Monk
     first.touch()
     assert undo_path("wipe", ["/dev/sda", "b.img"], now_s=1000).name == "wipe-sda+b.img-1000-2.undo"
     assert len(undo_path("wipe", ["x" * 300], now_s=1000).name) < 120
+
+
+def test_a_torn_write_counts_as_unchanged(tmp_path: Path) -> None:
+    """Power failed in the middle: some sectors are old, some new; a sector that is neither is refused."""
+    path = tmp_path / "device"
+    path.write_bytes(b"o" * 4096)
+    undo = tmp_path / "undo"
+    plan = Plan("fsck", ((Write(str(path), 0, 2048, "node", b"n" * 2048),),))
+    with open_device(str(path), write=True) as device:
+        save_undo(plan, {str(path): device}, undo)
+        verb, entries, saved = read_undo(undo)
+        devices = {entries[0]["device"]: device}
+        device.write(512, b"n" * 1024)
+        assert len(undo_plan(verb, entries, saved, devices, force_changed=False).writes) == 1
+        device.write(1600, b"x")
+        with pytest.raises(Refused, match="was changed after fsck"):
+            undo_plan(verb, entries, saved, devices, force_changed=False)
