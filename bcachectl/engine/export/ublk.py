@@ -53,7 +53,7 @@ from bcachectl.engine.front import (
 )
 from bcachectl.engine.io.loop import Loop
 from bcachectl.engine.io.medium import Medium
-from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, SQE_IO_LINK, RingBackend
+from bcachectl.engine.io.uring import HAND_OVER_READS, OP_READ, OP_URING_CMD, SQE_IO_LINK, RingBackend
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.errors import DeviceError
 
@@ -208,6 +208,7 @@ class UblkExport:
         read_nowait, bucket_shift = self.volume.read_nowait, self.buckets.bucket_shift + 9
         first_commit, first_read = self._first_slot, self._first_slot + self._tag_count
         is_quick = self.cache.fd >= 0
+        handed_over = tail
         others: list[int] = []
         for number, result in completions:
             if number >= _READ_NUMBER:
@@ -233,6 +234,9 @@ class UblkExport:
                         sqe_i32[16 * slot + wire.IO_CMD_RESULT_WORD] = length
                         array[tail + 1 & mask] = slot
                         tail = tail + 2 & 0xFFFFFFFF
+                        if tail - handed_over & 0xFFFFFFFF >= 2 * HAND_OVER_READS:
+                            ring.tail = handed_over = tail
+                            ring.hand_over()
                         continue
                 others.append(number)
             elif result == -errno.ECANCELED:

@@ -45,6 +45,10 @@ from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, W
 
 RING_ENTRIES = 256
 """Entries of the submission ring; more Ios than the completion ring holds wait in a queue."""
+HAND_OVER_READS = 4
+"""How many reads a client of the ring gathers before the kernel may begin with them.  A device that is handed all 32 of
+a turn at once has nothing to do while the next 32 are looked up: then it reaches three quarters of what it does with
+this."""
 MIN_SHARED_SLOTS = 128
 """Slots that `Ring.reserve` leaves to Ios."""
 
@@ -212,6 +216,14 @@ class Ring:
             elif sent == unsent:
                 break
         self._pushed = 0
+
+    def hand_over(self) -> None:
+        """Let the kernel begin with what was published.  It need not take all; `wait` gives it the rest."""
+        u32 = self._u32
+        u32[self._sq_tail] = self.tail
+        unsent = (self.tail - u32[self._sq_head]) & 0xFFFFFFFF
+        if _quick_syscall(_SYS_ENTER, self.fd, unsent, 0, 0, _NO_POINTER, _NO_BYTES) == unsent:
+            self._pushed = 0
 
     def wait(self, timeout_s: float) -> None:
         """Hand the entries to the kernel and sleep until something completed, a signal came, or the time is over; one
