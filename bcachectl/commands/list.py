@@ -97,10 +97,12 @@ def _engines() -> list[dict[str, Any]]:
         record: dict[str, Any] = {"set_uuid": engine.uuid, "pid": engine.pid, "cache": None, "volumes": []}
         try:
             snapshot = engine.snapshot(0)
+            places = engine.places()
             record["cache"] = snapshot.cache_path
             record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label,
                                   "size_bytes": volume.size_bytes, "state": volume.state, "cache_mode": volume.mode,
-                                  "backing": volume.backing_path} for volume in snapshot.volumes]
+                                  "backing": volume.backing_path,
+                                  "device": places.get(volume.name, {}).get("device")} for volume in snapshot.volumes]
         except BcachectlError:
             # It is there, and ends or is busy: a line of its own all the same.
             record["volumes"] = []

@@ -25,7 +25,8 @@ def lines(body: Mapping[str, Any], *, color: bool) -> Iterator[str]:
         yield from (f"  {device['device']}: {device['problem']}" for device in members if device["problem"])
         volumes = engines[set_uuid]["volumes"] if set_uuid in engines else []
         yield from (f"  {volume['volume']}: {format_size(volume['size_bytes'])}, {volume['state']}, "
-                    f"{volume['cache_mode']}" for volume in volumes)
+                    f"{volume['cache_mode']}{', at ' + volume['device'] if volume.get('device') else ''}"
+                    for volume in volumes)
         if members and all(device["role"] != "cache" for device in members):
             yield "  its cache device is not here"
     if body["kernel_devices"]:

@@ -213,6 +213,19 @@ def test_fio_verifies_on_a_loop_device(tmp_path: Path, mode: str, require_tool: 
 
 
 @pytest.mark.usefixtures("_loops")
+def test_the_list_says_where_volumes_are(tmp_path: Path) -> None:
+    options = make_set(tmp_path)
+    with Engine(tmp_path, *options, "--export", "loop") as engine:
+        device = engine.volumes[0]["device"]
+        environment = {**os.environ, "XDG_RUNTIME_DIR": engine.runtime.name}
+        listed, text = (subprocess.run([sys.executable, "-m", "bcachectl", "list", *words], check=True, text=True,
+                                       capture_output=True, cwd=ROOT, env=environment).stdout
+                        for words in (["--json"], []))
+    assert [volume["device"] for found in json.loads(listed)["engines"] for volume in found["volumes"]] == [device]
+    assert f"at {device}" in text
+
+
+@pytest.mark.usefixtures("_loops")
 def test_ext4_in_writeback(tmp_path: Path, require_tool: Callable[[str], str]) -> None:
     mkfs, e2fsck, mount, umount = (require_tool(name) for name in ("mkfs.ext4", "e2fsck", "mount", "umount"))
     options = make_set(tmp_path, mode="writeback", cache_bytes=32 << 20)
