@@ -105,6 +105,12 @@ for mode in writeback writethrough writearound none; do
     verify --filename=$device --size=6m --offset=100m
     say "fio is content with $mode"
 done
+ask volume_create '{"size": 8388608}' >/dev/null
+until [ -b /dev/ublkb1 ]; do sleep 0.1; done
+verify --filename=/dev/ublkb1 --size=2m
+ask volume_remove '{"volume": "bcache1"}' >/dev/null
+until [ ! -e /dev/ublkb1 ]; do sleep 0.1; done
+say "fio is content with a flash-only volume, which came and went"
 ask set '{"target": "bcache0", "values": {"cache_mode": "writeback"}}' >/dev/null
 mkfs.ext4 -q -E lazy_itable_init=0 $device 64m
 mount $device /run/mnt

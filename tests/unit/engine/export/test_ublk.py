@@ -3,14 +3,38 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from bcachectl.engine.export import ublk_control
+from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.engine.buckets import Buckets
+from bcachectl.engine.export import ublk, ublk_control
 from bcachectl.engine.export import ublk_wire as wire
+from bcachectl.engine.export.ublk import UblkExport
+from bcachectl.engine.front import (
+    NOT_NOW,
+    REQ_DISCARD,
+    REQ_FLUSH,
+    REQ_FUA,
+    REQ_META,
+    REQ_READ,
+    REQ_STABLE,
+    REQ_WRITE,
+    REQ_WRITE_ZEROES,
+    Front,
+    Request,
+)
+from bcachectl.engine.io.loop import Loop, make_backend, make_sched
+from bcachectl.engine.io.uring import RingBackend
 from bcachectl.errors import WrongState
+from bcachectl.ondisk.geometry import Geometry
 
 
 @pytest.mark.parametrize(("command", "number"), [
@@ -81,3 +105,151 @@ def test_something_else_at_its_place_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(ublk_control, "CONTROL_PATH", str(tmp_path))
     with pytest.raises(WrongState, match="needs root and the kernel's module"):
         ublk_control.UblkControl()
+
+
+# An export whose device is a plain file: its mapping shows what the test writes there, and every command for it fails
+# (EOPNOTSUPP), so that a commit which the kernel began is told from one that it never began (ECANCELED).
+
+DEV_ID = 3
+
+
+class FakeVolume:
+    """A volume that says where its sectors are, and keeps what it is asked."""
+
+    name, uuid, label = "bcache0", bytes(16), ""
+    size_sectors, block_size_sectors, read_only = 4096, 8, False
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.requests: list[Request] = []
+
+    def read_nowait(self, sector: int, nsectors: int) -> int:
+        """The one answer."""
+        return self.place
+
+    def submit(self, request: Request) -> None:
+        """Keep it."""
+        self.requests.append(request)
+
+
+class FakeControl:
+    """The numbers of commands, for a driver that knows ioctl numbers."""
+
+    def io_command(self, command: int) -> int:
+        """As `UblkControl.io_command`."""
+        return wire.encoded(command)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[BlockDevice]:
+    path = tmp_path / "cache.img"
+    path.write_bytes(b"".join(b"%4095d\n" % number for number in range(32)))
+    with open_device(str(path), write=True) as device:
+        yield device
+
+
+@dataclass
+class Set:
+    """An export and what the test needs of it."""
+
+    export: UblkExport
+    volume: FakeVolume
+    backend: RingBackend
+    buckets: Buckets
+    device: Path
+
+    def ask(self, tag: int, operation: int, sector: int, nsectors: int) -> None:
+        """What the driver does: a descriptor, and the completion of the tag's fetch."""
+        with self.device.open("r+b") as file:
+            file.seek(tag * wire.IO_DESC.size)
+            file.write(wire.IO_DESC.pack(operation, nsectors, sector, 0))
+        self.export.landed([(tag, 0)])
+
+    def settle(self) -> None:
+        """Everything that the ring has begun comes to its end."""
+        for _ in range(4):
+            self.backend.wait(0, 0.05)
+
+
+@pytest.fixture
+def served(image: BlockDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Set]]:
+    device = tmp_path / "ublkc"
+    device.write_bytes(bytes(4096))
+    monkeypatch.setattr(ublk, "_open_when_there", lambda path: os.open(device, os.O_RDWR))
+    made: list[Set] = []
+
+    def serve(place: int) -> Set:
+        backend = make_backend([image], waited_in=True)
+        assert isinstance(backend, RingBackend)
+        volume = FakeVolume(place)
+        buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
+        loop = Loop(make_sched(), backend, Front())
+        export = UblkExport(loop, backend, cast(Any, FakeControl()), volume, image, buckets, mark=1, stream=1,
+                            block_bytes=512, can_discard=True, can_zero=True)
+        export._open(wire.DevInfo(1, 8, 0, 64 << 10, DEV_ID, 1, 0, 1))
+        made.append(Set(export, volume, backend, buckets, device))
+        made[-1].settle()
+        assert export._ended == 8, "the fetches have failed, for this is no ublk device"
+        export._ended = 0
+        return made[-1]
+
+    yield serve
+    for one in made:
+        one.export.abort()
+        one.export.loop.close()
+        one.backend.close()
+
+
+def test_a_read_hit_is_read_and_answered_by_the_kernel(served: Callable[[int], Set], image: BlockDevice) -> None:
+    one = served(8192)
+    one.ask(2, wire.OP_READ, 16, 8)
+    assert list(one.buckets.pin_at) == [0, 0, 1, *[0] * 29], "nobody may reuse the bucket while it is read"
+    one.settle()
+    assert one.export._buffers[2][:4096] == image.read(8192, 4096)
+    assert one.export._ended == 1, "the commit was begun"
+    assert not any(one.buckets.pin_at)
+    assert one.volume.requests == []
+
+
+def test_a_read_that_is_short_goes_to_the_volume(served: Callable[[int], Set], image: BlockDevice) -> None:
+    """As one that fails; the volume knows what to do about it."""
+    one = served(image.size_bytes - 4096)
+    one.ask(5, wire.OP_READ, 40, 16)
+    one.settle()
+    (request,) = one.volume.requests
+    assert (request.op, request.sector, request.nsectors, len(request.buf)) == (REQ_READ, 40, 16, 8192)
+    assert one.export._ended == 0, "the tag was not answered"
+    assert not any(one.buckets.pin_at)
+    request.error = errno.EIO
+    request.tag.answered(request)
+    assert one.backend.ring.sqe_i32[16 * (one.export._first_slot + 5) + wire.IO_CMD_RESULT_WORD] == -errno.EIO
+    one.settle()
+    assert one.export._ended == 1
+
+
+@pytest.mark.parametrize(("word", "operation", "flags", "has_data"), [
+    (wire.OP_READ, REQ_READ, 0, True),
+    (wire.OP_WRITE, REQ_WRITE, REQ_STABLE, True),
+    (wire.OP_WRITE | wire.FLAG_FUA | wire.FLAG_META, REQ_WRITE, REQ_STABLE | REQ_FUA | REQ_META, True),
+    (wire.OP_DISCARD, REQ_DISCARD, REQ_STABLE, False),
+    (wire.OP_WRITE_ZEROES, REQ_WRITE_ZEROES, REQ_STABLE, False),
+    (wire.OP_FLUSH, REQ_FLUSH, 0, False),
+])
+def test_other_requests_go_to_the_volume(served: Callable[[int], Set], word: int, operation: int, flags: int,
+                                         has_data: bool) -> None:
+    one = served(NOT_NOW)
+    one.ask(7, word, 24, 8)
+    (request,) = one.volume.requests
+    assert (request.op, request.flags) == (operation, flags)
+    assert (request.buf is not None) == has_data
+    assert (request.sector, request.nsectors) == ((0, 0) if operation == REQ_FLUSH else (24, 8))
+    request.tag.answered(request)
+    result = one.backend.ring.sqe_i32[16 * (one.export._first_slot + 7) + wire.IO_CMD_RESULT_WORD]
+    assert result == (4096 if operation in (REQ_READ, REQ_WRITE) else 0)
+
+
+def test_an_operation_that_nobody_knows(served: Callable[[int], Set]) -> None:
+    one = served(NOT_NOW)
+    one.ask(0, 15, 24, 8)
+    assert one.volume.requests == []
+    assert one.backend.ring.sqe_i32[16 * one.export._first_slot + wire.IO_CMD_RESULT_WORD] == -errno.EOPNOTSUPP
