@@ -33,7 +33,7 @@ VERSION = 1
 CHUNK_SECTORS = 512
 """A chunk holds no more than this, so that reading one node does not take the time of many."""
 HEADER_MAX_BYTES = 1 << 20
-INDEX_MAX_BYTES = 1 << 30
+INDEX_MAX_BYTES = 64 << 20
 CHUNKS_KEPT = 64
 LEVEL = 6
 
@@ -127,7 +127,7 @@ class MetaImage:
             self.logical_block_bytes = int(self.header["logical_block_bytes"])
             self.is_anonymous = bool(self.header["anonymous"])
             self._rows = self._read_index()
-        except (ValueError, KeyError, TypeError, struct.error, zlib.error, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, struct.error, zlib.error, OverflowError, RecursionError) as error:
             raise self._bad("is damaged or cut short") from error
         self._starts = [row.sector for row in self._rows]
 

@@ -8,7 +8,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple
 
@@ -180,7 +180,9 @@ def _examine(device: BlockDevice, bucket_size: str | None, set_uuid: str | None,
     fsck_report.watch(check, show=show)
     used = check.walk.superblock or sb
     assert used is not None
-    return Subject(device, read, check, collect.plan(check, touched), used.set_uuid)
+    with Console(stderr=True).status("looking for metadata") if show else nullcontext():
+        buckets = collect.plan(check, touched)
+    return Subject(device, read, check, buckets, used.set_uuid)
 
 
 def _names(subject: Subject) -> Names:

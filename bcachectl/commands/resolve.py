@@ -65,7 +65,8 @@ def resolve_volume(volume: VolumeArgument, cache: CacheOption = None, use_backin
     """Tell why a backing device does not come up, or is `inconsistent`, and what each way out loses; take one.
 
     Without --use-backing-alone or --keep-dirty nothing is written. A way that loses data asks on a terminal, and wants
-    the hazard named elsewhere; an undo file is kept. VOLUME is the backing DEVICE, of a set that does not run.
+    the hazard named elsewhere; an undo file is kept. VOLUME is the backing DEVICE, of a set that does not run; with
+    --cache it may be the uuid, label or bcacheN of one that is not here.
     """
     hazards = frozenset(force or ())
     if hazards - set(HAZARDS):
@@ -74,6 +75,8 @@ def resolve_volume(volume: VolumeArgument, cache: CacheOption = None, use_backin
     option = _option(use_backing_alone, keep_dirty)
     if export is not None and (option != USE_ALONE or cache is None):
         raise UsageError("--export saves what --use-backing-alone gives up, from the --cache; give both")
+    if cache is not None and not os.path.exists(volume):
+        return _report_absent(volume, cache, option, as_json)
     _check_runs(volume)
     with ExitStack() as stack:
         subject = _open(stack, volume, cache, write=bool(option) and not dry_run, show=not as_json)
@@ -96,6 +99,22 @@ def resolve_volume(volume: VolumeArgument, cache: CacheOption = None, use_backin
             writeplan.save_undo(plan, devices, undo)
             writeplan.apply(plan, devices)
     _done(plan, subject, choice, undo, dry_run, as_json)
+    return 0
+
+
+def _report_absent(volume: str, cache: str, option: str, as_json: bool) -> int:
+    if option:
+        raise UsageError(f"{volume}: --{option} is about a backing device; name that")
+    with open_device(cache) as device:
+        check = forget_command.examine(device, show=not as_json and sys.stderr.isatty())
+        slot = forget.find_slot(check, cache, volume)
+        verdict = resolve.absent(check, slot, cache)
+    if as_json:
+        print_json("resolve", {"device": None, "uuid": format_uuid(check.walk.uuids[slot].uuid),
+                               "state": verdict.state, "story": verdict.story, "slot": slot,
+                               "choices": [_choice_json(each) for each in verdict.choices]})
+    else:
+        _print_verdict(f"{check.volume_name(slot)} of {cache}, state {verdict.state}", verdict)
     return 0
 
 
@@ -211,7 +230,17 @@ def _report(subject: Subject, as_json: bool) -> None:
         print_json("resolve", _as_json(subject))
         return
     of_set = f" of set {format_uuid(sb.set_uuid)}" if any(sb.set_uuid) else ""
-    print(f"{subject.backing.path}: backing device{of_set}, state {verdict.state}")
+    _print_verdict(f"{subject.backing.path}: backing device{of_set}, state {verdict.state}", verdict)
+    for slot, sectors in (resolve.ownerless(subject.check) if subject.check is not None else {}).items():
+        print(f"\nSlot {slot} of the set has {format_sectors(sectors)} of dirty data that nobody owns; `bcachectl "
+              "writeback --orphans` tells whose they may be.")
+    if subject.cache is None and verdict.choices:
+        for path in _caches(sb.set_uuid):
+            print(f"\nA cache device of this set is here: {path}; --cache {path} tells what it has.")
+
+
+def _print_verdict(title: str, verdict: Verdict) -> None:
+    print(title)
     print(f"  {verdict.story}")
     if not verdict.choices:
         print("  There is nothing to resolve.")
@@ -223,12 +252,6 @@ def _report(subject: Subject, as_json: bool) -> None:
             print(f"    bytes {start} to {end}")
         if len(choice.loss.ranges) > RANGES_SHOWN:
             print(f"    and {len(choice.loss.ranges) - RANGES_SHOWN} more ranges; --json lists them")
-    for slot, sectors in (resolve.ownerless(subject.check) if subject.check is not None else {}).items():
-        print(f"\nSlot {slot} of the set has {format_sectors(sectors)} of dirty data that nobody owns; `bcachectl "
-              "writeback --orphans` tells whose they may be.")
-    if subject.cache is None and verdict.choices:
-        for path in _caches(sb.set_uuid):
-            print(f"\nA cache device of this set is here: {path}; --cache {path} tells what it has.")
 
 
 def _caches(set_uuid: bytes) -> list[str]:

@@ -14,6 +14,7 @@ inconsistent   not at hand                           it ran without; what it mis
 inconsistent   has a slot with dirty data            two histories: one has to give way
 clean          has dirty data that differs           one of them is wrong
 no cache       has a slot with dirty data            as if it had been detached by force
+no device      has a slot with dirty data            `absent`: the data waits for its device
 =============  ====================================  =====================================
 
 There are two ways out, `USE_ALONE` and `KEEP_DIRTY`.
@@ -39,7 +40,7 @@ from bcachectl.fsck.check_backing import IN_FLIGHT_SECTORS, Backing, differing_s
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.rescue_map import joined, marked
 from bcachectl.ondisk.bkey import INODE_SHIFT
-from bcachectl.ondisk.superblock import BdevState, Superblock, encode_superblock
+from bcachectl.ondisk.superblock import BDEV_DATA_START_DEFAULT, BdevState, Superblock, encode_superblock
 from bcachectl.units import format_sectors, format_uuid
 
 USE_ALONE, KEEP_DIRTY = "use-backing-alone", "keep-dirty"
@@ -101,6 +102,28 @@ def judge(sb: Superblock, backing: Backing, check: Check | None, cache: str) -> 
     if slot not in check.dirty:
         return _without_dirty(sb, slot)
     return _with_dirty(sb, backing, check, cache, slot, check.dirty_extents(slot))
+
+
+def absent(check: Check, slot: int, cache: str) -> Verdict:
+    """The verdict on a device number of a set, without the backing device that it belongs to."""
+    name, entry = check.volume_name(slot), check.walk.uuids[slot]
+    if slot not in check.dirty:
+        story = f"{cache} holds no dirty data of {name}: its backing device has all its data."
+        return Verdict("not at hand", story, slot, extent.empty(), ())
+    if entry.is_flash_only and not entry.is_retired:
+        story = f"{name} lives on {cache} alone; it has no backing device to agree with."
+        return Verdict("flash-only", story, slot, extent.empty(), ())
+    dirty = check.dirty_extents(slot)
+    size = format_sectors(check.dirty[slot].sectors)
+    ranges = ranges_of(dirty, slot, BDEV_DATA_START_DEFAULT)
+    lost = Loss(check.dirty[slot].sectors, ranges, f"{size} that only the cache has, in {len(ranges)} ranges")
+    word = str(slot) if entry.is_free or entry.is_retired else format_uuid(entry.uuid)
+    command = f"`bcachectl forget-backing {cache} {word}"
+    choices = (Choice("", f"find the device: `bcachectl writeback {cache} DEVICE` gives it its data", NOTHING),
+               Choice("", f"{command} --export FILE` saves the data into a file and frees its space", NOTHING),
+               Choice("", f"{command} --accept-loss` gives the data up and frees its space", lost))
+    story = f"{cache} holds {size} of dirty data of {name}, and its backing device was not named."
+    return Verdict("not at hand", story, slot, dirty, choices)
 
 
 def ownerless(check: Check) -> dict[int, int]:

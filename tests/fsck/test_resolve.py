@@ -278,6 +278,18 @@ def test_a_cache_that_is_not_the_device_s(golden: Callable[..., Path], tmp_path:
     assert "ORPHAN_DIRTY" in run(capsys, "fsck", story.cache, story.backing)[1]
 
 
+def test_a_backing_device_that_is_not_here(golden: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    story = make(golden, BdevState.DIRTY, "flash_volume")
+    found = verdict(capsys, "bcache0", "--cache", story.cache)
+    assert (found["device"], found["slot"]) == (None, 0)
+    assert [choice["lost_bytes"] for choice in found["choices"]] == [0, 0, examined(story.cache).dirty[0].sectors << 9]
+    assert all("forget-backing" in choice["does"] for choice in found["choices"][1:])
+    assert "in the cache alone" not in run(capsys, "resolve", "bcache1", "--cache", story.cache)[1]
+    assert "nothing to resolve" in run(capsys, "resolve", "bcache1", "--cache", story.cache)[1]
+    assert run(capsys, "resolve", "bcache0", "--cache", story.cache, "--keep-dirty")[0] == 2
+    assert run(capsys, "resolve", "bcache9", "--cache", story.cache)[0] == 4
+
+
 def test_refusals(golden: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     story = make(golden, BdevState.DIRTY)
     for words, status, text in (
