@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from bcachectl import discovery
 from bcachectl.blockdev import BlockDevice
 from bcachectl.claim import claim
 from bcachectl.commands import fsck_files, fsck_report, writeback_copy, writeback_orphans
@@ -39,7 +40,7 @@ CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", autocompletion=co
                                               help="The cache device, or a file that holds an image of it.")]
 BackingArgument = Annotated[list[str] | None, typer.Argument(
     metavar="BACKING", autocompletion=complete_device, show_default=False,
-    help="Backing devices of the set; each gets the dirty data that the set has under its uuid.")]
+    help="Backing devices of the set, or their uuids; each gets the dirty data that the set has under its uuid.")]
 MapOption = Annotated[Path | None, typer.Option(
     "--map", metavar="FILE", show_default=False,
     help="Keep in FILE how far it is and what is lost, as GNU ddrescue does; the same command then goes on where it "
@@ -84,7 +85,7 @@ def writeback(cache: CacheArgument, backings: BackingArgument = None, map_file: 
     marked clean unless --accept-loss says so; exit status 3 tells of that. The dirty keys stay on the cache, which is
     harmless: if the set runs again, it writes the same data once more.
     """
-    names = list(backings or ())
+    names = [_device_named(word) for word in backings or ()]
     writeback_orphans.check_words(names, orphans=orphans, slot=slot, to=to, data_offset=data_offset)
     hazards = frozenset(force or ())
     allowed = {writeback_orphans.HAZARD_OVERWRITE} if to is not None else {HAZARD_STALE}
@@ -116,6 +117,22 @@ def writeback(cache: CacheArgument, backings: BackingArgument = None, map_file: 
         lines = _lost_files(check, parts) if files else []
         _report(check, dirty, parts, marked, lines, as_json)
         return 0 if len(marked) == len(parts) else Refused.exit_status
+
+
+def _device_named(word: str) -> str:
+    # A path, or the uuid of a backing device that is plugged in.
+    if os.path.exists(word):
+        return word
+    try:
+        uuid = parse_uuid(word)
+    except UsageError:
+        return word
+    found = [probe.node.path for probe in map(discovery.probe, discovery.enumerate_devices())
+             if probe.superblock is not None and probe.superblock.is_backing and probe.superblock.uuid == uuid]
+    if len(found) != 1:
+        who = f"{', '.join(found)} all are" if found else "no block device here is"
+        raise UsageError(f"{word}: {who} the backing device of that uuid; name the device or the file itself")
+    return found[0]
 
 
 def _check_distinct(names: list[str]) -> None:

@@ -16,6 +16,7 @@ from bcachectl.commands import writeback_copy
 from bcachectl.commands.options import print_json
 from bcachectl.commands.writeback_copy import Cache
 from bcachectl.errors import Refused, UsageError, WrongState
+from bcachectl.fsck import rescue_map
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
 from bcachectl.fsck.rescue_map import Owner
@@ -88,7 +89,8 @@ def run(held: Cache, check: Check, dirty: Dirty, candidates: list[Backing], orde
         if not (is_new and order.dry_run):
             device = stack.enter_context(claim([order.to], write=not order.dry_run))[order.to]
             if not is_new:
-                place = _judge(device, offset, order)
+                place = _judge(device, offset, order._replace(
+                    overwrite=order.overwrite or _is_resumed(order, _owner(check, inode))))
         own = source(dirty, inode, first_sector=place.first_sector, end_sector=place.end_sector,
                      shift_sectors=place.shift_sectors)
         if len(own.misplaced.start) and not is_new:
@@ -97,12 +99,28 @@ def run(held: Cache, check: Check, dirty: Dirty, candidates: list[Backing], orde
         if device is None:
             _plan(order, own)
             return 0
-        return _copy(held, check, device, own, inode, order, place)
+        return _copy(held, check, device, own, inode, order, is_new=is_new)
+
+
+def _owner(check: Check, inode: int) -> Owner:
+    # The map of a slot: no uuid is known, so its number stands for one.
+    assert check.walk.superblock is not None and check.walk.newest is not None
+    return Owner(check.walk.superblock.set_uuid, inode.to_bytes(16, "big"), check.walk.newest.seq)
+
+
+def _is_resumed(order: Order, owner: Owner) -> bool:
+    # The map says that what is on the target is this copy's own work.
+    if order.map_file is None or not order.map_file.exists():
+        return False
+    rescue_map.parse(order.map_file.read_text(encoding="utf-8", errors="replace"), str(order.map_file), owner)
+    return True
 
 
 def _slot(found: list[Orphan], dirty: Dirty, wanted: int | None) -> int:
     names = ", ".join(f"{orphan.inode} ({format_sectors(orphan.dirty_sectors)})" for orphan in found) or "none"
     if wanted is None:
+        if not found:
+            raise UsageError("there are no orphans; --slot N means the dirty data of a device that the set knows")
         if len(found) != 1:
             raise UsageError(f"--slot says whose data is meant; there are these orphans: {names}")
         return found[0].inode
@@ -140,13 +158,13 @@ def _plan(order: Order, own: Source) -> None:
         print(f"{each['device']}: write {each['length_bytes']} bytes at byte {each['offset_bytes']}: {each['what']}")
 
 
-def _copy(held: Cache, check: Check, device: BlockDevice, own: Source, inode: int, order: Order, place: Place) -> int:
+def _copy(held: Cache, check: Check, device: BlockDevice, own: Source, inode: int, order: Order, *,
+          is_new: bool) -> int:
     assert check.walk.superblock is not None and check.walk.newest is not None
     if order.dry_run:
         _plan(order, own)
         return 0
-    # The map of a slot: no uuid is known, so its number stands for one.
-    owner = Owner(check.walk.superblock.set_uuid, inode.to_bytes(16, "big"), check.walk.newest.seq)
+    owner = _owner(check, inode)
     copy = writeback_copy.prepare(held, device, own, owner, order.map_file, order.retries)
     writeback_copy.run(copy, device, order.map_file, show=not order.as_json)
     lost, unknown = sectors_of(copy.lost), bool(len(copy.unknown.start))
@@ -158,6 +176,8 @@ def _copy(held: Cache, check: Check, device: BlockDevice, own: Source, inode: in
     else:
         print(f"{device.path}: {format_sectors(copy.copied_sectors)} of slot {inode} written, {format_sectors(lost)} "
               "lost. The cache was only read.")
+        if is_new:
+            print("Where the former device had data that was not dirty in the cache, the new image is empty.")
     if (lost or unknown) and not order.accept_loss:
         print("bcachectl: data is lost or unknown; --json lists the ranges", file=sys.stderr)
         return Refused.exit_status

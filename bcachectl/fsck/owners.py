@@ -214,7 +214,7 @@ def _attached(backing: Backing) -> tuple[Backing, Superblock] | None:
 
 def _choose(check: Check, inode: int, own: Extents, forgotten: list[tuple[Backing, Superblock]],
             ownerless: list[int], assigned: bytes | None) -> tuple[Choice, UuidEntry | None]:
-    evidence = tuple(_evidence(check.walk, backing, sb, own, inode) for backing, sb in forgotten)
+    evidence = tuple(evidence_for(check.walk, backing, sb, own, inode) for backing, sb in forgotten)
     size = own.size.astype(np.int64)
     dirty, clean = int(size[own.dirty].sum()), int(size[~own.dirty].sum())
     end = int(own.end.max()) - (inode << INODE_SHIFT)
@@ -254,7 +254,8 @@ def _superblock(backing: Backing) -> tuple[Backing, Superblock]:
     return backing, sb if sb is not None else Superblock()
 
 
-def _evidence(walk: Walk, backing: Backing, sb: Superblock, own: Extents, inode: int) -> Evidence:
+def evidence_for(walk: Walk, backing: Backing, sb: Superblock, own: Extents, inode: int) -> Evidence:
+    """What speaks for a device as the owner of a slot whose live extents are ``own``."""
     base = inode << INODE_SHIFT
     fits = int(own.end.max()) - base <= backing.size_sectors and int(own.start.min()) - base >= sb.data_offset
     compared = equal = 0

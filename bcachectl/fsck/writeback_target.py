@@ -19,10 +19,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from bcachectl.errors import BcachectlError, Refused, WrongState
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing, slot_of
+from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Severity
+from bcachectl.fsck.owners import evidence_for, live_extents
 from bcachectl.fsck.walk import Walk
 from bcachectl.fsck.writeback import Dirty, sectors_of
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -118,15 +122,34 @@ def orphans(check: Check, dirty: Dirty, candidates: Sequence[Backing]) -> list[O
     """Every slot with dirty data and without a live entry; ``candidates`` may be the devices that it came from."""
     entries = check.walk.uuids
     found: list[Orphan] = []
+    live: Extents | None = None
     for inode, extents in sorted(dirty.by_inode.items()):
         entry = entries[inode] if inode < len(entries) else None
         if entry is not None and not entry.is_free and not entry.is_retired:
             continue
         state = "unknown" if entry is None else "retired" if entry.is_retired else "free"
         end = int(extents.end.max()) - (inode << INODE_SHIFT)
-        likely = tuple(each.name for each in candidates if _may_be(check, each, entry, end_sector=end))
-        found.append(Orphan(inode, state, entry, len(extents.start), sectors_of(extents), end, likely))
+        likely = [each for each in candidates if _may_be(check, each, entry, end_sector=end)]
+        if likely:
+            live = live_extents(check) if live is None else live
+            own = live.take(live.start >> np.uint64(INODE_SHIFT) == inode)
+            likely = _by_content(check, likely, own, inode)
+        names = tuple(each.name for each in likely)
+        found.append(Orphan(inode, state, entry, len(extents.start), sectors_of(extents), end, names))
     return found
+
+
+def _by_content(check: Check, likely: list[Backing], own: Extents, inode: int) -> list[Backing]:
+    # Clean data of the slot is on the right device too: one whose content is another's cannot be it, and the one that
+    # agrees most comes first.
+    ranked: list[tuple[float, Backing]] = []
+    for each in likely:
+        sb, _found = read_backing(each)
+        if sb is not None and len(own.start):
+            evidence = evidence_for(check.walk, each, sb, own, inode)
+            if not evidence.disagrees:
+                ranked.append((evidence.equal / max(evidence.compared, 1), each))
+    return [each for _share, each in sorted(ranked, key=lambda pair: -pair[0])]
 
 
 def _may_be(check: Check, candidate: Backing, entry: UuidEntry | None, *, end_sector: int) -> bool:

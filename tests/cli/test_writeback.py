@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from bcachectl.blockdev import BlockDevice
+from bcachectl.ondisk.magic import INVALID_UUID
 from bcachectl.ondisk.superblock import BdevState, decode_superblock
+from bcachectl.units import format_uuid
 from tests.cli.conftest import Result
+from tests.fsck.image import Image
 
 Cli = Callable[..., Result]
 DATA_BYTES = 16 << 9
@@ -221,6 +224,59 @@ def test_orphans(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
     assert cli("writeback", cache, "--slot", 1, "--to", fresh).status == 0
     assert 0 < fresh.stat().st_size <= target.stat().st_size
     assert cli("writeback", cache, "--slot", 1, "--to", images / "back1.img").status == 3
+
+
+def test_orphans_resumed(cli: Cli, golden: Callable[..., Path], tmp_path: Path,
+                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to a new image that was interrupted goes on with the same command, by its map."""
+    cache = golden("two_backing") / "cache.img"
+    whole, target = tmp_path / "whole.img", tmp_path / "saved.img"
+    assert "is empty" in cli("writeback", cache, "--slot", 1, "--to", whole).out
+    words = ["writeback", cache, "--slot", 1, "--to", target, "--map", tmp_path / "map"]
+    real, left = BlockDevice.write, 3
+
+    def write(self: BlockDevice, offset_bytes: int, data: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        real(self, offset_bytes, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockDevice, "write", write)
+        assert cli(*words).status == 130
+    assert cli("writeback", cache, "--slot", 1, "--to", target).status == 3
+    assert cli(*words).status == 0
+    assert target.read_bytes() == whole.read_bytes()
+
+
+def test_likeliest_device_by_content(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
+    """Of two devices that may be the one, that with the content of the slot's clean data."""
+    images = golden("killed", writable=True)
+    image = Image((images / "cache.img").read_bytes(), [(images / "back0.img").read_bytes()])
+    image.uuid(0, 0, "16s", INVALID_UUID)
+    image.uuid(0, 16, "32s", bytes(32))
+    image.sb(104, "Q", 0, device=image.backings[0])
+    (images / "cache.img").write_bytes(image.cache.content())
+    right, wrong = tmp_path / "right.img", tmp_path / "wrong.img"
+    content = image.backings[0].content()
+    right.write_bytes(content)
+    wrong.write_bytes(content[:8192] + bytes(len(content) - 8192))
+    found = json.loads(cli("writeback", "--orphans", "--json", images / "cache.img", wrong, right).out)
+    [orphan] = found["orphans"]
+    assert orphan["likely_devices"] == [str(right)]
+
+
+def test_backing_by_uuid(cli: Cli, golden: Callable[..., Path], loop_device: Callable[..., str]) -> None:
+    images = golden("dirty_crash", writable=True)
+    uuid = format_uuid(decode_superblock((images / "back0.img").read_bytes()[4096:8192]).uuid)
+    missing = cli("writeback", images / "cache.img", uuid)
+    assert missing.status == 2
+    assert "no block device here" in missing.err
+    device = loop_device(images / "back0.img")
+    result = cli("writeback", "--dry-run", images / "cache.img", uuid)
+    assert result.status == 0
+    assert f"{device}: write " in result.out
 
 
 def test_flash_volume_to_image(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
