@@ -313,17 +313,21 @@ class Allocator:
         for first in range(0, buckets.nbuckets, step):
             if first:
                 await self.cset.sched.yield_now()
-            candidates = buckets.candidates(first, first + step)
-            lowest.add(candidates, self._lru_value(candidates))
+            value = self._lru_value(first, first + step)
+            mask = buckets.candidate_mask(first, first + step)
+            if lowest.limit < 1 << 32:
+                mask &= value < np.uint32(lowest.limit)
+            index = np.flatnonzero(mask)
+            lowest.add(first + index, value[index])
         victims, _value = lowest.in_order()
         await self._invalidate_all(victims)
 
-    def _lru_value(self, bucket: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+    def _lru_value(self, first: int, last: int) -> npt.NDArray[np.uint32]:
         # (prio - min_prio + (INITIAL_PRIO - min_prio) / 8) * sectors_used, in u32 arithmetic (alloc.c, bucket_prio).
         buckets = self.buckets
-        value = buckets.prio[bucket].astype(np.uint32)
+        value = buckets.prio[first:last].astype(np.uint32)
         value += np.uint32((INITIAL_PRIO - buckets.min_prio) // 8 - buckets.min_prio & 0xFFFFFFFF)
-        value *= buckets.sectors_used[bucket]
+        value *= buckets.sectors_used[first:last]
         return value
 
     async def _invalidate_fifo(self) -> None:

@@ -87,7 +87,7 @@ class Lowest:
     def add(self, index: npt.NDArray[np.int64], value: npt.NDArray[np.uint32]) -> None:
         """Take in what is lower than what is kept so far; ``index`` ascends, and is above all that came before."""
         if self.limit < 1 << 32:
-            lower = np.flatnonzero(value < np.uint32(self.limit))
+            lower = value < np.uint32(self.limit)
             index, value = index[lower], value[lower]
         self.index = np.concatenate((self.index, index))
         self.value = np.concatenate((self.value, value))
@@ -302,13 +302,17 @@ class Buckets:
         self.avail_nbuckets = int(np.count_nonzero(free))
         self._update_in_use()
 
-    def candidates(self, first: int, last: int) -> npt.NDArray[np.int64]:
+    def candidate_mask(self, first: int, last: int) -> npt.NDArray[np.bool_]:
         """Which of the buckets ``first`` to ``last`` may be invalidated (alloc.c, bch_can_invalidate_bucket)."""
-        part = slice(max(first, self.first_bucket), last)
-        mask = self.mark[part] <= MARK_RECLAIMABLE
-        mask &= self.pin[part] == 0
-        mask &= self.gen[part] - self.last_gc[part] < BUCKET_GC_GEN_MAX
-        return np.flatnonzero(mask) + part.start
+        mask: npt.NDArray[np.bool_] = self.mark[first:last] <= MARK_RECLAIMABLE
+        mask &= self.pin[first:last] == 0
+        mask &= self.gen[first:last] - self.last_gc[first:last] < BUCKET_GC_GEN_MAX
+        mask[: max(0, self.first_bucket - first)] = False
+        return mask
+
+    def candidates(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """The numbers of those."""
+        return np.flatnonzero(self.candidate_mask(first, last)) + first
 
     def can_invalidate(self, bucket: int) -> bool:
         """`candidates` for one bucket."""

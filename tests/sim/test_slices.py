@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+import random
 
+import numpy as np
+import pytest
+
+from bcachectl.engine import checks
 from bcachectl.engine.alloc import Reserve
 from bcachectl.engine.buckets import MARK_DIRTY, Lowest
-from tests.sim.world import Setup, World
+from bcachectl.ondisk.bkey import MAX_POS
+from tests.sim.world import Backing, Setup, World
 
 
 def test_a_few_clean_buckets_are_given_out_when_gc_knows_nothing_new() -> None:
@@ -44,3 +49,61 @@ def test_the_lowest_of_all_are_found_in_parts() -> None:
         found, values = lowest.in_order()
         assert found.tolist() == expected
         assert values.tolist() == value[expected].tolist()
+
+
+SLICES = {"slice_keys": 20, "slice_buckets": 64}
+"""So small that everything is interrupted again and again."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", ["writeback", "writethrough"])
+def test_marks_are_true_at_every_moment_of_a_gc(mode: str, seed: int) -> None:
+    """Inserts, splits, invalidations, write-back and moves go on while gc marks a few keys and puts a few marks in
+    force; each of them would find it out if a bucket that holds something were marked as if it did not.
+    """
+    setup = Setup(nbuckets=700, backings=(Backing(data_sectors=6000, mode=mode),), settles=False, options=SLICES)
+    world = World(setup, f"marks/{seed}")
+    dice = random.Random(seed)
+    during: list[str] = []
+
+    def look(_point: int) -> None:
+        cset = world.cset
+        if cset.running and not cset.io_disabled:
+            checks.check_lists(cset)
+            checks.check_btree(cset)
+            if cset.gc.running:
+                during.append("walk" if cset.gc.position < MAX_POS else "force")
+
+    async def ask() -> None:
+        sector = dice.choice((dice.randrange(0, 600), dice.randrange(0, 5800)))
+        if dice.random() < 0.75:
+            await world.write(0, sector, dice.randrange(1, 9), fua=dice.random() < 0.2, sync=True)
+        else:
+            await world.read(0, sector, dice.randrange(1, 20))
+
+    async def traffic() -> None:
+        for _ in range(100):
+            await world.together(*[ask() for _ in range(3)])
+        during.append("over")
+
+    async def collect() -> None:
+        while "over" not in during:
+            await world.cset.run_gc()
+
+    async def story() -> None:
+        await world.up()
+        await world.tune("", "copy_gc_enabled", "1")
+        for name, text in (("writeback_percent", "0"), ("writeback_delay", "0"), ("sequential_cutoff", "0")):
+            await world.tune("bcache0", name, text)
+        for start in range(0, 900, 2):
+            await world.write(0, start, 1)
+        world.on_point = look
+        await world.together(collect(), traffic())
+        splits, runs = world.cset.splitter.splits, world.cset.gc.runs
+        assert splits > 3
+        assert runs >= 2
+        assert during.count("walk") > 50
+        assert "force" in during
+        await world.verify(everything=True)
+
+    world.run(story())
