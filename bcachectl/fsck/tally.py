@@ -132,7 +132,8 @@ class Tallier:
 
     def __init__(self, read: Callable[[int, int], bytes], geometry: Geometry, magic: int, gens: npt.NDArray[np.uint8],
                  journal: Extents) -> None:
-        """``gens`` must know every bucket; ``journal`` is a flat map without keys that no kernel accepts."""
+        """``gens`` must know every bucket; ``journal`` is a flat map without keys that no kernel accepts, or pointers
+        with the bit set that no kernel looks at."""
         bucket_sectors = geometry.bucket_size_sectors
         assert bucket_sectors <= RUN_MASK and not bucket_sectors & (bucket_sectors - 1)
         self.read, self.geometry, self.magic, self.gens, self.journal = read, geometry, magic, gens, journal
@@ -162,10 +163,19 @@ class Tallier:
             if first is None:
                 return None
             rows, marks = _rows_of(first[0]), first[1]
-        over = self._cover(words, log[1:], place) if self._is_leaf(rows, place.nsectors) else None
-        if over is None:
+        over = extent.empty()
+        is_leaf = self._is_leaf(rows, place.nsectors)
+        if len(log) > 1:
+            rest = self._keys(words, log[1:], place)
+            if rest is None:
+                return None
+            is_leaf = is_leaf or self._is_leaf(_rows_of(rest[0]), place.nsectors)
+            over, marks = extent.flatten(extent.from_keys(rest[0])), np.concatenate([marks, rest[1]])
+        if not is_leaf:
             return None
-        return self._count(rows, over[0], [marks, over[1]], is_marked=is_mixed)
+        if len(self.journal.start):
+            over = extent.overlay(over, extent.clip(self.journal, start=place.start, end=place.end))
+        return self._count(rows, over, marks, is_marked=is_mixed)
 
     # The log of a node.
 
@@ -271,6 +281,8 @@ class Tallier:
                 return None
         usable = validity.columns_available(keys) & ~validity.columns_out_of_range(keys, self.geometry)
         ptr = keys.ptr[usable]
+        if int(ptr.max(initial=0)) >= self._ptr_limit:
+            return None
         behind = self._behind(ptr)
         if behind is None:
             return keys, _NONE
@@ -280,19 +292,9 @@ class Tallier:
         # One extent that cannot be taken for a pointer to a node is enough (`bcachectl.fsck.levels`).
         if rows.dirty is not None:
             return True
+        if len(rows.size) and int(rows.size[0]) != nsectors:
+            return True
         return bool(((rows.size != nsectors) | (rows.ptr & self._in_bucket != 0)).any())
-
-    def _cover(self, words: U64, log: list[tuple[int, int]], place: Place) -> tuple[Extents, U64] | None:
-        # The keys of some sets with the journal on top as a flat map, holes included, and the pointers that mark.
-        over, marks = extent.empty(), _NONE
-        if log:
-            found = self._keys(words, log, place)
-            if found is None:
-                return None
-            over, marks = extent.flatten(extent.from_keys(found[0])), found[1]
-        if len(self.journal.start):
-            over = extent.overlay(over, extent.clip(self.journal, start=place.start, end=place.end))
-        return over, marks
 
     # Counting.
 
@@ -320,33 +322,27 @@ class Tallier:
             return None
         return _Runs(heads, first, last, behind)
 
-    def _count(self, rows: _Rows, over: Extents, marks: list[U64], *, is_marked: bool) -> Tally | None:
+    def _count(self, rows: _Rows, over: Extents, marks: U64, *, is_marked: bool) -> Tally | None:
+        hit = rows.take(np.zeros(len(rows.end), np.bool_))
+        if len(over.start) and len(rows.end):
+            end = rows.end + np.uint64(rows.offset)
+            is_touched = extent.touched(end - rows.size, end, over)
+            hit, rows = rows.take(is_touched), rows.take(~is_touched)
+            over = extent.overlay(hit.as_extents(), over)
+        pieces = over.take((over.nptrs > 0) & (PTR_DEV.get(over.ptr) == 0))
+        cut = _Rows(0, pieces.end, pieces.size, pieces.ptr,
+                    pieces.dirty.astype(np.uint64) if pieces.dirty.any() else None)
         tallies: list[Tally | None] = []
-        runs: _Runs | None = None
-        if len(rows.end):
-            runs = self._runs(rows)
-            if runs is None:
+        # Rows that the map touches are judged as they stand, and counted as it leaves them.
+        for part, is_counted, is_base in ((rows, True, True), (hit, False, True), (cut, True, False)):
+            runs = self._runs(part) if len(part.end) else None
+            if runs is None and len(part.end):
                 return None
-            if runs.behind is not None and not is_marked:
-                marks = [runs.ptr[runs.behind != 0], *marks]
-        if len(over.start):
-            if len(rows.end):
-                end = rows.end + np.uint64(rows.offset)
-                is_touched = extent.touched(end - rows.size, end, over)
-                over = extent.overlay(rows.take(is_touched).as_extents(), over)
-                rows = rows.take(~is_touched)
-                runs = self._runs(rows) if len(rows.end) else None
-            pieces = over.take((over.nptrs > 0) & (PTR_DEV.get(over.ptr) == 0))
-            if len(pieces.start):
-                cut = _Rows(0, pieces.end, pieces.size, pieces.ptr,
-                            pieces.dirty.astype(np.uint64) if pieces.dirty.any() else None)
-                found = self._runs(cut)
-                if found is None:
-                    return None
-                tallies.append(_tally_rows(cut, found))
-        if runs is not None:
-            tallies.append(_tally_rows(rows, runs))
-        return _sum(tallies, np.concatenate(marks) if any(len(part) for part in marks) else _NONE)
+            if runs is not None and runs.behind is not None and is_base and not is_marked:
+                marks = np.concatenate([marks, runs.ptr[runs.behind != 0]])
+            if runs is not None and is_counted:
+                tallies.append(_tally_rows(part, runs))
+        return _sum(tallies, marks)
 
 
 def _is_too_stale(behind: npt.NDArray[np.uint8]) -> bool:
@@ -354,7 +350,7 @@ def _is_too_stale(behind: npt.NDArray[np.uint8]) -> bool:
 
 
 def _rows_of(keys: KeyColumns) -> _Rows:
-    # The rows of the oldest set; what has no data hides nothing there.
+    # The keys that have data; of the oldest set that is all there is to know.
     rows = (keys.size > 0) & validity.columns_available(keys)
     dirty = keys.dirty[rows].astype(np.uint64)
     return _Rows(0, keys.pos[rows], keys.size[rows].astype(np.uint64), keys.ptr[rows], dirty if dirty.any() else None)

@@ -206,7 +206,7 @@ class Walk:
 
     @cached_property
     def sound_journal(self) -> KeyColumns | None:
-        """The keys of all entries of `replay` in one table; None if there is anything to say about one of them."""
+        """The keys of all entries of `replay` in one table; None if there is anything odd about one of them."""
         words = [len(entry.jset.keys) // 8 for entry in self.replay]
         try:
             keys = decode_key_columns(b"".join(entry.jset.keys for entry in self.replay), sum(words))
@@ -215,7 +215,8 @@ class Walk:
         # Of each entry the last key must end with it.
         ends = np.concatenate(([0], np.cumsum(keys.nptrs.astype(np.int64) + SHORTEST_KEY_WORDS)))
         is_whole = bool(np.isin(np.cumsum(words), ends).all())
-        return keys if is_whole and not validity.extents_fatal(keys, self.geometry).any() else None
+        odd = validity.extents_fatal(keys, self.geometry) | (keys.ptr >> np.uint64(63) != 0)
+        return keys if is_whole and not odd.any() else None
 
     @cached_property
     def plain_journal(self) -> Extents | None:

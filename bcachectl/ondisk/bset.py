@@ -98,6 +98,9 @@ def decode_node(buf: Buffer, *, magic: int, seed: int, block_bytes: int, node_bl
     """
     view = memoryview(buf).cast("B")
     assert len(view) >= node_blocks * block_bytes
+    if not node_blocks:
+        # The key that leads here says less than a block; to the kernel no set fits.
+        raise Corrupt(f"{where}, block 0", "bad btree header")
     node_seq: int = _SEQ.unpack_from(view, _SEQ_OFFSET)[0]
     sets: list[BsetImage] = []
     written = 0

@@ -82,7 +82,7 @@ def change_key(image: Image, dice: random.Random) -> None:
         case 3:
             high &= ~(0xFFFF << 20)
         case 4:
-            ptr ^= dice.choice([1, 3, 0x40, 0x80, 0xFF])
+            ptr ^= dice.choice([1, 3, 0x40, 0x80, 0xFF, 1 << 63])
         case 5:
             ptr += dice.choice([8, -8, 1, 64, 1024]) << 8
         case 6:
@@ -116,6 +116,30 @@ def test_the_last_device_number(golden: Callable[..., Path]) -> None:
     image.cache.put(at, struct.pack("<Q", high | 0xFFFFF | 1 << 36))
     image.fix_set(node, 0)
     assert any("EXTENT_INODE" in line for line in report(image, 1))
+
+
+def test_a_bit_that_nobody_looks_at(golden: Callable[..., Path]) -> None:
+    base = base_image(golden("deep_crash") / "cache.img")
+    for number in range(2):
+        image = base.fresh()
+        node = next(node for node in image.nodes if not node.level and len(node.sets) > number)
+        keys = node.sets[number].keys
+        row = int(keys.nptrs.argmax())
+        image.key(node, number, row, ptr=int(keys.ptr[row]) | 1 << 63)
+        assert report(image, 1) == report(image, 0)
+    image = base.fresh()
+    entry = next(entry for entry in reversed(image.walk.replay) if entry.jset.keys and entry.jset.keys[7] >> 4 & 7 == 1)
+    image.jset(entry, 240 + 16 + 7, "B", entry.jset.keys[23] | 0x80)
+    assert report(image, 1) == report(image, 0)
+
+
+def test_a_node_of_less_than_a_block(golden: Callable[..., Path]) -> None:
+    image = base_image(golden("deep_crash") / "cache.img").fresh()
+    root = image.nodes[0]
+    assert root.level
+    image.key(root, 0, 3, size=4)
+    assert any("BTREE_HEADER" in line for line in report(image, 1))
+    assert report(image, 1) == report(image, 0)
 
 
 def test_processes(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
