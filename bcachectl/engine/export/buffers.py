@@ -12,6 +12,7 @@ direct I/O.  Buffers are used again: fresh memory costs a page fault every 4 KiB
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 PAGE_BYTES = 4096
@@ -21,14 +22,15 @@ MAX_POOLED_BYTES = 64 << 20
 
 
 class Buffer:
-    """Memory of one request; goes back by `BufferPool.release`."""
+    """Memory of one request, its data at ``address``; goes back by `BufferPool.release`."""
 
-    __slots__ = ("memory", "view", "capacity_bytes")
+    __slots__ = ("memory", "view", "capacity_bytes", "address")
 
     def __init__(self, capacity_bytes: int) -> None:
         self.memory = mmap.mmap(-1, PAGE_BYTES + capacity_bytes)
         self.view = memoryview(self.memory)
         self.capacity_bytes = capacity_bytes
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + PAGE_BYTES
 
     def data(self, length_bytes: int) -> memoryview:
         """The first bytes of the data."""

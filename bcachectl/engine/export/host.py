@@ -32,6 +32,7 @@ from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.export.control import ControlServer
 from bcachectl.engine.export.loopdev import LoopExport, prepare_process
 from bcachectl.engine.export.nbd import NbdServer
+from bcachectl.engine.export.nbd_direct import DirectReads
 from bcachectl.engine.export.ublk import UblkExport
 from bcachectl.engine.export.ublk_control import UblkControl, is_available, left_over, mark_of
 from bcachectl.engine.export.ublk_wire import DevInfo
@@ -167,7 +168,12 @@ class EngineHost:
             await self._set_tunable(name, text)
         if options.use_nbd:
             path = options.nbd_socket or os.path.join(os.path.dirname(socket_path(uuid)), f"{uuid}.nbd")
+            direct_reads = None
+            if self.media[0].direct and isinstance(self.backend, RingBackend):
+                direct_reads = DirectReads(self.backend, self.media[0].fd, self.cset.buckets, self.cset.congestion,
+                                           self.sched)
             self.nbd = NbdServer(self.loop, self.cset.volumes, self.media[0], os.path.abspath(path),
+                                 direct_reads=direct_reads,
                                  block_bytes=max(medium.logical_block_bytes for medium in self.media))
         marks = {mark_of(self.cset.uuid, volume.uuid) for volume in self.cset.volumes}
         for info in self._left_over:

@@ -9,6 +9,8 @@ Life of a `Connection`:
    * a read that `bcachectl.engine.front.Volume.read_nowait` knows at once is read from the page cache straight behind
      its reply header in the transmit arena: no object is made, nothing is copied in Python, and one ``send`` carries
      all such replies of a turn;
+   * on a cache device that goes past the page cache such a read is started, and answered when it has ended
+     (`bcachectl.engine.export.nbd_direct`);
    * small writes are gathered; at the end of the turn `Connection._write_batch` offers them to the volume's
      `bcachectl.engine.write_batch.WriteBatch`, and writes what that places straight from the receive buffer;
    * everything else becomes a `bcachectl.engine.front.Request`, whose tag is a `_Pending`.  Its data lies in a pooled
@@ -42,6 +44,7 @@ from time import monotonic_ns
 
 from bcachectl.engine.export import nbd_wire as wire
 from bcachectl.engine.export.buffers import PAGE_BYTES, Buffer, BufferPool
+from bcachectl.engine.export.nbd_direct import MAX_DIRECT_BYTES, DirectReads
 from bcachectl.engine.export.nbd_handshake import Handshake
 from bcachectl.engine.front import (
     EXTENT_CLEAN,
@@ -131,6 +134,14 @@ class _Pending:
     def answered(self, request: Request) -> None:
         """The engine has completed the request."""
         self.connection.answer(self, request)
+
+    def arrived(self, offset: int) -> None:
+        """The data of a read hit is in the buffer."""
+        self.connection.read_arrived(self, offset)
+
+    def failed(self, offset: int) -> None:
+        """It is not; ask the volume."""
+        self.connection.read_again(self, offset)
 
 
 class Connection:
@@ -282,7 +293,7 @@ class Connection:
         assert volume is not None
         read_nowait, quick_fd, unaligned = volume.read_nowait, self.server.quick_fd, self.server.block_bytes - 1
         unpack_request, preadv, nowait = wire.REQUEST.unpack_from, os.preadv, self.server.nowait_flag
-        structured = self.handshake.structured
+        structured, direct = self.handshake.structured, self.server.direct_reads
         pack_chunk, pack_simple = wire.DATA_CHUNK.pack_into, wire.SIMPLE_REPLY.pack_into
         header_bytes = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
         size_bytes, start, end, filled = self.size_bytes, self._rx_start, self._rx_end, self._arena_end
@@ -342,12 +353,20 @@ class Connection:
             if not self._has_room():
                 self.blocked = True
                 break
+            if direct is not None and command == 0 and not flags and not (offset | length) & unaligned \
+                    and magic == 0x25609513 and 0 < length <= MAX_DIRECT_BYTES and offset + length <= size_bytes:
+                place = read_nowait(offset >> 9, length >> 9)
+                if place >= 0 and self._read_directly(direct, place, cookie, offset, length):
+                    start += 28
+                    continue
             self._rx_start = start + 28
             self._request(magic, flags, command, cookie, offset, length)
             start = self._rx_start
             start += self._skip(end - start)
             if self.is_leaving or self._payload is not None:
                 break
+        if direct is not None:
+            direct.submit()
         self._served = served
         self._arena_end = self._write_batch(batch, filled) if batch else filled
         self._rx_start = start
@@ -377,6 +396,16 @@ class Connection:
                 self.in_flight_bytes += length
                 self._submit(REQ_WRITE, _Pending(self, cookie, 0, length, buffer), offset >> 9, data)
         return filled
+
+    def _read_directly(self, direct: DirectReads, place: int, cookie: int, offset: int, length: int) -> bool:
+        pending = _Pending(self, cookie, 0, length, self.server.pool.take(length))
+        if not direct.start(pending, place, offset):
+            assert pending.buffer is not None
+            self.server.pool.release(pending.buffer)
+            return False
+        self.in_flight += 1
+        self.in_flight_bytes += length
+        return True
 
     def _skip(self, available_bytes: int) -> int:
         # How much of what has come belongs to the payload of a refused write.
@@ -469,6 +498,21 @@ class Connection:
         else:
             self.out.append((memoryview(wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, pending.cookie)), None))
         self.server.active.add(self)
+
+    def read_arrived(self, pending: _Pending, offset: int) -> None:
+        """Send what was read past the engine's tasks."""
+        self.in_flight -= 1
+        self.in_flight_bytes -= pending.length
+        assert pending.buffer is not None
+        if self.is_open:
+            self._send_data(pending, pending.buffer, offset)
+        else:
+            self.server.pool.release(pending.buffer)
+
+    def read_again(self, pending: _Pending, offset: int) -> None:
+        """A read past the engine's tasks failed: it becomes a request, in flight as before."""
+        assert pending.buffer is not None
+        self._submit(REQ_READ, pending, offset >> 9, pending.buffer.data(pending.length))
 
     def _send_data(self, pending: _Pending, buffer: Buffer, offset: int) -> None:
         # The bytes stay counted as in flight until they are sent: they are memory that the client makes us hold.
@@ -607,13 +651,16 @@ class NbdServer:
     """Listens on a Unix socket; `Loop.exports` calls `flush` once a turn."""
 
     def __init__(self, loop: Loop, volumes: Sequence[Volume], cache: Medium, path: str, *,
-                 block_bytes: int = wire.MIN_BLOCK_BYTES) -> None:
-        """``block_bytes``: the largest logical block of the devices; a smaller request could not be served."""
+                 block_bytes: int = wire.MIN_BLOCK_BYTES, direct_reads: DirectReads | None = None) -> None:
+        """``block_bytes``: the largest logical block of the devices; a smaller request could not be served.
+        ``direct_reads`` serves hits if the cache device goes past the page cache.
+        """
         self.loop = loop
         self.block_bytes = block_bytes
         self.volumes = volumes
         self.path = path
         self.pool = BufferPool()
+        self.direct_reads = direct_reads
         # Quick reads take the page cache's copy, so they need a descriptor, and one that goes through the page cache.
         self.quick_fd = -1 if cache.direct else cache.fd
         self.nowait_flag = cache.nowait_flag
