@@ -164,7 +164,7 @@ def _confirm(subject: Subject, choice: Choice, hazards: frozenset[str], export: 
         raise Refused(f"{subject.backing.path}: --{choice.option} loses {choice.loss.text}", hazard=hazard)
     _report(subject, as_json=False)
     if not typer.confirm(f"--{choice.option} loses {choice.loss.text}. Do it?"):
-        raise typer.Abort()
+        raise Refused(f"{subject.backing.path}: not confirmed, so nothing was changed")
 
 
 def _plan(subject: Subject, option: str, export: Path | None, dry_run: bool) -> Plan:

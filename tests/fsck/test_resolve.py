@@ -278,6 +278,27 @@ def test_a_cache_that_is_not_the_device_s(golden: Callable[..., Path], tmp_path:
     assert "ORPHAN_DIRTY" in run(capsys, "fsck", story.cache, story.backing)[1]
 
 
+def test_it_asks_on_a_terminal(golden: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    """The question says what is lost; no is no."""
+    story = make(golden, BdevState.DIRTY)
+    before = story.backing.read_bytes()
+    asked: list[str] = []
+    words = ["resolve", story.backing, "--use-backing-alone", "--backup", tmp_path / "undo"]
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    for answer, status in ((False, 3), (True, 0)):
+        monkeypatch.setattr("typer.confirm", lambda text, answer=answer: (asked.append(text), answer)[1])
+        assert run(capsys, *words)[0] == status
+        assert (story.backing.read_bytes() == before) == (not answer)
+    assert all("loses unknown" in text for text in asked)
+    assert len(asked) == 2
+
+
 def test_a_backing_device_that_is_not_here(golden: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     story = make(golden, BdevState.DIRTY, "flash_volume")
     found = verdict(capsys, "bcache0", "--cache", story.cache)
