@@ -590,7 +590,9 @@ class Walk:
                 continue
             fatal = validity.extents_fatal(keys, self.geometry)
             for row in np.flatnonzero(fatal):
-                yield Damage(where, f"bad key {text(_leaf_key(keys, int(row)))}", 0, 0)
+                end = int(keys.pos[row])
+                yield Damage(where, f"bad key {text(_leaf_key(keys, int(row)))}", 0, 0,
+                             max(end - int(keys.size[row]), 0), end)
             self.mark_columns([keys], 0)
             parts.append(extent.from_keys(_sound(keys, fatal)))
         self.journal_map = extent.flatten(extent.concatenate(parts))
