@@ -118,6 +118,10 @@ def slot_plan(check: Check, live: Extents, assign: Mapping[int, bytes]) -> SlotP
                              f"{', '.join(map(str, ownerless)) or 'none'}")
     members = [each for each in map(_attached, check.backings) if each is not None
                and each[1].set_uuid[:8] == _set_half(check)]
+    own_uuids = {sb.uuid for _backing, sb in members}
+    # A backing device that is there is no flash-only volume, whatever its slot says.
+    entries = [replace(entry, flags=0, sectors=0) if entry.is_flash_only and entry.uuid in own_uuids else entry
+               for entry in entries]
     known = {entry.uuid for entry in entries if not entry.is_free}
     forgotten = [each for each in members if each[1].uuid not in known and each[1].uuid not in assign.values()]
     choices: list[Choice] = []

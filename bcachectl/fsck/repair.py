@@ -54,6 +54,7 @@ from bcachectl.ondisk.uuids import UuidEntry, encode_uuids
 
 SEQ_MARGIN = 16
 """Entries that damage hides may be newer than the newest that is seen, by no more than this."""
+SEQ_MAX = (1 << 64) - 1
 KEY_BYTES = 24
 SWITCH_BYTES = 512
 
@@ -145,7 +146,11 @@ def is_repairable(finding: Finding) -> bool:
 
 def _can_rebuild(check: Check) -> bool:
     # Not if nothing is known of the tree: a rebuild would make an empty set of it.
-    return check.walk.newest is not None and (check.lost_positions < MAX_POS or check.totals.extents > 0)
+    # Nor behind an entry whose number leaves no room for a newer one.
+    walk = check.walk
+    if walk.newest is None or highest_seq(walk) + SEQ_MARGIN > SEQ_MAX:
+        return False
+    return check.lost_positions < MAX_POS or check.totals.extents > 0
 
 
 def _with_all_entries(check: Check) -> Check:
