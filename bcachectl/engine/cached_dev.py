@@ -43,6 +43,7 @@ from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, WaitQueue
 from bcachectl.engine.streams import Streams
 from bcachectl.engine.stripes import Stripes, stripe_size_of
 from bcachectl.engine.write_batch import WriteBatch
+from bcachectl.engine.write_group import start_group
 from bcachectl.engine.writeback import Writeback
 from bcachectl.errors import Corrupt, WrongState
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -235,6 +236,11 @@ class CachedDev:
             if buckets.rescale_sectors < 0:
                 cset.alloc.rescale(0)
         return (at + offset) << 9
+
+    def submit_all(self, requests: list[Request]) -> None:
+        """Take requests that came together; plain writes among them share a task."""
+        for request in start_group(self, requests):
+            self.submit(request)
 
     def submit(self, request: Request) -> None:
         """Take a request; it comes back in ``cset.front``."""

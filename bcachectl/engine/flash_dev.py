@@ -91,6 +91,11 @@ class FlashVolume:
         self.stats.cache_hits += 1
         return (((extent.ptr >> 8) & PTR_SECTOR_MASK) + start - extent.start) << 9
 
+    def submit_all(self, requests: list[Request]) -> None:
+        """Take requests that came together."""
+        for request in requests:
+            self.submit(request)
+
     def submit(self, request: Request) -> None:
         """Take a request; it comes back in ``cset.front``."""
         self.cset.requests_in_flight += 1

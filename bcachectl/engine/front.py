@@ -116,6 +116,10 @@ class Volume(Protocol):
         """Take a request; it comes back in `Front.completed`, possibly before this returns."""
         ...
 
+    def submit_all(self, requests: list[Request]) -> None:
+        """`submit` each of some requests that came together, which may be cheaper; they come back in any order."""
+        ...
+
 
 class Front:
     """Where completed requests wait for their exports, in the order they completed."""

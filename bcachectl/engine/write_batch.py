@@ -125,13 +125,11 @@ class WriteBatch:
             return
         dev = self.dev
         cset = dev.cset
-        btree, buckets, stats = cset.btree, cset.buckets, dev.stats
+        btree = cset.btree
         cset.congestion.account(duration_ns, is_write=True)
         pin = cset.journal.add_nowait(pack_dirty_keys(extents))
         assert pin is not None, "there was room when the writes were placed"
-        nsectors = 0
         for (start, end, ptr), leaf in zip(extents, leaves, strict=True):
-            nsectors += end - start
             if leaf.overwrite_dirty(start, end, ptr):
                 btree.inserts += 1
             else:
@@ -140,15 +138,32 @@ class WriteBatch:
             btree.touched(leaf, pin)
         cset.journal.unpin(pin)
         self._drop_pins()
-        cset.gc.note_sectors(nsectors)
-        buckets.rescale_sectors -= nsectors
-        while buckets.rescale_sectors < 0:
-            cset.alloc.rescale(0)
         cset.cache.submitted += len(extents)
-        stats.write_requests += len(extents)
+        self._count()
+        self.extents, self.leaves = [], []
+
+    def hand_over(self) -> list[tuple[int, int, int]]:
+        """What was placed, for someone who writes data and keys in his own time; each has a pin on its bucket."""
+        buckets, extents = self.dev.cset.buckets, self.extents
+        if extents:
+            for _start, _end, ptr in extents:
+                buckets.pin_at[buckets.bucket_of(ptr)] += 1
+            self._count()
+            self.abandon()
+        return extents
+
+    def _count(self) -> None:
+        # What every request of its kind counts for.
+        dev = self.dev
+        cset, stats = dev.cset, dev.stats
+        nsectors = sum(end - start for start, end, _ptr in self.extents)
+        cset.gc.note_sectors(nsectors)
+        cset.buckets.rescale_sectors -= nsectors
+        while cset.buckets.rescale_sectors < 0:
+            cset.alloc.rescale(0)
+        stats.write_requests += len(self.extents)
         stats.write_sectors += nsectors
         dev.writeback.note_request()
-        self.extents, self.leaves = [], []
 
     def abandon(self) -> None:
         """Not all of the data could be written: no key is made, and the sectors are lost until gc finds them."""

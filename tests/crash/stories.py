@@ -535,6 +535,34 @@ async def batches_and_fills(w: World) -> None:
         await w.read(0, sector - 8, 56)
 
 
+# 20. Writes that come together and share a task, as from a block device.
+
+async def groups(w: World) -> None:
+    dice = rng(w)
+
+    async def soon(writes: list[tuple[int, int]], stable: bool) -> None:
+        await w.sched.sleep_until(w.sched.now_ns + dice.randrange(0, 600_000))
+        await w.write_group(0, writes, stable=stable)
+
+    for _ in range(14):
+        asks: list[Coroutine[Any, Any, Any]] = []
+        for _ in range(3):
+            writes = [(dice.randrange(0, 300), dice.randrange(1, 5)) for _ in range(dice.randrange(1, 9))]
+            asks.append(soon(writes, dice.random() < 0.5))
+        if dice.random() < 0.5:
+            asks.append(w.zeroes(0, dice.randrange(0, 300), dice.randrange(1, 9)))
+        if dice.random() < 0.5:
+            asks.append(w.read(0, dice.randrange(200, 500), dice.randrange(1, 40), nowait=False))
+        if dice.random() < 0.3:
+            asks.append(w.flush(0))
+        if dice.random() < 0.2:
+            asks.append(w.cset.run_gc())
+        await w.together(*asks)
+        if dice.random() < 0.3:
+            await w.read(0, dice.randrange(0, 460), 40)
+    await w.flush(0)
+
+
 BIG_BACKING = (Backing(data_sectors=6000, mode="writethrough"),)
 STORIES = {story.name: story for story in (
     Story("first_attach", Setup(), first_attach, boots=False),
@@ -542,6 +570,8 @@ STORIES = {story.name: story for story in (
     Story("attach_by_hand", Setup(backings=(Backing(member=False),), settles=False), attach_by_hand, boots=False),
     Story("overwrite", Setup(), overwrite, overwrite_prepare),
     Story("batches", Setup(), batches, overwrite_prepare),
+    Story("groups", Setup(), groups, overwrite_prepare),
+    Story("groups_sluggish", Setup(sluggish=True), groups, overwrite_prepare),
     Story("batches_and_fills", Setup(), batches_and_fills),
     Story("batches_first", WRITETHROUGH, batches_first),
     Story("overwrite_4k", Setup(bucket_sectors=64, block_sectors=8, atomic_sectors=8), traffic),

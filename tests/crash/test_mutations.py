@@ -216,6 +216,7 @@ MUTATIONS = (
     Mutation("uuid array not awaited", ("first_attach", "flash"), not_awaited("uuids")),
     Mutation("data not awaited", ("overwrite",), not_awaited("data", backing=False)),
     Mutation("data of a batch not awaited", ("batches",), not_awaited("data of a batch")),
+    Mutation("data of a group not awaited", ("groups",), not_awaited("data of a group")),
     Mutation("batch before DIRTY", ("batches_first",), patch=batch_before_dirty),
     Mutation("batch lets fills go on", ("batches_and_fills",), patch=batch_lets_fills_go_on),
     Mutation("batch in clean buckets", ("batches",), patch=batch_in_clean_buckets),

@@ -58,6 +58,10 @@ class FileVolume:
         """The quick answer works for volume 0 only: it is the "cache device"."""
         return sector << 9 if self.is_quick and self.bdev.index == 0 else NOT_NOW
 
+    def submit_all(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.submit(request)
+
     def submit(self, request: Request) -> None:
         """Serve it in a task."""
         self.seen.append((request.op, request.sector, request.nsectors, request.flags))

@@ -44,6 +44,10 @@ class PassVolume:
         """Never."""
         return NOT_NOW
 
+    def submit_all(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.submit(request)
+
     def submit(self, request: Request) -> None:
         """Pass it on."""
         self.engine.serial += 1

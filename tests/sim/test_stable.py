@@ -68,3 +68,19 @@ def test_on_a_flash_only_volume(operation: int) -> None:
 
     w.run(story())
     assert read_after_kill(w) == (NEW if operation == REQ_WRITE else ZEROES)
+
+
+def test_of_writes_that_came_together() -> None:
+    found = {}
+    for stable in (False, True):
+        w = World(Setup(bucket_sectors=32), "stable group")
+
+        async def story(w: World = w, stable: bool = stable) -> None:
+            await w.up()
+            await ask(w, REQ_WRITE, OLD, REQ_FUA)
+            await w.write_group(0, [(SECTOR, 8), (SECTOR + 16, 4)], stable=stable)
+
+        w.run(story())
+        found[stable] = read_after_kill(w)
+    assert found[True] != OLD
+    assert found[False] == OLD, "without the flag the keys are in memory only, and this test would prove nothing"

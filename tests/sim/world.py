@@ -31,6 +31,7 @@ from bcachectl.engine.front import (
     REQ_FUA,
     REQ_PREFLUSH,
     REQ_READ,
+    REQ_STABLE,
     REQ_SYNC,
     REQ_WRITE,
     REQ_WRITE_ZEROES,
@@ -49,7 +50,7 @@ from bcachectl.ondisk.superblock import (
     encode_superblock,
 )
 from tests.sim.disk import SECTOR, SimDisk
-from tests.sim.oracle import BASE, ZEROS, Oracle, stamps
+from tests.sim.oracle import BASE, ZEROS, Oracle, Write, stamps
 
 FLASH = 100
 """Volumes of the oracle: backing devices are 0, 1 ...; flash-only volumes are numbered from here."""
@@ -188,6 +189,7 @@ class World:
         self.vanishing: set[int] = set()
         self.quick_writes = 0
         self.quick_random = random.Random(f"quick/{seed}")
+        self.group_random = random.Random(f"group/{seed}")
         self.is_calm = True
         self.on_point: Callable[[int], None] | None = None
         self.on_io: Callable[[Io], None] | None = None
@@ -351,6 +353,8 @@ class World:
         """Offer plain writes (sector, nsectors) to the volume's batch, as an export does; what it declines goes the way
         of all requests.  The errno of each.
         """
+        if self.group_random.random() < 0.3:
+            return await self.write_group(volume, writes, stable=self.group_random.random() < 0.5, stream=stream)
         begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
         datas = [stamps(volume, write.start, write.end, write.value) for write in begun]
         is_done = self._write_quickly(volume, writes, datas, stream)
@@ -366,6 +370,27 @@ class World:
         rest = [index for index, done in enumerate(is_done) if not done]
         errors = dict(zip(rest, await self.together(*[slowly(index) for index in rest]), strict=True))
         return [errors.get(index, 0) for index in range(len(writes))]
+
+    async def write_group(self, volume: int, writes: list[tuple[int, int]], *, stable: bool = False,
+                          stream: int = 0) -> list[int]:
+        """Writes that an export submits together (`Volume.submit_all`); the errno of each.  ``stable`` ones survive the
+        engine (`tests.sim.test_stable`), not always a loss of power.
+        """
+        begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
+        requests = [Request(REQ_WRITE, write.start, write.end - write.start,
+                            stamps(volume, write.start, write.end, write.value), REQ_STABLE if stable else 0, stream,
+                            _Pending(self.sched)) for write in begun]
+        self.volumes[volume].submit_all(requests)
+
+        async def one(request: Request, write: Write) -> int:
+            while not request.tag.done:
+                await request.tag.queue.wait()
+            self.oracle.end_write(write, error=request.error)
+            if request.error and self.is_calm:
+                raise SimFailure(f"volume {volume}: write of {write.start} failed with errno {request.error}")
+            return request.error
+
+        return await self.together(*[one(*pair) for pair in zip(requests, begun, strict=True)])
 
     def _write_quickly(self, volume: int, writes: list[tuple[int, int]], datas: list[bytes], stream: int) -> list[bool]:
         batch = self.volumes[volume].batch

@@ -245,8 +245,9 @@ class UblkExport:
                 self._ended += 1
                 self.ended_wait.wake_all()
         ring.tail = tail
-        for number in others:
-            self._submit(number)
+        if others:
+            requests = [request for request in map(self._request, others) if request is not None]
+            self.volume.submit_all(requests)
 
     def commit(self, index: int, result: int) -> None:
         """Answer the request of a tag, and fetch its next one."""
@@ -254,20 +255,21 @@ class UblkExport:
         ring.sqe_i32[16 * slot + wire.IO_CMD_RESULT_WORD] = result
         ring.publish(slot)
 
-    def _submit(self, index: int) -> None:
+    def _request(self, index: int) -> Request | None:
+        # What the driver asks on a tag; None if it is answered already.
         word, sector = self._descs[index][:2]
         nsectors = word >> 32
         operation = _OPERATIONS.get(word & 0xFF)
         if operation is None:
             self.commit(index, -errno.EOPNOTSUPP)
-            return
+            return None
         flags = (REQ_FUA if word & wire.FLAG_FUA else 0) | (REQ_META if word & wire.FLAG_META else 0)
         if operation in _WRITING:
             flags |= REQ_STABLE
         elif operation == REQ_FLUSH:
             sector = nsectors = 0               # the block layer leaves anything there
         data = self._buffers[index][:nsectors << 9] if operation in (REQ_READ, REQ_WRITE) else None
-        self.volume.submit(Request(operation, sector, nsectors, data, flags, self.stream, self._tags[index]))
+        return Request(operation, sector, nsectors, data, flags, self.stream, self._tags[index])
 
     # Setting up
 

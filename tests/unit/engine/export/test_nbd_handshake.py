@@ -28,6 +28,10 @@ class FakeVolume:
     def read_nowait(self, sector: int, nsectors: int) -> int:
         return NOT_NOW
 
+    def submit_all(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.submit(request)
+
     def submit(self, request: Request) -> None:
         raise AssertionError
 
