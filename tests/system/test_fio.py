@@ -95,3 +95,17 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, mode: str, require_too
         work(engine.volumes[0]["device"], seed=SEEDS[-1], verify_only=True)
         assert engine.stop() == 0
         assert engine.errors == ""
+
+
+def test_batches_of_writes_over_nbd(tmp_path: Path, require_tool: Callable[[str], str]) -> None:
+    """Small writes at depth 32 in writeback mode, which the engine takes in batches, read back while they go on."""
+    fio = require_tool("fio")
+    options = make_set(tmp_path, cache_bytes=CACHE_BYTES, backing_bytes=BACKING_BYTES + (1 << 20), mode="writeback")
+    with Engine(tmp_path, *options, "--export", "nbd", "--debug-checks") as engine:
+        done = subprocess.run(
+            [fio, "--name=batches", "--ioengine=nbd", f"--uri={engine.volumes[0]['uri']}", "--size=48m",
+             "--io_size=96m", "--rw=randrw", "--rwmixread=30", "--bsrange=4k-80k", "--iodepth=32", "--verify=crc32c",
+             "--verify_backlog=256", "--verify_fatal=1"], capture_output=True, text=True, cwd=tmp_path, timeout=240)
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert engine.stop() == 0
+        assert engine.errors == ""
