@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Running cache sets as commands see them, and the client's side of an engine's control socket.
 
-A `LiveSet` is a set that runs somewhere: in an engine of ours (`EngineSet`) or, from a later release on, in the
-kernel's driver.  Commands know only this interface.
+A `LiveSet` is a set that runs somewhere: in an engine of ours (`EngineSet`) or in the kernel's driver
+(`bcachectl.sysfs.live`).  Commands know only this interface.  `find` takes what a person writes to the one that is
+meant; where an engine and the kernel both could be, ``driver`` says which.
 
 The protocol, version `PROTOCOL`: JSON lines over a Unix socket, one socket per engine, ``<set uuid>.sock``.
 
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple, Protocol
 
 from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
 from bcachectl.snapshot import SetSnapshot, VolumeSnapshot, from_json
+from bcachectl.sysfs.live import KernelAlone, find_cached, kernel_alone, kernel_sets
+from bcachectl.sysfs.tree import Sysfs
 from bcachectl.units import format_uuid, parse_uuid
 
 PROTOCOL = 1
@@ -36,6 +39,9 @@ ANSWER_TIMEOUT_S = 30.0
 GREETING_TIMEOUT_S = 2.0
 SHARED_DIR = "/run/bcachectl"
 """Where the engines of root have their sockets."""
+
+ENGINE, KERNEL = "engine", "kernel"
+"""Who may run a set: the ``source`` of a `LiveSet`, and what ``--engine`` and ``--kernel`` ask for."""
 
 MIN_PREFIX = 8
 """Characters of a set's uuid that name it, at least."""
@@ -52,12 +58,32 @@ class Job(Protocol):
         """True once it has ended, with its ``result``; raises what it ended with."""
         ...
 
+    def close(self) -> None:
+        """Wait no more; what was changed only for the wait is put back."""
+        ...
+
 
 class LiveSet(Protocol):
-    """A set that runs, whoever runs it.  A target is "" for the set itself or the name of one of its volumes."""
+    """A set that runs, whoever runs it.  A target is "" for the set itself or the name of one of its volumes.
+
+    A backing device that the kernel has without a set is one as well, with an empty ``uuid``.
+    """
 
     uuid: str
-    source: str
+
+    @property
+    def source(self) -> str:
+        """Who runs it: `ENGINE` or `KERNEL`."""
+        ...
+
+    @property
+    def cache_path(self) -> str:
+        """Its cache device."""
+        ...
+
+    def volumes(self) -> tuple[VolumeSnapshot, ...]:
+        """Its volumes, for as little work as that takes."""
+        ...
 
     def snapshot(self, cells: int) -> SetSnapshot:
         """The state now, with a map of all buckets in ``cells`` cells (0: none)."""
@@ -114,11 +140,14 @@ class EngineJob:
         self.result = answer.get("result")
         return True
 
+    def close(self) -> None:
+        """Nothing was changed for the wait; the engine goes on."""
+
 
 class EngineSet:
     """A set that an engine runs, over its control socket."""
 
-    source = "engine"
+    source = ENGINE
 
     def __init__(self, path: str) -> None:
         """Connect and read the greeting; WrongState if nobody answers there."""
@@ -149,6 +178,15 @@ class EngineSet:
     def snapshot(self, cells: int) -> SetSnapshot:
         """The state now, with a map in ``cells`` cells."""
         return from_json(SetSnapshot, self.call("snapshot", cells=cells))
+
+    @property
+    def cache_path(self) -> str:
+        """The cache device that the engine has open."""
+        return self.snapshot(0).cache_path
+
+    def volumes(self) -> tuple[VolumeSnapshot, ...]:
+        """The engine's volumes."""
+        return self.snapshot(0).volumes
 
     def places(self) -> dict[str, dict[str, str | None]]:
         """By volume: the ``device`` and the ``uri`` where the engine exports it."""
@@ -289,42 +327,74 @@ def engines() -> list[EngineSet]:
     return [found[uuid] for uuid in sorted(found)]
 
 
-def find(text: str | None) -> Found:
+def running(driver: str | None = None) -> list[LiveSet]:
+    """Every set that runs here, engines first; only those of one ``driver`` if it is given."""
+    found: list[LiveSet] = []
+    if driver != KERNEL:
+        found += engines()
+    if driver != ENGINE:
+        found += kernel_sets(Sysfs())
+    return found
+
+
+def alone() -> list[KernelAlone]:
+    """The backing devices that the kernel has without a set."""
+    return kernel_alone(Sysfs())
+
+
+def find_cached_alone(text: str) -> KernelAlone:
+    """The backing device of that name that the kernel has and that waits for its set; WrongState if it runs."""
+    sysfs = Sysfs()
+    node = find_cached(sysfs, text)
+    if node.volume is not None:
+        raise WrongState(f"{text}: runs already, as {node.volume}"
+                         + (f" of set {node.set_uuid}" if node.set_uuid else " without a cache"))
+    return KernelAlone(sysfs, node)
+
+
+def find(text: str | None, driver: str | None = None) -> Found:
     """The running set or volume that a person means; None means the only set that runs.
 
-    A set goes by its uuid, a prefix of it or its cache device, a volume by name, uuid, label or backing device.
-    Raises WrongState if nothing of that name runs, UsageError if it could be several.
+    A set goes by its uuid, a prefix of it or its cache device, a volume by name, uuid, label or backing device; of the
+    kernel's also by its device node, and without a set.  Raises WrongState if nothing of that name runs, UsageError if
+    it could be several.
     """
-    running: list[LiveSet] = list(engines())
+    there = running(driver)
     if text is None:
-        if len(running) == 1:
-            return Found(running[0], "")
-        _close_all(running)
-        if running:
-            raise UsageError("several sets run here, name one: " + ", ".join(engine.uuid for engine in running))
-        raise WrongState("no engine runs here; `bcachectl engine run` starts one")
-    matches = [Found(engine, target) for engine in running for target in _targets(engine, text)]
+        if len(there) == 1:
+            return Found(there[0], "")
+        _close_all(there)
+        if there:
+            raise UsageError("several sets run here, name one: " + ", ".join(map(_name, there)))
+        raise WrongState(f"{_nothing_runs(driver)}; {_how_to_start(driver)}")
+    matches = [Found(live, target) for live in there for target in _targets(live, text)]
+    if driver != ENGINE:
+        matches += [Found(lone, target) for lone in alone() for target in _targets(lone, text)]
     kept = [match.live for match in matches[:1]] if len(matches) == 1 else []
-    _close_all([engine for engine in running if engine not in kept])
+    _close_all([live for live in there if live not in kept])
     if len(matches) == 1:
         return matches[0]
     if matches:
-        names = ", ".join(f"{match.target or 'set'} of {match.live.uuid}" for match in matches)
-        raise UsageError(f"{text} could be several things, use a uuid: {names}")
-    raise WrongState(_why_unknown(text, running))
+        names = ", ".join(f"{match.target or 'set'} of {_name(match.live)}" for match in matches)
+        which = "--kernel or --engine" if len({match.live.source for match in matches}) > 1 else "a uuid"
+        raise UsageError(f"{text} could be several things, use {which}: {names}")
+    raise WrongState(_why_unknown(text, there, driver))
 
 
-def find_set(text: str | None) -> LiveSet:
+def find_set(text: str | None, driver: str | None = None) -> LiveSet:
     """The running set that a person means; a volume stands for its set."""
-    return find(text).live
+    found = find(text, driver)
+    if not found.live.uuid:
+        raise WrongState(f"{text}: the kernel has it without a set")
+    return found.live
 
 
-def find_volume(text: str) -> Found:
+def find_volume(text: str, driver: str | None = None) -> Found:
     """The running volume that a person means; a set stands for its volume if it has just one, else UsageError."""
-    found = find(text)
+    found = find(text, driver)
     if found.target:
         return found
-    volumes = found.live.snapshot(0).volumes
+    volumes = found.live.volumes()
     if len(volumes) == 1:
         return Found(found.live, volumes[0].name)
     found.live.close()
@@ -367,13 +437,13 @@ def looks_like_uuid(text: str) -> bool:
 
 
 def match_volume(volumes: tuple[VolumeSnapshot, ...], text: str) -> list[str]:
-    """Names of the volumes that ``text`` means: by name, uuid, label or backing device."""
+    """Names of the volumes that ``text`` means: by name, uuid, label, backing device or device node."""
     folded = text.strip().lower()
     names = []
     for volume in volumes:
         is_name = text in (volume.name, volume.label) and text != ""
-        is_backing = volume.backing_path is not None and is_same_file(text, volume.backing_path)
-        if is_name or is_backing or folded == volume.uuid:
+        paths = (volume.backing_path, volume.device_path)
+        if is_name or folded == volume.uuid or any(path and is_same_file(text, path) for path in paths):
             names.append(volume.name)
     return names
 
@@ -389,30 +459,47 @@ def is_same_file(one: str, other: str) -> bool:
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-def _targets(engine: LiveSet, text: str) -> list[str]:
+def _targets(live: LiveSet, text: str) -> list[str]:
     folded = text.strip().lower()
-    if folded == engine.uuid or (len(folded) >= MIN_PREFIX and engine.uuid.startswith(folded)):
-        return [""]
-    if len(folded) == 32 and folded == engine.uuid.replace("-", ""):
-        return [""]
+    if live.uuid:
+        if folded == live.uuid or (len(folded) >= MIN_PREFIX and live.uuid.startswith(folded)):
+            return [""]
+        if len(folded) == 32 and folded == live.uuid.replace("-", ""):
+            return [""]
     try:
-        snapshot = engine.snapshot(0)
+        if is_same_file(text, live.cache_path):
+            return [""]
+        return match_volume(live.volumes(), text)
     except BcachectlError:
         return []
-    if is_same_file(text, snapshot.cache_path):
-        return [""]
-    return match_volume(snapshot.volumes, text)
 
 
-def _why_unknown(text: str, running: list[LiveSet]) -> str:
-    if not running:
-        return f"{text}: no engine runs here; `bcachectl engine run` starts one"
-    there = ", ".join(engine.uuid for engine in running)
+def _name(live: LiveSet) -> str:
+    if not live.uuid:
+        return "no set, of the kernel"
+    return live.uuid if live.source == ENGINE else f"{live.uuid} (kernel)"
+
+
+def _nothing_runs(driver: str | None) -> str:
+    if driver == KERNEL:
+        return "the kernel's driver runs no set"
+    return "no engine runs here" + ("" if driver == ENGINE else ", and the kernel's driver runs no set")
+
+
+def _how_to_start(driver: str | None) -> str:
+    ways = {ENGINE: "`bcachectl engine run` starts one", KERNEL: "`bcachectl register DEVICE` gives it devices"}
+    return ways[driver] if driver else f"{ways[ENGINE]}, {ways[KERNEL]}"
+
+
+def _why_unknown(text: str, there: list[LiveSet], driver: str | None) -> str:
+    if not there:
+        return f"{text}: {_nothing_runs(driver)}; {_how_to_start(driver)}"
+    names = ", ".join(map(_name, there))
     if os.path.exists(text):
-        return f"{text}: no running engine uses this device (sets that run: {there})"
-    return f"{text}: neither a running set nor one of its volumes (sets that run: {there})"
+        return f"{text}: no running set uses this device (sets that run: {names})"
+    return f"{text}: neither a running set nor one of its volumes (sets that run: {names})"
 
 
-def _close_all(running: list[LiveSet]) -> None:
-    for engine in running:
-        engine.close()
+def _close_all(there: list[LiveSet]) -> None:
+    for live in there:
+        live.close()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What a running set looks like at one moment: frozen records that the views show and that travel as JSON.
 
-A `SetSnapshot` is filled by whoever knows the set: the engine (`bcachectl.engine.stats`), the kernel's sysfs, or, for a
-set that does not run, an offline walk.  The views never ask where it came from.  What a source cannot know is None, or
-an empty tuple; a number is never made up.
+A `SetSnapshot` is filled by whoever knows the set: the engine (`bcachectl.engine.stats`), the kernel's driver through
+sysfs (`bcachectl.sysfs.look`), or, for a set that does not run, an offline walk.  The views never ask where it came
+from.  What a source cannot know is None, or an empty tuple; a number is never made up.  Most sizes of the kernel's are
+rounded down, to three digits or fewer, as its files print them (`bcachectl.units.parse_hprint`).
 
 Units are in the names; sizes in JSON are whole numbers of bytes or sectors.  Counters only grow while a set runs, so
 two snapshots give a rate.  `to_json` and `from_json` are each other's inverse; unknown names in JSON are ignored, so
@@ -57,6 +58,16 @@ class BucketCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class BucketPercents:
+    """Shares of all buckets in whole percents, rounded down: all that the kernel's priority_stats says of them."""
+
+    unused: int
+    clean: int
+    dirty: int
+    metadata: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenSnapshot:
     """How far gens have moved since the last gc.
 
@@ -84,8 +95,8 @@ class PrioSnapshot:
     quantiles: tuple[int, ...]
     average: int
     sectors_per_quantile: int
-    zero: int
-    btree: int
+    zero: int | None
+    btree: int | None
     min_prio: int | None = None
     rescale_sectors: int | None = None
 
@@ -103,16 +114,19 @@ class AllocCounters:
 
 @dataclass(frozen=True, slots=True)
 class AllocatorSnapshot:
-    """The allocator: lists, counts, gens, priorities, and who waits for what."""
+    """The allocator: lists, counts, gens, priorities, and who waits for what.
+
+    A source that cannot count buckets may know their ``percents``.
+    """
 
     nbuckets: int
-    first_bucket: int
+    first_bucket: int | None
     bucket_bytes: int
-    counts: BucketCounts
+    counts: BucketCounts | None
     gens: GenSnapshot | None
     prio: PrioSnapshot | None
     replacement: str
-    discard: bool
+    discard: bool | None
     reserves: tuple[FifoSnapshot, ...] = ()
     free_inc: FifoSnapshot | None = None
     avail_nbuckets: int | None = None
@@ -122,6 +136,7 @@ class AllocatorSnapshot:
     gc_mark_valid: bool | None = None
     waiting_tasks: int | None = None
     counters: AllocCounters | None = None
+    percents: BucketPercents | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,57 +154,69 @@ class MapSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class GcSnapshot:
-    """Garbage collection and moving gc."""
+    """Garbage collection and moving gc.
 
-    running: bool
-    runs: int
-    nodes: int
-    last_duration_ns: int
+    The kernel tells of the last gc only when it ended, and of durations the average and the longest.
+    """
+
+    running: bool | None
+    runs: int | None
+    nodes: int | None
+    last_duration_ns: int | None
     last_end_ns: int | None
-    sectors_to_gc: int
+    sectors_to_gc: int | None
     progress_percent: int | None
     moving_enabled: bool = False
-    moving_running: bool = False
-    moved_sectors: int = 0
+    moving_running: bool | None = False
+    moved_sectors: int | None = 0
+    average_duration_ns: int | None = None
+    max_duration_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JournalSnapshot:
-    """The journal's ring of buckets and its open entries."""
+    """The journal's ring of buckets and its open entries.  The kernel tells of ``pins`` and ``delay_ms``."""
 
-    seq: int
-    last_seq: int
-    pins: int
-    pins_size: int
-    njournal: int
-    cur_idx: int
-    last_idx: int
-    free_buckets: int
-    blocks_free: int
-    is_full: bool
-    delay_ms: int
-    writes: int = 0
-    full_waits: int = 0
+    seq: int | None
+    last_seq: int | None
+    pins: int | None
+    pins_size: int | None
+    njournal: int | None
+    cur_idx: int | None
+    last_idx: int | None
+    free_buckets: int | None
+    blocks_free: int | None
+    is_full: bool | None
+    delay_ms: int | None
+    writes: int | None = 0
+    full_waits: int | None = 0
+    reclaimed_buckets: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BtreeSnapshot:
-    """The btree and the cache of its nodes."""
+    """The btree and the cache of its nodes; ``nodes`` and ``used_percent`` are those that the last gc saw."""
 
     depth: int
-    nodes_cached: int
+    nodes_cached: int | None
     cache_bytes: int
-    limit_bytes: int
-    dirty_leaves: int
-    keys_cached: int
-    node_reads: int = 0
-    node_writes: int = 0
-    splits: int = 0
+    limit_bytes: int | None
+    dirty_leaves: int | None
+    keys_cached: int | None
+    node_reads: int | None = 0
+    node_writes: int | None = 0
+    splits: int | None = 0
+    nodes: int | None = None
+    used_percent: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSnapshot:
-    """Cache statistics over one window: ``total``, ``five_minute``, ``hour`` or ``day`` (stats.c)."""
+    """Cache statistics over one window: ``total``, ``five_minute``, ``hour`` or ``day`` (stats.c).
+
+    ``told_percent`` is the kernel's own ratio: its decaying windows count in fractions of requests, which its other
+    files cut off.
+    """
 
     name: str
     hits: int
@@ -198,10 +225,13 @@ class WindowSnapshot:
     bypass_misses: int
     collisions: int
     bypassed_sectors: int
+    told_percent: int | None = None
 
     @property
     def hit_ratio_percent(self) -> int:
         """Hits of a hundred requests that were looked up in the cache; 0 if there were none."""
+        if self.told_percent is not None:
+            return self.told_percent
         looked_up = self.hits + self.misses
         return self.hits * 100 // looked_up if looked_up else 0
 
@@ -212,11 +242,11 @@ class RequestCounters:
 
     reads: int = 0
     writes: int = 0
-    flushes: int = 0
-    discards: int = 0
+    flushes: int | None = 0
+    discards: int | None = 0
     read_sectors: int = 0
     written_sectors: int = 0
-    errors: int = 0
+    errors: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,30 +256,35 @@ class WritebackSnapshot:
     running: bool
     percent: int
     delay_s: int
-    rate_sectors: int
-    target_sectors: int
-    proportional_sectors: int
-    integral_sectors: int
-    in_flight: int
-    written_sectors: int = 0
-    keys_done: int = 0
-    keys_failed: int = 0
-    detaching: bool = False
+    rate_sectors: int | None
+    target_sectors: int | None
+    proportional_sectors: int | None
+    integral_sectors: int | None
+    in_flight: int | None
+    written_sectors: int | None = 0
+    keys_done: int | None = 0
+    keys_failed: int | None = 0
+    detaching: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
 class VolumeSnapshot:
-    """One exported device: ``kind`` is ``cached`` or ``flash``."""
+    """One exported device: ``kind`` is ``cached`` or ``flash``; ``device_path`` is the kernel's, ``/dev/bcache0``.
+
+    ``dirty_step_sectors`` says how coarse ``dirty_sectors`` is: the kernel rounds it down, 2 GiB to 100 MiB.
+    ``has_dirty`` lasts until a pass of writeback found nothing more and the state is clean.  The kernel does not tell
+    what of a flash-only volume is in use: None.
+    """
 
     name: str
-    uuid: str
+    uuid: str | None
     label: str
     kind: str
     slot: int | None
     size_bytes: int
     state: str
     mode: str
-    dirty_sectors: int
+    dirty_sectors: int | None
     has_dirty: bool
     attached: bool
     backing_path: str | None = None
@@ -259,6 +294,8 @@ class VolumeSnapshot:
     writeback: WritebackSnapshot | None = None
     windows: tuple[WindowSnapshot, ...] = ()
     requests: RequestCounters | None = None
+    device_path: str | None = None
+    dirty_step_sectors: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +312,8 @@ class EventSnapshot:
 class SetSnapshot:
     """A whole cache set.  ``source`` says who knows it: ``engine``, ``kernel`` or ``offline``.
 
-    ``damages`` counts what an offline walk could not read or the kernel would refuse.
+    ``damages`` counts what an offline walk could not read or the kernel would refuse.  The keys that writeback has done
+    are counted by volume in an engine, and here by the kernel.
     """
 
     t_ns: int
@@ -304,6 +342,13 @@ class SetSnapshot:
     metadata_written_sectors: int | None = None
     read_only: bool = False
     damages: int = 0
+    writeback_keys_done: int | None = None
+    writeback_keys_failed: int | None = None
+
+    @property
+    def dirty_sectors(self) -> int:
+        """What exists only in the cache, as far as it is known."""
+        return sum(volume.dirty_sectors or 0 for volume in self.volumes)
 
 
 def to_json(record: Any) -> Any:

@@ -47,9 +47,9 @@ def format_size(size_bytes: int) -> str:
     return f"{value:.0f} EiB"
 
 
-def format_sectors(sectors: int) -> str:
-    """A number of sectors as a size for people."""
-    return format_size(sectors * SECTOR_BYTES)
+def format_sectors(sectors: int | None) -> str:
+    """A number of sectors as a size for people; ``-`` for what is not known."""
+    return "-" if sectors is None else format_size(sectors * SECTOR_BYTES)
 
 
 def hprint(value: int) -> str:
@@ -61,6 +61,25 @@ def hprint(value: int) -> str:
         if rest < 1000:
             break
     return f"{sign}{rest}.{tenths * 10 // 1024}{'?kMGTPEZY'[unit]}"
+
+
+def parse_hprint(text: str) -> tuple[int, int]:
+    """The least value that `hprint` prints as ``text``, and how many more print the same: ``3.6M``.
+
+    UsageError for anything else.  A blank and what follows, and ``/sec``, are left out.
+    """
+    word = text.split()[0].removesuffix("/sec") if text.split() else ""
+    sign, digits, letter = (-1 if word.startswith("-") else 1), word.removeprefix("-")[:-1], word[-1:]
+    whole, dot, tenth = digits.partition(".")
+    if not dot or not whole.isdigit() or len(tenth) != 1 or not tenth.isdigit() or letter not in "kMGTPEZY":
+        raise UsageError(f"{text!r} is not a size as the kernel prints it")
+    shift = 10 * ("?kMGTPEZY".index(letter) - 1)
+    # The digit is t * 10 // 1024 of a remainder t below 1024.
+    low, high = (-(-int(tenth) * 1024 // 10), -(-(int(tenth) + 1) * 1024 // 10))
+    if shift and whole == "0":
+        # Less than 1000 has the unit below.
+        low = max(low, 1000)
+    return sign * (((int(whole) << 10) + low) << shift), (high - low) << shift
 
 
 def parse_unsigned(text: str, low: int, high: int) -> int:

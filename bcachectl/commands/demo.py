@@ -212,10 +212,10 @@ class Demo:
         window = self.last.volumes[0].windows[0]
         written_back = self.last.volumes[0].writeback
         for name, count in (("allocations", counters.allocations), ("invalidations", counters.invalidations),
-                            ("prio writes", counters.prio_writes), ("gc runs", self.last.gc.runs),
+                            ("prio writes", counters.prio_writes), ("gc runs", self.last.gc.runs or 0),
                             ("hits", window.hits), ("misses", window.misses),
                             ("bypassed", window.bypassed_sectors * 512),
-                            ("written back", written_back.written_sectors * 512 if written_back else 0)):
+                            ("written back", (written_back.written_sectors or 0) * 512 if written_back else 0)):
             self.events[name] = self.events.get(name, 0) + count
 
     def _stop(self) -> None:

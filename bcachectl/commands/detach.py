@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from bcachectl.commands.options import DryRun, Json, VolumeArgument, print_json
+from bcachectl.commands.options import DryRun, Json, Kernel, VolumeArgument, driver, print_json
 from bcachectl.commands.waiting import wait_for
 from bcachectl.control import find_volume
+from bcachectl.errors import WrongState
 from bcachectl.units import format_sectors
 
 START_S = 0.5
@@ -19,12 +20,15 @@ START_S = 0.5
 def detach(
     volume: VolumeArgument,
     wait: Annotated[bool, typer.Option("--wait", help="Return when it is done, and show how far it is.")] = False,
+    kernel: Kernel = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Detach a volume from its set: write its dirty data back, then run it uncached."""
-    live, name = find_volume(volume)
-    before = next(one for one in live.snapshot(0).volumes if one.name == name)
+    live, name = find_volume(volume, driver(kernel))
+    before = next(one for one in live.volumes() if one.name == name)
+    if not before.attached:
+        raise WrongState(f"{name} is not attached to a set")
     if dry_run:
         print(f"would ask the {live.source} of set {live.uuid} to detach {name}: write "
               f"{format_sectors(before.dirty_sectors)} of dirty data back, then its superblock and the uuid array")
@@ -35,7 +39,7 @@ def detach(
         wait_for(live, job, f"detaching {name}", volume=name, as_json=as_json)
         is_done = True
     if as_json:
-        print_json("detach", {"volume": name, "is_done": is_done, "dirty_bytes": before.dirty_sectors * 512})
+        print_json("detach", {"volume": name, "is_done": is_done, "dirty_bytes": (before.dirty_sectors or 0) * 512})
     elif is_done:
         print(f"{name} is detached; its backing device holds all its data")
     else:

@@ -46,7 +46,7 @@ def _describe(engine: EngineSet) -> dict[str, Any]:
     record["failed"] = snapshot.failed
     record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label, "size": volume.size_bytes,
                           "kind": volume.kind, "mode": volume.mode, "state": volume.state,
-                          "dirty_bytes": volume.dirty_sectors * 512, "backing": volume.backing_path,
+                          "dirty_bytes": (volume.dirty_sectors or 0) * 512, "backing": volume.backing_path,
                           **{where: places.get(volume.name, {}).get(where) for where in ("device", "uri")}}
                          for volume in snapshot.volumes]
     return record

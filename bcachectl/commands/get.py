@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bcachectl.commands.options import Json, complete_volume, print_json
+from bcachectl.commands.options import Json, Kernel, complete_volume, driver, print_json
 from bcachectl.control import find
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", autocompletion=complete_volume, show_default=False,
@@ -18,14 +18,19 @@ def get(
     target: TargetArgument,
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default=False,
                                                       help="Names as in sysfs; by default all.")] = None,
+    kernel: Kernel = None,
     as_json: Json = False,
 ) -> None:
-    """Read tunables; a single name prints the bare value, as cat on sysfs does."""
-    live, volume = find(target)
+    """Read tunables; a single name prints the bare value, as cat on sysfs does.
+
+    Names of a set may have their directory, as internal/copy_gc_enabled. What holds the kernel's driver up
+    (priority_stats, bset_tree_stats) is read only if it is named.
+    """
+    live, volume = find(target, driver(kernel))
     values = live.get(volume, names or [])
     live.close()
     if as_json:
-        print_json("get", {"set": live.uuid, "volume": volume or None, "values": values})
+        print_json("get", {"set": live.uuid or None, "volume": volume or None, "values": values})
     elif names and len(names) == 1:
         print(values[names[0]])
     else:

@@ -13,6 +13,7 @@ from bcachectl import control, describe, discovery
 from bcachectl.commands.options import Json, complete_device, json_line, print_json
 from bcachectl.discovery import BlockNode, Probe
 from bcachectl.errors import BcachectlError
+from bcachectl.snapshot import VolumeSnapshot
 from bcachectl.units import format_uuid
 from bcachectl.views import listing, table
 
@@ -29,6 +30,7 @@ def list_devices(devices: DevicesOption = None, watch: WatchOption = False, as_j
     reason; if it was named, the exit status is 1.
     """
     engines = _engines()
+    kernel_sets = _kernel_sets()
     named = [discovery.named(path) for path in devices or ()]
     found = [node for node in discovery.enumerate_devices() if all(node.path != other.path for other in named)]
     # Image files that an engine runs are nowhere in sysfs.
@@ -38,6 +40,8 @@ def list_devices(devices: DevicesOption = None, watch: WatchOption = False, as_j
     body: dict[str, Any] = {
         "devices": [_describe(probe) for probe in probes if probe.superblock is not None],
         "kernel_devices": [_node(node) for node in found if node.kind == "bcache"],
+        "kernel_sets": kernel_sets,
+        "kernel_alone": [_volume(alone.volumes()[0]) | {"story": alone.story} for alone in control.alone()],
         "engines": engines,
         "unreadable": [{**_node(probe.node), "problem": probe.problem} for probe in probes
                        if probe.superblock is None and probe.problem is not None],
@@ -85,6 +89,17 @@ def _describe(probe: Probe) -> dict[str, Any]:
                      "nbuckets": sb.nbuckets, "replacement": describe.replacement_text(sb)}
 
 
+def _volume(volume: VolumeSnapshot) -> dict[str, Any]:
+    return {"volume": volume.name, "uuid": volume.uuid, "label": volume.label, "kind": volume.kind,
+            "size_bytes": volume.size_bytes, "state": volume.state, "cache_mode": volume.mode,
+            "backing": volume.backing_path, "device": volume.device_path}
+
+
+def _kernel_sets() -> list[dict[str, Any]]:
+    return [{"set_uuid": live.uuid, "cache": live.cache_path, "volumes": [_volume(volume) for volume in live.volumes()]}
+            for live in control.running(control.KERNEL)]
+
+
 def _files_of(engines: list[dict[str, Any]]) -> list[str]:
     paths = [path for engine in engines
              for path in (engine["cache"], *(volume["backing"] for volume in engine["volumes"])) if path is not None]
@@ -99,10 +114,8 @@ def _engines() -> list[dict[str, Any]]:
             snapshot = engine.snapshot(0)
             places = engine.places()
             record["cache"] = snapshot.cache_path
-            record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label,
-                                  "size_bytes": volume.size_bytes, "state": volume.state, "cache_mode": volume.mode,
-                                  "backing": volume.backing_path,
-                                  "device": places.get(volume.name, {}).get("device")} for volume in snapshot.volumes]
+            record["volumes"] = [_volume(volume) | {"device": places.get(volume.name, {}).get("device")}
+                                 for volume in snapshot.volumes]
         except BcachectlError:
             # It is there, and ends or is busy: a line of its own all the same.
             record["volumes"] = []

@@ -2,7 +2,8 @@
 """``bcachectl monitor``: the live view of a set that runs, and a still picture of a cache device that does not.
 
 On a terminal the view takes the whole screen until Ctrl-C, or until the engine ends.  Anywhere else it is plain text,
-a page a tick; with ``--json`` a line a tick.  A device that no engine runs is read once, without writing to it.
+a page a tick; with ``--json`` a line a tick.  Of a set of the kernel's there is what sysfs tells.  A device that
+nobody runs is read once, without writing to it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bcachectl.commands.options import JSON_SCHEMA, Json, complete_set
+from bcachectl.commands.options import JSON_SCHEMA, Json, Kernel, complete_set, driver
 from bcachectl.control import LiveSet, find
 from bcachectl.errors import WrongState
 from bcachectl.snapshot import SetSnapshot, to_json
@@ -33,13 +34,14 @@ def monitor(
     target: Annotated[str | None, typer.Argument(metavar="SET", autocompletion=complete_set, show_default=False,
                                                  help="A set that runs, or a cache device that does not; "
                                                       "by default the only set that runs.")] = None,
+    kernel: Kernel = None,
     once: Annotated[bool, typer.Option("--once", help="Show the state once and end.")] = False,
     as_json: Json = False,
     interval: Annotated[float, typer.Option("--interval", min=0.1, max=3600.0, metavar="SECONDS",
                                             help="Time between two looks.")] = 1.0,
 ) -> None:
     """The live view of the allocator and of everything around it."""
-    look, close = _source(target)
+    look, close = _source(target, kernel)
     console = Console(highlight=False, soft_wrap=True)
     try:
         if as_json:
@@ -58,10 +60,10 @@ def monitor(
 Look = Callable[[int], SetSnapshot]
 
 
-def _source(target: str | None) -> tuple[Look, Callable[[], None]]:
+def _source(target: str | None, kernel: bool | None) -> tuple[Look, Callable[[], None]]:
     # Where snapshots come from: a set that runs, else the device itself.
     try:
-        live: LiveSet = find(target).live
+        live: LiveSet = find(target, driver(kernel)).live
     except WrongState:
         if target is None or not os.path.exists(target):
             raise

@@ -33,12 +33,12 @@ def complete_set(incomplete: str) -> Iterator[str]:
     from bcachectl import control, discovery
     from bcachectl.units import format_uuid
 
-    engines = control.engines()
+    there = control.running()
     probes = [discovery.probe(node) for node in discovery.enumerate_devices()]
-    uuids = [engine.uuid for engine in engines] + [format_uuid(probe.superblock.set_uuid) for probe in probes
+    uuids = [live.uuid for live in there] + [format_uuid(probe.superblock.set_uuid) for probe in probes
                                                    if probe.superblock is not None]
-    for engine in engines:
-        engine.close()
+    for live in there:
+        live.close()
     yield from (uuid for uuid in dict.fromkeys(uuids) if uuid.startswith(incomplete))
     yield from complete_device(incomplete)
 
@@ -47,10 +47,10 @@ def complete_volume(incomplete: str) -> Iterator[str]:
     """The volumes that run, by name, label and uuid, and the devices."""
     from bcachectl import control
 
-    words: list[str] = []
-    for engine in control.engines():
-        words += [word for volume in engine.snapshot(0).volumes for word in (volume.name, volume.label, volume.uuid)]
-        engine.close()
+    words: list[str | None] = []
+    for live in [*control.running(), *control.alone()]:
+        words += [word for volume in live.volumes() for word in (volume.name, volume.label, volume.uuid)]
+        live.close()
     yield from (word for word in dict.fromkeys(words) if word and word.startswith(incomplete))
     yield from complete_device(incomplete)
 
@@ -70,8 +70,18 @@ DevicesArgument = Annotated[list[str], typer.Argument(metavar="DEVICE", autocomp
                                                       help="Block devices or files that hold an image.")]
 SetArgument = Annotated[str, typer.Argument(metavar="SET", autocompletion=complete_set, show_default=False,
                                             help="A set's uuid, a unique prefix of it, or a DEVICE of it.")]
+Kernel = Annotated[bool | None, typer.Option("--kernel/--engine", show_default=False,
+                                             help="Who runs what is meant, where both could: the kernel's driver, or "
+                                                  "an engine.")]
 VolumeArgument = Annotated[str, typer.Argument(metavar="VOLUME", autocompletion=complete_volume, show_default=False,
                                                help="bcache0, a uuid, a label, or the backing DEVICE.")]
+
+
+def driver(kernel: bool | None) -> str | None:
+    """What `Kernel` asks for, as `bcachectl.control.find` takes it."""
+    from bcachectl import control
+
+    return None if kernel is None else control.KERNEL if kernel else control.ENGINE
 
 
 def print_json(kind: str, body: dict[str, Any]) -> None:

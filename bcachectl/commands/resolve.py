@@ -131,10 +131,12 @@ def _check_runs(volume: str) -> None:
         found = control.find_volume(volume)
     except WrongState as error:
         raise WrongState(f"{volume}: is no volume that runs; name its backing DEVICE") from error
-    uuid = found.live.uuid
+    uuid, source = found.live.uuid, found.live.source
     found.live.close()
-    raise WrongState(f"{volume}: is run by an engine, which has its data; stop that first "
-                     f"(`bcachectl engine stop {uuid[:8]}`), then name the backing DEVICE")
+    who, stop = (("an engine", f"bcachectl engine stop {uuid[:8]}") if source == control.ENGINE else
+                 ("the kernel", f"bcachectl stop {found.target or uuid[:8]}"))
+    raise WrongState(f"{volume}: is run by {who}, which has its data; stop that first (`{stop}`), "
+                     "then name the backing DEVICE")
 
 
 def _open(stack: ExitStack, volume: str, cache: str | None, *, write: bool, show: bool) -> Subject:

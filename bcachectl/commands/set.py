@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from bcachectl.commands.get import TargetArgument
-from bcachectl.commands.options import DryRun, Json, print_json
+from bcachectl.commands.options import DryRun, Json, Kernel, driver, print_json
 from bcachectl.control import find
 from bcachectl.errors import UsageError
 
@@ -20,23 +20,25 @@ def set_tunables(
     target: TargetArgument,
     settings: Annotated[list[str], typer.Argument(metavar="NAME=VALUE", show_default=False,
                                                   help="Names and values as in sysfs.")],
+    kernel: Kernel = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Change tunables; all names and values are looked at before the first is changed."""
     pairs = [parse_setting(setting) for setting in settings]
-    live, volume = find(target)
+    live, volume = find(target, driver(kernel))
     if dry_run:
         live.check(volume, dict(pairs))
         readable = live.get(volume, [])
         for name, value in pairs:
-            now = f" (now {readable[name]})" if name in readable else ""
+            found = [text for known, text in readable.items() if name in (known, known.rpartition("/")[2])]
+            now = f" (now {found[0]})" if found else ""
             print(f"would set {name} of {volume or live.uuid} to {value}{now}")
         return
     stored = live.set(volume, dict(pairs))
     live.close()
     if as_json:
-        print_json("set", {"set": live.uuid, "volume": volume or None, "stored": stored})
+        print_json("set", {"set": live.uuid or None, "volume": volume or None, "stored": stored})
         return
     for name, value in pairs:
         if stored[name] == value:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""``bcachectl status``: one page about a set or a volume that runs, from the engine that runs it."""
+"""``bcachectl status``: one page about a set or a volume that runs, from the engine or the driver that runs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bcachectl.commands.options import Json, complete_volume, print_json
+from bcachectl.commands.options import Json, Kernel, complete_volume, driver, print_json
 from bcachectl.control import find
 from bcachectl.snapshot import to_json
 from bcachectl.views.status import status_page
@@ -18,10 +18,11 @@ def status(
     target: Annotated[str | None, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_volume,
                                                  show_default=False,
                                                  help="What to show; by default the only set that runs.")] = None,
+    kernel: Kernel = None,
     as_json: Json = False,
 ) -> None:
     """State, mode, dirty data, hit ratios and buckets by state, as one page."""
-    live, volume = find(target)
+    live, volume = find(target, driver(kernel))
     snapshot = live.snapshot(0)
     live.close()
     if as_json:

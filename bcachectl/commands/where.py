@@ -26,7 +26,7 @@ SectorArgument = Annotated[int, typer.Argument(metavar="SECTOR", min=0, show_def
 CountArgument = Annotated[int, typer.Argument(metavar="COUNT", min=1, help="Number of sectors.")]
 CacheOption = Annotated[str | None, typer.Option(
     "--cache", metavar="DEVICE", show_default=False,
-    help="The cache device of the volume's set, which does not run. Without it the set's engine is asked.")]
+    help="The cache device of the volume's set, which does not run. Without it the one that runs is asked.")]
 
 OffsetOption = Annotated[int | None, typer.Option(
     "--data-offset", metavar="SECTORS", min=BDEV_DATA_START_DEFAULT, show_default=False,
@@ -47,11 +47,12 @@ def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument =
           data_offset: OffsetOption = None, as_json: Json = False) -> int:
     """Tell for each of COUNT sectors of a VOLUME whether the cache or the backing device has the valid copy.
 
-    A set that runs is asked, one that does not is read: name its cache device with --cache.
+    An engine is asked; of a set that the kernel runs, or nobody, the cache device is read. Name that of a set that does
+    not run with --cache.
     """
     status = 0
     if cache is None:
-        found = _ask_engine(volume, sector, count)
+        found, status = _ask(volume, sector, count)
     else:
         found, status = _read_cache(cache, volume, sector, count, data_offset)
     if as_json:
@@ -66,17 +67,26 @@ def where(volume: VolumeArgument, sector: SectorArgument, count: CountArgument =
     return status
 
 
-def _ask_engine(volume: str, sector: int, count: int) -> dict[str, Any]:
+def _ask(volume: str, sector: int, count: int) -> tuple[dict[str, Any], int]:
+    # The kernel does not tell, but its device does: the journal is read as well, so what was flushed is found.
     try:
         found = control.find_volume(volume)
     except WrongState as error:
         raise WrongState(f"{error}; name the cache device of a set that does not run with --cache") from error
+    if found.live.source == control.KERNEL:
+        here = next(one for one in found.live.volumes() if one.name == found.target)
+        if here.backing_path is None or not found.live.uuid:
+            raise WrongState(f"{volume}: the kernel does not tell where its sectors are; name the cache device with "
+                             "--cache, and the volume by its uuid")
+        print(f"bcachectl: {found.live.cache_path}: is read while the kernel runs its set; what was cached since the "
+              "last journal entry is missing", file=sys.stderr)
+        return _read_cache(found.live.cache_path, here.backing_path, sector, count, None)
     try:
         job = found.live.start("where", volume=found.target, sector=sector, count=count)
         if not job.wait(ANSWER_TIMEOUT_S):
             raise WrongState(f"the set {found.live.uuid} has not answered for {ANSWER_TIMEOUT_S:.0f} s")
         answer: dict[str, Any] = job.result
-        return answer
+        return answer, 0
     finally:
         found.live.close()
 

@@ -42,8 +42,9 @@ def alerts(snapshot: SetSnapshot) -> list[Alert]:
     journal = snapshot.journal
     if journal is not None and journal.is_full:
         found.append(Alert("warn", "the journal is full: writes wait until btree nodes are written"))
-    elif journal is not None and journal.njournal > 8:
-        used_percent = 100 * (journal.njournal - journal.free_buckets) // journal.njournal
+    elif journal is not None and journal.free_buckets is not None and (journal.njournal or 0) > 8:
+        njournal = journal.njournal or 0
+        used_percent = 100 * (njournal - journal.free_buckets) // njournal
         if used_percent > JOURNAL_WARN_PERCENT:
             found.append(Alert("warn", f"the journal is {used_percent} % full"))
     return sorted(found, key=lambda alert: alert.level != "bad")
@@ -62,8 +63,13 @@ def why_stalled(snapshot: SetSnapshot, volume: VolumeSnapshot) -> str:
         return "no writeback runs for it"
     if not writeback.running and not writeback.detaching:
         return "writeback is paused (writeback_running is 0)"
+    if snapshot.writeback_keys_failed:
+        return (f"{snapshot.writeback_keys_failed} keys could not be written back so far; the kernel's log tells of "
+                "read errors of the cache and write errors of the backing device")
     if writeback.in_flight:
         return f"{writeback.in_flight} writes to the backing device are in flight and take long"
+    if writeback.in_flight is None:
+        return "the kernel does not tell why; a slow backing device, or a gc, are the usual causes"
     if volume.requests is not None and volume.requests.writes:
         return "nothing is in flight; clients may be writing as fast as it is written back"
     return "nothing is in flight; the cause is not known"

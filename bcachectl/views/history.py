@@ -17,7 +17,10 @@ MAX_SAMPLES = 600
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Rates per second over the time since the snapshot before; a ratio is None where nothing was looked up."""
+    """Rates per second over the time since the snapshot before; a ratio is None where nothing was looked up.
+
+    What the source of the snapshots does not count is None as well.
+    """
 
     t_ns: int
     reads: float
@@ -27,12 +30,12 @@ class Sample:
     hit_ratio_percent: float | None
     bypassed_bytes: float
     dirty_bytes: int
-    writeback_bytes: float
-    allocations: float
-    invalidations: float
-    alloc_fails: float
-    prio_writes: float
-    gc_running: bool
+    writeback_bytes: float | None
+    allocations: float | None
+    invalidations: float | None
+    alloc_fails: float | None
+    prio_writes: float | None
+    gc_running: bool | None
 
 
 class History:
@@ -49,9 +52,13 @@ class History:
             return
         before, after = _totals(last), _totals(snapshot)
         seconds = (snapshot.t_ns - last.t_ns) / 1e9
-        steps = {name: after[name] - before[name] for name in after}
+        steps = {name: after[name] - before[name] for name in after if name in before}
         if min(steps.values()) < 0:
             return
+
+        def rate(name: str) -> float | None:
+            return steps[name] / seconds if name in steps else None
+
         looked_up = steps["hits"] + steps["misses"]
         self.samples.append(Sample(
             t_ns=snapshot.t_ns,
@@ -61,13 +68,14 @@ class History:
             written_bytes=steps["written_sectors"] * 512 / seconds,
             hit_ratio_percent=steps["hits"] * 100 / looked_up if looked_up else None,
             bypassed_bytes=steps["bypassed_sectors"] * 512 / seconds,
-            dirty_bytes=512 * sum(volume.dirty_sectors for volume in snapshot.volumes),
-            writeback_bytes=steps["writeback_sectors"] * 512 / seconds,
-            allocations=steps["allocations"] / seconds,
-            invalidations=steps["invalidations"] / seconds,
-            alloc_fails=steps["alloc_fails"] / seconds,
-            prio_writes=steps["prio_writes"] / seconds,
-            gc_running=steps["gc_runs"] > 0 or (snapshot.gc is not None and snapshot.gc.running),
+            dirty_bytes=512 * snapshot.dirty_sectors,
+            writeback_bytes=rate("writeback_bytes"),
+            allocations=rate("allocations"),
+            invalidations=rate("invalidations"),
+            alloc_fails=rate("alloc_fails"),
+            prio_writes=rate("prio_writes"),
+            gc_running=(steps["gc_runs"] > 0 or bool(snapshot.gc is not None and snapshot.gc.running)
+                        if "gc_runs" in steps else None),
         ))
 
     @property
@@ -77,8 +85,10 @@ class History:
 
 
 def _totals(snapshot: SetSnapshot) -> dict[str, int]:
-    totals = dict.fromkeys(("reads", "writes", "read_sectors", "written_sectors", "hits", "misses", "bypassed_sectors",
-                            "writeback_sectors"), 0)
+    # What the source does not count is left out.
+    totals = dict.fromkeys(("reads", "writes", "read_sectors", "written_sectors", "hits", "misses", "bypassed_sectors"),
+                           0)
+    writeback = []
     for volume in snapshot.volumes:
         if volume.requests is not None:
             totals["reads"] += volume.requests.reads
@@ -86,15 +96,20 @@ def _totals(snapshot: SetSnapshot) -> dict[str, int]:
             totals["read_sectors"] += volume.requests.read_sectors
             totals["written_sectors"] += volume.requests.written_sectors
         if volume.writeback is not None:
-            totals["writeback_sectors"] += volume.writeback.written_sectors
+            writeback.append(volume.writeback.written_sectors)
         hits, misses, bypassed = _lookups(volume)
         totals["hits"] += hits
         totals["misses"] += misses
         totals["bypassed_sectors"] += bypassed
+    if None not in writeback:
+        totals["writeback_bytes"] = 512 * sum(sectors or 0 for sectors in writeback)
     counters = snapshot.allocator.counters
-    for name in ("allocations", "invalidations", "alloc_fails", "prio_writes"):
-        totals[name] = getattr(counters, name) if counters is not None else 0
-    totals["gc_runs"] = snapshot.gc.runs if snapshot.gc is not None else 0
+    if counters is not None or snapshot.source != "kernel":
+        for name in ("allocations", "invalidations", "alloc_fails", "prio_writes"):
+            totals[name] = getattr(counters, name) if counters is not None else 0
+    runs = snapshot.gc.runs if snapshot.gc is not None else 0
+    if runs is not None:
+        totals["gc_runs"] = runs
     return totals
 
 

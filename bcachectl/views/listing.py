@@ -15,23 +15,22 @@ HEADINGS = ("DEVICE", "KIND", "ROLE", "SIZE", "STATE", "POLICY", "BUCKET", "LABE
 def lines(body: Mapping[str, Any], *, color: bool) -> Iterator[str]:
     """The page for the dictionary that ``bcachectl list --json`` prints."""
     engines = {engine["set_uuid"]: engine for engine in body["engines"]}
-    sets = dict.fromkeys([device["set_uuid"] for device in body["devices"]] + list(engines))
+    kernel = {one["set_uuid"]: one for one in body["kernel_sets"]}
+    sets = dict.fromkeys([device["set_uuid"] for device in body["devices"]] + list(engines) + list(kernel))
     if not sets:
         yield "no bcache device here"
     for set_uuid in sets:
         members = [device for device in body["devices"] if device["set_uuid"] == set_uuid]
-        yield bold(f"set {set_uuid}{_who_runs(members, engines.get(set_uuid))}", color)
+        yield bold(f"set {set_uuid}{_who_runs(engines.get(set_uuid), kernel.get(set_uuid))}", color)
         yield from _indented(table(HEADINGS, [_row(device) for device in members]))
         yield from (f"  {device['device']}: {device['problem']}" for device in members if device["problem"])
-        volumes = engines[set_uuid]["volumes"] if set_uuid in engines else []
-        yield from (f"  {volume['volume']}: {format_size(volume['size_bytes'])}, {volume['state']}, "
-                    f"{volume['cache_mode']}{', at ' + volume['device'] if volume.get('device') else ''}"
-                    for volume in volumes)
+        runners = (engines.get(set_uuid), kernel.get(set_uuid))
+        yield from (f"  {_volume(volume)}" for runner in runners if runner is not None for volume in runner["volumes"])
         if members and all(device["role"] != "cache" for device in members):
             yield "  its cache device is not here"
-    if body["kernel_devices"]:
-        yield bold("devices of the kernel's driver", color)
-        yield from (f"  {device['device']}: {format_size(device['size_bytes'])}" for device in body["kernel_devices"])
+    if body["kernel_alone"]:
+        yield bold("run by the kernel without a set", color)
+        yield from (f"  {_volume(volume)}: {volume['story']}" for volume in body["kernel_alone"])
     if body["others"]:
         yield bold("no bcache superblock", color)
         yield from (f"  {device['device']}" for device in body["others"])
@@ -55,12 +54,16 @@ def _row(device: Mapping[str, Any]) -> tuple[Cell, ...]:
             None if bucket is None else format_size(bucket), device["label"] or None, device["uuid"], device["file"])
 
 
-def _who_runs(members: list[Mapping[str, Any]], engine: Mapping[str, Any] | None) -> str:
-    if engine is not None:
-        return f", run by an engine (pid {engine['pid']})"
-    if any(holder.startswith("bcache") for device in members for holder in device["holders"]):
-        return ", run by the kernel"
-    return ""
+def _who_runs(engine: Mapping[str, Any] | None, kernel: Mapping[str, Any] | None) -> str:
+    runners = [] if engine is None else [f"an engine (pid {engine['pid']})"]
+    runners += [] if kernel is None else ["the kernel"]
+    return f", run by {' and '.join(runners)}" if runners else ""
+
+
+def _volume(volume: Mapping[str, Any]) -> str:
+    kind = "flash-only" if volume["kind"] == "flash" else f"{volume['state']}, {volume['cache_mode']}"
+    place = f", at {volume['device']}" if volume["device"] else ""
+    return f"{volume['volume']}: {format_size(volume['size_bytes'])}, {kind}{place}"
 
 
 def _indented(rows: Iterator[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from bcachectl.snapshot import (
     MAP_STATES,
     AllocatorSnapshot,
     EventSnapshot,
+    GcSnapshot,
     SetSnapshot,
     VolumeSnapshot,
     WritebackSnapshot,
@@ -51,9 +52,7 @@ def verdict(snapshot: SetSnapshot, *, lines: int) -> list[Text]:
     """The worst alerts, at most ``lines`` of them, or that all is well and where the only copy of data is."""
     found = alerts(snapshot)
     if not found:
-        dirty_sectors = sum(volume.dirty_sectors for volume in snapshot.volumes)
-        dirty = f"{format_sectors(dirty_sectors)} exist only in the cache" if dirty_sectors else "nothing dirty"
-        return [Text.assemble(("ok", "bold green"), f"  no alert; {dirty}")]
+        return [Text.assemble(("ok", "bold green"), f"  no alert; {_only_copy(snapshot)}")]
     shown = []
     for index, alert in enumerate(found[:lines]):
         # The number stands in front, where no narrow screen cuts it off.
@@ -64,13 +63,11 @@ def verdict(snapshot: SetSnapshot, *, lines: int) -> list[Text]:
 
 def legend(snapshot: SetSnapshot, width: int, *, letters: bool) -> Text:
     """Every state with its share of the buckets, as the key to the map."""
-    counts = snapshot.allocator.counts
     line = Text()
     wide = width >= 100
     for state in MAP_STATES:
         name = STATE_NAMES[state]
-        count = getattr(counts, name)
-        share = percent(count, snapshot.allocator.nbuckets).replace(" %", "%")
+        share = bucket_share(snapshot.allocator, name).replace(" %", "%")
         if not wide:
             name = {"metadata": "meta", "reserved": "journal"}.get(name, name)
         mark = STATE_LETTERS[state] if letters else "·" if state == "u" else "█"
@@ -165,16 +162,20 @@ def collection(snapshot: SetSnapshot, width: int) -> list[Text]:
     if gc.running:
         line = Text("running", "bold green")
         line.append("" if gc.progress_percent is None else f" {gc.progress_percent} %")
+    elif gc.running is None:
+        line = Text("never ran" if gc.last_end_ns is None else "")
     else:
         line = Text("idle")
-    line.append(f", {gc.runs} runs")
-    if not gc.running:
+    if gc.runs is not None:
+        line.append(f", {gc.runs} runs")
+    if not gc.running and gc.sectors_to_gc is not None:
         line.append(f", next in {format_sectors(max(0, gc.sectors_to_gc))}")
     lines = [line]
     if gc.last_end_ns is not None:
-        last = (f"last {format_duration(max(0, snapshot.t_ns - gc.last_end_ns))} ago took "
-                f"{gc.last_duration_ns / 1e6:.0f} ms over {gc.nodes} nodes")
-        if line.cell_len + len(last) + 2 <= width:
+        last = f"last {format_duration(max(0, snapshot.t_ns - gc.last_end_ns))} ago{gc_took(gc)}"
+        if not line:
+            line.append(last)
+        elif line.cell_len + len(last) + 2 <= width:
             line.append(f", {last}")
         else:
             lines.append(Text(last))
@@ -189,6 +190,9 @@ def journal(snapshot: SetSnapshot, width: int) -> list[Text]:
     found = snapshot.journal
     if found is None:
         return []
+    if found.njournal is None or found.free_buckets is None:
+        known = [(found.pins, "open entries"), (found.reclaimed_buckets, "buckets reclaimed")]
+        return [Text(", ".join(f"{number} {what}" for number, what in known if number is not None))]
     used = found.njournal - found.free_buckets
     line = bar(used, found.njournal, max(6, min(24, width - 48)), "red" if found.is_full else "magenta")
     line.append(f" {used}/{found.njournal} buckets, entries {found.last_seq}..{found.seq}, {found.pins} pins")
@@ -202,6 +206,12 @@ def btree(snapshot: SetSnapshot, width: int) -> list[Text]:
     found = snapshot.btree
     if found is None:
         return []
+    if found.nodes_cached is None:
+        line = Text(f"depth {found.depth}, {format_size(found.cache_bytes)} in memory")
+        if found.nodes is not None:
+            line.append(f", {found.nodes} nodes, {'-' if found.used_percent is None else found.used_percent} % full "
+                        "at the last gc")
+        return [line]
     line = Text(f"depth {found.depth}, {found.nodes_cached} nodes in {format_size(found.cache_bytes)}")
     if found.limit_bytes:
         line.append(f" of {format_size(found.limit_bytes)}")
@@ -229,16 +239,17 @@ def requests(history: History, width: int, *, more: bool = False) -> list[Text]:
         ("hits", [sample.hit_ratio_percent for sample in samples], "cyan", 100.0,
          "no lookups" if newest.hit_ratio_percent is None else f"{newest.hit_ratio_percent:.0f} %"),
         ("dirty", [float(sample.dirty_bytes) for sample in samples], "yellow", None,
-         f"{format_size(newest.dirty_bytes)}, back {format_size(int(newest.writeback_bytes))}/s"),
+         format_size(newest.dirty_bytes)
+         + ("" if newest.writeback_bytes is None else f", back {format_size(int(newest.writeback_bytes))}/s")),
     ]
-    if more:
+    if more and newest.invalidations is not None and newest.gc_running is not None:
         rows += [
             ("reuse", [sample.invalidations for sample in samples], "blue", None,
              f"{newest.invalidations:.0f} buckets/s invalidated"),
             ("fails", [sample.alloc_fails for sample in samples], "red", None,
-             f"{newest.alloc_fails:.0f}/s found no bucket"),
+             f"{newest.alloc_fails or 0:.0f}/s found no bucket"),
             ("prios", [sample.prio_writes for sample in samples], "magenta", None,
-             f"{newest.prio_writes:.1f} prio writes/s"),
+             f"{newest.prio_writes or 0:.1f} prio writes/s"),
             ("gc", [100.0 if sample.gc_running else 0.0 for sample in samples], "magenta", 100.0, "runs of gc"),
         ]
     tail_width = max(22, *(len(row[4]) for row in rows)) if more else max(len(row[4]) for row in rows)
@@ -294,6 +305,31 @@ def percent(count: int, whole: int) -> str:
     return "100 %" if count == whole else f"{min(99, round(share))} %"
 
 
+def bucket_share(allocator: AllocatorSnapshot, name: str) -> str:
+    """The share of the buckets in a state, by its name; ``-`` where the source does not tell."""
+    if allocator.counts is not None:
+        return percent(getattr(allocator.counts, name), allocator.nbuckets)
+    share = getattr(allocator.percents, name, None)
+    return "-" if share is None else f"{share} %"
+
+
+def gc_took(gc: GcSnapshot) -> str:
+    """How long the last gc took, or what is known of that."""
+    if gc.last_duration_ns is not None:
+        return f" took {gc.last_duration_ns / 1e6:.0f} ms over {gc.nodes} nodes"
+    if gc.average_duration_ns is not None and gc.max_duration_ns is not None:
+        return (f", on average {gc.average_duration_ns / 1e6:.0f} ms, at most {gc.max_duration_ns / 1e6:.0f} ms over "
+                f"{'-' if gc.nodes is None else gc.nodes} nodes")
+    return ""
+
+
+def _only_copy(snapshot: SetSnapshot) -> str:
+    if snapshot.dirty_sectors:
+        return f"{format_sectors(snapshot.dirty_sectors)} exist only in the cache"
+    flash = [volume.name for volume in snapshot.volumes if volume.dirty_sectors is None]
+    return f"nothing dirty but what {', '.join(flash)} may hold" if flash else "nothing dirty"
+
+
 def format_duration(duration_ns: int) -> str:
     """A duration for people: ``0.3 s``, ``12 s``, ``3:07``, ``5:03:07``, ``12 d``."""
     seconds = duration_ns / 1e9
@@ -324,7 +360,7 @@ def _volume(volume: VolumeSnapshot, width: int) -> Text:
     line.append(f"{volume.state:<5} ", style)
     line.append(f"{format_sectors(volume.dirty_sectors):>9} dirty ", style if volume.dirty_sectors else "bright_black")
     if volume.writeback is not None and volume.attached:
-        line.append(_writeback(volume.writeback, dirty_sectors=volume.dirty_sectors))
+        line.append(_writeback(volume.writeback, dirty_sectors=volume.dirty_sectors or int(volume.has_dirty)))
     if width >= 100:
         for window in volume.windows:
             if window.name == "total" and window.hits + window.misses:

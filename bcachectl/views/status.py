@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bcachectl.snapshot import SetSnapshot, VolumeSnapshot, WindowSnapshot
 from bcachectl.units import format_sectors, format_size
-from bcachectl.views.panels import LABEL, format_duration, percent, verdict
+from bcachectl.views.panels import LABEL, bucket_share, format_duration, gc_took, verdict
 
 _LABEL_WIDTH = 12
 _WINDOW_NAMES = {"total": "total", "five_minute": "5 min", "hour": "hour", "day": "day"}
@@ -40,16 +40,15 @@ def _runner(snapshot: SetSnapshot) -> str:
 
 
 def _cache(snapshot: SetSnapshot) -> list[Text]:
-    allocator, counts = snapshot.allocator, snapshot.allocator.counts
+    allocator = snapshot.allocator
     total = allocator.nbuckets
-    discard = "discard on" if allocator.discard else "discard off"
+    discard = "discard " + ("-" if allocator.discard is None else "on" if allocator.discard else "off")
     lines = [
         _row("Cache", f"{snapshot.cache_path}  {format_size(snapshot.cache_bytes)} = {total} buckets of "
                       f"{format_size(snapshot.bucket_bytes)}, block {format_size(snapshot.block_bytes)}, "
                       f"{allocator.replacement}, {discard}"),
-        _row("Buckets", f"clean {percent(counts.clean, total)}, dirty {percent(counts.dirty, total)}, metadata "
-                        f"{percent(counts.metadata, total)}, free {percent(counts.free, total)}, unused "
-                        f"{percent(counts.unused, total)}"
+        _row("Buckets", ", ".join(f"{name} {bucket_share(allocator, name)}"
+                                  for name in ("clean", "dirty", "metadata", "free", "unused"))
                         + ("" if allocator.in_use_percent is None else f"; in use {allocator.in_use_percent} %")),
     ]
     if snapshot.written_sectors is not None:
@@ -58,23 +57,33 @@ def _cache(snapshot: SetSnapshot) -> list[Text]:
                                      f"{format_sectors(snapshot.metadata_written_sectors or 0)} since the start"))
     if snapshot.journal is not None:
         journal = snapshot.journal
-        used = journal.njournal - journal.free_buckets
-        lines.append(_row("Journal", f"{used} of {journal.njournal} buckets"))
-    if snapshot.gc is not None:
-        lines.append(_row("GC", f"{'running' if snapshot.gc.running else 'idle'}, {snapshot.gc.runs} runs"))
+        if journal.njournal is not None and journal.free_buckets is not None:
+            text = f"{journal.njournal - journal.free_buckets} of {journal.njournal} buckets"
+        else:
+            text = f"{'-' if journal.pins is None else journal.pins} open entries, written within {journal.delay_ms} ms"
+        lines.append(_row("Journal", text))
+    gc = snapshot.gc
+    if gc is not None and gc.running is None:
+        last = "never ran" if gc.last_end_ns is None else (
+            f"last {format_duration(max(0, snapshot.t_ns - gc.last_end_ns))} ago{gc_took(gc)}")
+        lines.append(_row("GC", last))
+    elif gc is not None:
+        lines.append(_row("GC", f"{'running' if gc.running else 'idle'}, {gc.runs} runs"))
     return lines
 
 
 def _volume(volume: VolumeSnapshot) -> list[Text]:
     kind = "flash-only volume" if volume.kind == "flash" else f"cached device on {volume.backing_path or 'unknown'}"
     label = f", label {volume.label}" if volume.label else ""
-    lines = [_row(volume.name, f"{format_size(volume.size_bytes)}, {kind}{label}"), _row("", f"uuid {volume.uuid}")]
+    lines = [_row(volume.name, f"{format_size(volume.size_bytes)}, {kind}{label}"),
+             _row("", f"uuid {volume.uuid or '-'}")]
     if volume.kind == "cached":
         style = {"dirty": "yellow", "inconsistent": "bold red"}.get(volume.state, "")
         state = _row("", "state ")
         state.append(volume.state, style)
         state.append(f", mode {volume.mode}")
         state.append(f", {format_sectors(volume.dirty_sectors)} exist only in the cache" if volume.dirty_sectors
+                     else ", nothing dirty any more, and not yet marked clean" if volume.has_dirty
                      else ", nothing dirty")
         lines.append(state)
     else:
@@ -82,10 +91,11 @@ def _volume(volume: VolumeSnapshot) -> list[Text]:
     writeback = volume.writeback
     if writeback is not None and volume.attached:
         doing = "detaching" if writeback.detaching else "runs" if writeback.running else "paused"
-        lines.append(_row("", f"writeback {doing}: {writeback.percent} % of the cache ("
-                              f"{format_sectors(writeback.target_sectors)}) may stay dirty, rate "
-                              f"{format_sectors(writeback.rate_sectors)}/s, {writeback.in_flight} in flight, "
-                              f"{format_sectors(writeback.written_sectors)} written back"))
+        line = (f"writeback {doing}: {writeback.percent} % of the cache ({format_sectors(writeback.target_sectors)}) "
+                f"may stay dirty, rate {format_sectors(writeback.rate_sectors)}/s")
+        if writeback.in_flight is not None:
+            line += f", {writeback.in_flight} in flight, {format_sectors(writeback.written_sectors)} written back"
+        lines.append(_row("", line))
     windows = [_window(window) for window in volume.windows if window.hits + window.misses]
     if windows:
         lines.append(_row("", "hits " + ", ".join(windows)))
@@ -95,8 +105,9 @@ def _volume(volume: VolumeSnapshot) -> list[Text]:
     requests = volume.requests
     if requests is not None:
         lines.append(_row("", f"requests: {requests.reads} reads ({format_sectors(requests.read_sectors)}), "
-                              f"{requests.writes} writes ({format_sectors(requests.written_sectors)}), "
-                              f"{requests.flushes} flushes, {requests.errors} errors"))
+                              f"{requests.writes} writes ({format_sectors(requests.written_sectors)})"
+                              + ("" if requests.flushes is None else f", {requests.flushes} flushes")
+                              + ("" if requests.errors is None else f", {requests.errors} errors")))
     return lines
 
 

@@ -28,6 +28,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setattr("bcachectl.control.SHARED_DIR", str(tmp_path / "run of all"))
+    monkeypatch.setattr("bcachectl.sysfs.tree.ROOT", str(tmp_path / "no sysfs"))
     for name in ("NO_COLOR", "FORCE_COLOR", "COMP_WORDS", "_TYPER_COMPLETE_ARGS", "_BCACHECTL_COMPLETE"):
         monkeypatch.delenv(name, raising=False)
 

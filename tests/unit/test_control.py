@@ -57,6 +57,7 @@ def test_a_volume_by_each_of_its_names(tmp_path: Path) -> None:
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr("bcachectl.control.SHARED_DIR", str(tmp_path / "shared"))
+    monkeypatch.setattr("bcachectl.sysfs.tree.ROOT", str(tmp_path / "no sysfs"))
     return tmp_path
 
 
