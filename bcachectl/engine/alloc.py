@@ -220,7 +220,9 @@ class Allocator:
                     return
                 marks = self.gc_runs
                 await self.invalidate()
-                if self.free_inc.full or not cset.sync or (self.collected and self.free_inc.buckets):
+                # A prio write for fewer buckets than it takes itself gains nothing.
+                worth = self.collected and len(self.free_inc) > self.free[Reserve.PRIO].size
+                if self.free_inc.full or not cset.sync or worth:
                     break
                 if marks == self.gc_runs:
                     # Else the marks have changed half-way, and what was passed over may be free now.

@@ -150,10 +150,9 @@ class Gc:
                 # Nothing changed since the last run, so another finds nothing new.  Look again soon.
                 await self.queue.wait(deadline_ns=cset.sched.now_ns + NS_PER_S // 4)
                 alloc = cset.alloc
-                helps = len(alloc.bucket_wait) and len(alloc.free_inc) > cset.geometry.prio_buckets
-                if alloc.invalidate_needs_gc and helps and not self.btree_changed():
-                    # Someone waits, and more has been invalidated than a prio write keeps for the next one: the
-                    # allocator makes do with that.
+                if alloc.invalidate_needs_gc and len(alloc.bucket_wait) and not self.btree_changed():
+                    # Someone waits.  The allocator looks again, since a read may have pinned what it passed over, and
+                    # makes do with what it finds.
                     alloc.gc_finished()
             else:
                 await self.queue.wait()

@@ -35,6 +35,32 @@ def test_a_few_clean_buckets_are_given_out_when_gc_knows_nothing_new() -> None:
     world.run(story())
 
 
+def test_what_a_read_had_pinned_is_given_out_later() -> None:
+    """All that is clean is pinned by reads when a bucket is wanted; afterwards nothing changes but the pins."""
+    world = World(Setup(), "pinned")
+
+    async def story() -> None:
+        await world.up()
+        cset = world.cset
+        await cset.run_gc()
+        await world.sleep(2000)
+        buckets, alloc = cset.buckets, cset.alloc
+        clean = buckets.candidates(0, buckets.nbuckets)
+        buckets.pin[clean] += 1
+
+        async def unpin() -> None:
+            await world.sleep(3000)
+            buckets.pin[clean] -= 1
+
+        world.sched.spawn(unpin(), "unpin")
+        for _ in range(len(alloc.free[Reserve.NONE]) + len(alloc.free_inc) + 3):
+            buckets.set_mark(await alloc.alloc(Reserve.NONE), MARK_DIRTY, 8)
+        assert cset.gc.changes_seen == cset.btree.changes, "no gc could have helped"
+
+    world.cset.options.debug_checks = False
+    world.run(story())
+
+
 def test_the_lowest_of_all_are_found_in_parts() -> None:
     draw = np.random.default_rng(3)
     for count in (0, 1, 7, 100, 5000):
