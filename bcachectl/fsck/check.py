@@ -53,6 +53,7 @@ FINDINGS_LIMIT = 10_000
 UNKNOWN_CODES = ("JOURNAL_GAP", "JOURNAL_CSUM", "JOURNAL_KEYS", "JOURNAL_EMPTY", "BTREE_ROOT_PTR")
 """Codes of damage that may have hit keys anywhere."""
 RANGES_LIMIT = 1_000
+RUNS_AT_ONCE = 1 << 17
 PRIO_INITIAL, PRIO_BTREE = 32768, 65535
 
 DAMAGE_CODES: tuple[tuple[str, str, str], ...] = (
@@ -228,6 +229,9 @@ class Check:
         bucket = self.walk.geometry.bucket_of(damage.sector) if damage.sector and self.walk.superblock else None
         if code == "BTREE_PTR" and damage.start < damage.end:
             self._lost_ranges.append((damage.start, damage.end))
+        if code == "BTREE_LEVEL" and bucket is not None and damage.where.startswith("btree node"):
+            # No free room for a repair: if that is interrupted, the node has to say once more what it is.
+            self.claims.setdefault(bucket, "btree node of another level")
         if code == "BTREE_CHILD_TWICE":
             self.unknown.append(Slot(damage.start, damage.end, None, 0))
         key = damage.why.partition("spotted extent ")[2].partition(": bad")[0]
@@ -458,6 +462,9 @@ class Check:
         for slot in self.slots:
             if slot.leaf is None and slot.lost is not None:
                 self.claims.setdefault(walk.geometry.bucket_of(slot.lost.sector), "damaged btree node")
+            elif slot.leaf is not None:
+                # One that was found without its parent is no free room for a repair either.
+                self.claims.setdefault(walk.geometry.bucket_of(slot.leaf.sector), "btree leaf")
         metadata = np.zeros(walk.geometry.nbuckets, np.bool_)
         metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
         for number, (slot, tally) in enumerate(self._tallied(metadata)):
@@ -479,12 +486,14 @@ class Check:
         leaves = [leaf if leaf is not None and (leaf.place.start, leaf.place.end) == (slot.start, slot.end) else None
                   for slot, leaf in zip(self.slots, leaves, strict=True)]
         plain.clear()
-        late = [leaf.place for leaf in leaves if leaf is not None and leaf.raised != walk.raised]
-        again = walk.tallies(late) if late else iter(())
-        for slot, leaf in zip(self.slots, leaves, strict=True):
-            tally = leaf.tally if leaf is not None else None
-            if leaf is not None and leaf.raised != walk.raised:
-                tally = next(again)
+        is_late = [leaf is not None and leaf.raised != walk.raised for leaf in leaves]
+        places = [leaf.place for leaf, late in zip(leaves, is_late, strict=True) if leaf is not None and late]
+        tallies = [leaf.tally if leaf is not None and not late else None
+                   for leaf, late in zip(leaves, is_late, strict=True)]
+        leaves.clear()
+        again = walk.tallies(places) if places else iter(())
+        for slot, first, late in zip(self.slots, tallies, is_late, strict=True):
+            tally = next(again) if late else first
             if tally is not None and metadata[run_buckets(tally.taken, walk.geometry)].any():
                 tally = None
             yield slot, tally
@@ -564,7 +573,8 @@ class Check:
             self._add(self._extent_finding("BTREE_PTR_TOO_STALE", too_stale, row, f"stale by {int(behind[row])}"))
 
     def _overlaps(self) -> None:
-        taken, self._taken = np.concatenate([np.zeros(0, np.uint64), *self._taken]), []
+        taken = np.concatenate([np.zeros(0, np.uint64), *self._taken])
+        self._taken.clear()
         if len(_overlapping(taken)):
             # Runs do not say which of their extents it is.
             kept = [self._leaf_map(slot).kept for slot in self.slots]
@@ -645,11 +655,16 @@ class Check:
 
 
 def _overlapping(taken: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    # The sectors at which runs begin that share a sector with their neighbour.
-    taken = np.sort(taken)
-    sector = taken >> np.uint64(RUN_BITS)
-    rows = np.flatnonzero(sector[:-1] + (taken[:-1] & np.uint64(RUN_MASK)) > sector[1:])
-    return np.concatenate([sector[rows], sector[rows + 1]])
+    # The sectors at which runs begin that share a sector with their neighbour.  Sorts in place, and looks at some
+    # neighbours at a time: there may be one run for every key of the set.
+    taken.sort()
+    found = [np.zeros(0, np.uint64)]
+    for at in range(0, len(taken), RUNS_AT_ONCE):
+        some = taken[at:at + RUNS_AT_ONCE + 1]
+        sector = some >> np.uint64(RUN_BITS)
+        rows = np.flatnonzero(sector[:-1] + (some[:-1] & np.uint64(RUN_MASK)) > sector[1:])
+        found += [sector[rows], sector[rows + 1]]
+    return np.concatenate(found)
 
 
 def run(check: Check) -> Check:

@@ -28,7 +28,8 @@ CASES = {case.name: case for case in cases()}
 SCENARIOS = ("sb_all_zero_attached_clean", "prio_csum_dirty_crash", "journal_middle_csum_two_backing",
              "uuid_array_zero_dirty_crash", "uuid_twice_two_backing", "set_csum_first_root_leaf_attached_clean",
              "set_unreadable_root_leaf_attached_clean", "backing_clean_dirty", "root_level_1_flash_volume",
-             "extent_overlap_thrash_crash", "child_beyond_gen_churn", "uuid_flash_0", "set_zero_interior_gen_churn")
+             "extent_overlap_thrash_crash", "child_beyond_gen_churn", "uuid_flash_0", "set_zero_interior_gen_churn",
+             "child_is_interior_gen_churn")
 EXTRA = ("set_csum_middle_leaf_deep_crash", "set_zero_interior_deep_crash", "sb_csum_deep_crash",
          "prio_csum_deep_crash")
 """Many writes each: a sample of them."""
