@@ -42,7 +42,7 @@ damage: setup-dev ## every case of damage: exact findings, exact cost, clean aft
 	BCACHECTL_IMAGES=all BCACHECTL_DAMAGE=all $(PYTEST) -n $(WORKERS) tests/fsck/test_damage.py \
 		tests/fsck/test_repair.py tests/fsck/test_interrupted.py tests/fsck/test_image.py
 
-flips: setup-dev ## every byte of all metadata flipped (hours); SHARD=3/8 takes the third eighth
+flips: setup-dev ## every byte of all metadata flipped (40 minutes of processor time); SHARD=3/8 takes the third eighth
 	$(if $(SHARD),BCACHECTL_SHARD=$(SHARD)) BCACHECTL_FLIPS=all $(PYTEST) -n $(WORKERS) -rP tests/fsck/test_flip.py
 
 nofalse: setup-dev ## fsck finds nothing on thousands of images from the simulator

@@ -31,6 +31,8 @@ import numpy.typing as npt
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.rescue import open_check
+from bcachectl.fsck.tally import Place, Tallier
+from bcachectl.fsck.walk import PlainLeaf, Walk
 from bcachectl.fsck.writeback import find_dirty
 from bcachectl.ondisk.bkey import MAX_POS, encode_key_columns, pack_key, ptr_make
 from bcachectl.ondisk.bset import encode_bset
@@ -215,6 +217,38 @@ def measure(path: Path, keys: int, rounds: int) -> bool:
     return own_mib < MEMORY_TARGET_MIB
 
 
+def steps(path: Path) -> None:
+    """Print where the time of one process goes: reading, checksums, columns, runs and counting, by key."""
+    with open_device(str(path)) as device:
+        walk = Walk(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9, processes=1)
+        leaves = [item.value for item in walk.structures() if isinstance(getattr(item, "value", None), PlainLeaf)]
+        assert walk.superblock is not None and walk.plain_journal is not None
+        tallier = Tallier(walk.read, walk.geometry, bset_magic(walk.superblock.set_uuid), walk.gens,
+                          walk.plain_journal)
+        keys = sum(leaf.tally.extents for leaf in leaves)
+        spent: list[float] = []
+        for depth in range(4):
+            best = min(_step(tallier, [leaf.place for leaf in leaves], depth) for _ in range(3))
+            spent.append(best / keys * 1e9)
+        parts = zip(("read", "log and checksum", "columns", "runs and counts"), spent, [0.0, *spent], strict=False)
+        row("  one process, ns a key", f"{spent[-1]:.1f}", ", ".join(f"{name} {now - before:.1f}"
+                                                                  for name, now, before in parts))
+
+
+def _step(tallier: Tallier, places: list[Place], depth: int) -> float:
+    start_s = time.process_time()
+    for place in places:
+        if depth == 3:
+            tallier.tally(place)
+            continue
+        view = memoryview(tallier.read(place.sector, place.nsectors))
+        if depth > 0:
+            (at, count), *_rest = tallier.log(view, place)
+            if depth > 1:
+                tallier.base(np.frombuffer(view, "<u8")[at:at + count], place)
+    return time.process_time() - start_s
+
+
 def dump(path: Path, keys: int, structure: str) -> None:
     """Print how fast a dump is, to nowhere."""
     start_s = time.perf_counter()
@@ -244,6 +278,7 @@ def main() -> int:
                             *(["--old"] if kind == "old" else [])], check=True)
             print(f" {kind} cache")
             is_good &= measure(path, args.keys, args.rounds)
+            steps(path)
             if kind == "new":
                 small = Path(folder) / "small.img"
                 count = min(args.keys, 1_000_000)

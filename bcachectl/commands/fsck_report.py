@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.findings import Finding, Loss, Severity
@@ -18,19 +20,29 @@ from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK
 from bcachectl.units import format_sectors, format_uuid
 
 RANGES_SHOWN = 8
+QUIET_S, REDRAW_S = 1.0, 0.1
 
 
 def watch(check: Check, *, show: bool) -> None:
-    """Run the check, with a bar on stderr if ``show``."""
-    if not show:
-        for _step in check.stages():
-            pass
-        return
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
-                  console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("superblock", total=None)
+    """Run the check; if ``show``, with a bar on stderr as soon as it has taken `QUIET_S`.
+
+    The bar is drawn here and by no thread of its own: the check forks.
+    """
+    drawn_s = time.monotonic() + QUIET_S
+    with ExitStack() as stack:
+        bars: Progress | None = None
+        bar = TaskID(0)
         for step in check.stages():
-            bars.update(bar, description=step.what, completed=step.done, total=step.total or None)
+            now_s = time.monotonic()
+            if not show or now_s < drawn_s:
+                continue
+            drawn_s = now_s + REDRAW_S
+            if bars is None:
+                bars = stack.enter_context(Progress(
+                    TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
+                    console=Console(stderr=True), transient=True, auto_refresh=False))
+                bar = bars.add_task(step.what, total=None)
+            bars.update(bar, description=step.what, completed=step.done, total=step.total or None, refresh=True)
 
 
 def as_json(check: Check, repair: Repair | None, undo: Path | None, files: list[str]) -> dict[str, Any]:
