@@ -57,10 +57,13 @@ vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12
 campaign: setup-dev ## sets of every shape that a kernel makes, judged by every program; SEEDS=1-40 (half a minute each)
 	$(BIN)/python -m tests.vm.campaign $(or $(SEEDS),1-10)
 
-bench: setup-dev ## figures beside their targets: two million buckets, NBD beside nbdkit, the ring beside fio, a tick of the live view
+bench: setup-dev ## figures beside their targets: two million buckets, NBD beside nbdkit, the ring beside fio, gc, what grows, a tick
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.nbd
 	$(BIN)/python -m bench.ring
+	$(BIN)/python -m bench.growth
+	$(BIN)/python -m bench.gc
+	$(BIN)/python -m bench.hours
 	$(BIN)/python -m bench.tick
 	$(BIN)/python -m bench.fsck
 

@@ -8,8 +8,8 @@ turn of the scheduler took.  The devices take no time, and data is not stored.  
 the one thread and what that does for it: stalls by gc, write-back, invalidation, splits or Python itself show, noise of
 the machine mostly does not.
 
-Then the engine is dropped, as in a crash, and started again: what that takes, with a journal to replay and leaves of
-many sets.
+Then comes a burst of writes, and the engine is dropped, as in a crash, and started again: what that takes, with a full
+journal to replay and leaves of many sets.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from bench.process import machine, row
 STEP = 2 * KEY_SECTORS
 PERIOD_S = 25
 """One second of these is busy."""
+BURST = 100_000
+"""Writes before the crash, so that the journal holds what it can."""
 TARGET = 3.0
 """p99 of reads while gc runs, at most so many times p99 without."""
 DROPPED = ("data", "writeback", "moving gc")
@@ -81,6 +83,11 @@ class Hours:
                 self.cset.gc.force()
             self._busy_second()
             self._quiet_until(self.began_ns + (number + 1) * PERIOD_S * NS_PER_S)
+
+    def burst(self, requests: int) -> None:
+        """So many writes within a second, or as fast as they are served."""
+        self.mean_ns, self.write_share = 1e9 / requests, 1.0
+        self._busy_second()
 
     def _quiet_until(self, end_ns: int) -> None:
         # Timers only.
@@ -169,6 +176,7 @@ def main() -> int:
             f"{spent / asked.requests * 1e6:.0f} us")
         if asked.steps:
             print(hours.sched.report())
+        hours.burst(BURST)
         hours.opened.close()
         again = Opened(Path(name))
         start = time.process_time()

@@ -12,7 +12,7 @@ from bcachectl import discovery
 from bcachectl.commands.options import DryRun, Json, complete_set, print_json
 from bcachectl.control import ENGINE, LiveSet, engines, find_set, looks_like_uuid, parse_set_uuid, socket_dirs
 from bcachectl.engine.export.loopdev import clean_all_stale
-from bcachectl.engine.export.ublk_control import UblkControl, is_available, left_over
+from bcachectl.engine.export.ublk_control import UblkControl, delete_dead, is_available, left_over
 from bcachectl.errors import WrongState
 from bcachectl.units import format_uuid, parse_uuid
 
@@ -52,7 +52,7 @@ def remove_left_over(target: str, *, dry_run: bool) -> bool:
         left = left_over(control, uuid)
         for info in left:
             device = f"/dev/ublkb{info.dev_id}"
-            users = discovery.users_of(device)
+            users = [user for path in (device, *_partitions(device)) for user in discovery.users_of(path)]
             if users:
                 raise WrongState(f"{device}: {', '.join(users)}; take it back with 'bcachectl engine run --recover', "
                                  "or unmount it")
@@ -62,9 +62,16 @@ def remove_left_over(target: str, *, dry_run: bool) -> bool:
             control.stop(info.dev_id)
             control.delete(info.dev_id, wait=False)
             print(f"removed {device}, left by an engine that was killed")
+        if not dry_run:
+            delete_dead(control, uuid)
     finally:
         control.close()
     return bool(left)
+
+
+def _partitions(device: str) -> list[str]:
+    name = os.path.basename(device)
+    return [f"/dev/{entry}" for entry in sorted(os.listdir(f"/sys/block/{name}")) if entry.startswith(f"{name}p")]
 
 
 def _set_uuid(target: str) -> bytes | None:

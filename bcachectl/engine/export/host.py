@@ -34,7 +34,7 @@ from bcachectl.engine.export.loopdev import LoopExport, prepare_process
 from bcachectl.engine.export.nbd import NbdServer
 from bcachectl.engine.export.nbd_direct import DirectReads
 from bcachectl.engine.export.ublk import UblkExport
-from bcachectl.engine.export.ublk_control import UblkControl, is_available, left_over, mark_of
+from bcachectl.engine.export.ublk_control import UblkControl, delete_dead, is_available, left_over, mark_of
 from bcachectl.engine.export.ublk_wire import DevInfo
 from bcachectl.engine.front import Volume
 from bcachectl.engine.io.loop import Loop, make_backend, make_entropy, make_sched
@@ -328,6 +328,7 @@ class EngineHost:
         if control is None:
             return
         try:
+            delete_dead(control, self._set_uuid)
             self._left_over = left_over(control, self._set_uuid)
         finally:
             if control is not self.ublk:

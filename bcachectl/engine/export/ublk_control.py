@@ -36,6 +36,7 @@ RECOVERY_TIMEOUT_S = 30.0
 """How long the driver may take to notice that the engine before has died."""
 RECOVERY_POLL_S = 0.02
 
+_ENOTSUPP = 524                         # the kernel's own number, without a name out here
 _WANTED_FLAGS = wire.F_USER_RECOVERY | wire.F_USER_RECOVERY_REISSUE
 
 
@@ -128,7 +129,8 @@ class UblkControl:
                 self._command(wire.DEL_DEV_ASYNC, dev_id)
             except OSError as error:
                 # Before 6.9 there is no such command: the device's number stays taken until the machine restarts.
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, 524):
+                # ENODEV: it has gone by itself.
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, _ENOTSUPP):
                     raise
         else:
             self._command(wire.DEL_DEV, dev_id)
@@ -197,15 +199,19 @@ def mark_of(set_uuid: bytes, volume_uuid: bytes) -> int:
 
 
 def left_over(control: UblkControl, set_uuid: bytes) -> list[wire.DevInfo]:
-    """The devices that an engine of this set made.  Those that never started, or had stopped, are removed."""
-    found = []
-    for info in control.devices():
-        if info.mark >> 32 == _hash32(b"set", set_uuid):
-            if info.state == wire.STATE_DEAD:
-                control.delete(info.dev_id, wait=False)
-            else:
-                found.append(info)
-    return found
+    """The devices that an engine of this set made and that someone may be waiting on."""
+    return [info for info in _of_set(control, set_uuid) if info.state != wire.STATE_DEAD]
+
+
+def delete_dead(control: UblkControl, set_uuid: bytes) -> None:
+    """Forget the devices of this set that never started, or had stopped: an engine was killed while it did that."""
+    for info in _of_set(control, set_uuid):
+        if info.state == wire.STATE_DEAD:
+            control.delete(info.dev_id, wait=False)
+
+
+def _of_set(control: UblkControl, set_uuid: bytes) -> list[wire.DevInfo]:
+    return [info for info in control.devices() if info.mark >> 32 == _hash32(b"set", set_uuid)]
 
 
 def _hash32(kind: bytes, uuid: bytes) -> int:

@@ -131,6 +131,10 @@ class FakeVolume:
         """Keep it."""
         self.requests.append(request)
 
+    def submit_all(self, requests: list[Request]) -> None:
+        """Keep them."""
+        self.requests += requests
+
 
 class FakeControl:
     """The numbers of commands, for a driver that knows ioctl numbers."""
