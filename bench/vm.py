@@ -92,7 +92,8 @@ for device in $bcache $engine dm-2 loop0 vdh; do prime $device; done
 
 MODES = """
 echo MODE >/sys/block/$bcache/bcache/cache_mode
-host env PYTHONPATH=ROOT XDG_RUNTIME_DIR=/run PYTHON -m bcachectl set --engine bcache0 cache_mode=MODE >/dev/null || fail "set"
+host env PYTHONPATH=ROOT XDG_RUNTIME_DIR=/run PYTHON -m bcachectl set --engine bcache0 cache_mode=MODE >/dev/null || \\
+    fail "set"
 """
 
 FINISH = """

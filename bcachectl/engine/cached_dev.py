@@ -19,17 +19,14 @@ Invariant: ``has_dirty`` is set whenever a dirty extent of the device exists or 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bcachectl.engine import request as path
 from bcachectl.engine.bdev import Bdev
-from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
 from bcachectl.engine.front import (
     EXTENT_HOLE,
-    NOT_NOW,
     REQ_DISCARD,
     REQ_FLUSH,
     REQ_READ,
@@ -37,7 +34,7 @@ from bcachectl.engine.front import (
     REQ_WRITE_ZEROES,
     Request,
 )
-from bcachectl.engine.node import HAS_PTR, SIZE_MASK
+from bcachectl.engine.read_batch import place_reads
 from bcachectl.engine.request import Ranges
 from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, WaitQueue
 from bcachectl.engine.streams import Streams
@@ -190,52 +187,12 @@ class CachedDev:
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """Byte on the cache device where the whole read lies in one fresh extent of a leaf in memory; NOT_NOW
         otherwise.
-
-        Does for such a hit what `request.read` does: priority, sequential run, hit count, ageing.
         """
-        cset = self.cset
-        if not self.attached or cset.io_disabled or self.io_disable:
-            return NOT_NOW
-        sector += self.data_offset
-        start = self.base + sector
-        node = cset.btree.root
-        while node.level:
-            child = node.children[bisect_right(node.ends, start)]
-            if child is None:
-                return NOT_NOW
-            node = child
-        index = bisect_right(node.ends, start)
-        if index == len(node.ends):
-            return NOT_NOW
-        end, meta = node.ends[index], node.meta[index]
-        offset = start - end + (meta & SIZE_MASK)
-        if offset < 0 or start + nsectors > end or not meta & HAS_PTR:
-            return NOT_NOW
-        ptr = node.ptrs[index]
-        buckets = cset.buckets
-        at = (ptr >> 8) & PTR_SECTOR_MASK
-        bucket = at >> buckets.bucket_shift
-        if 0 < (buckets.gen_at[bucket] - ptr) & 255 <= 128:
-            return NOT_NOW
-        buckets.prio_at[bucket] = INITIAL_PRIO
-        node.used = 1
-        stats = self.stats
-        stats.read_requests += 1
-        stats.read_sectors += nsectors
-        writeback = self.writeback
-        writeback.idle_rounds = 0
-        if writeback.at_full_speed:
-            writeback.note_request()
-        run = self.streams.note(sector, nsectors, stream=0, now_ns=cset.sched.now_ns)
-        if 0 < self.sequential_cutoff >> 9 <= run or self.detaching or self.cache_mode == CacheMode.NONE:
-            stats.cache_bypass_hits += 1
-            stats.bypassed_sectors += nsectors
-        else:
-            stats.cache_hits += 1
-            buckets.rescale_sectors -= nsectors
-            if buckets.rescale_sectors < 0:
-                cset.alloc.rescale(0)
-        return (at + offset) << 9
+        return place_reads(self, [(sector, nsectors)])[0]
+
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        """`read_nowait` for each (sector, nsectors)."""
+        return place_reads(self, reads)
 
     def submit_all(self, requests: list[Request]) -> None:
         """Take requests that came together; plain writes among them share a task."""

@@ -66,6 +66,10 @@ class FlashVolume:
         """Sectors that the volume takes on the cache device."""
         return self.cset.dirty_by_inode.get(self.slot, 0)
 
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        """`read_nowait` for each (sector, nsectors)."""
+        return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]
+
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """Byte on the cache device where the whole read lies in one extent of a leaf in memory; NOT_NOW otherwise."""
         cset = self.cset

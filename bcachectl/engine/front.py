@@ -112,6 +112,10 @@ class Volume(Protocol):
         """Byte offset on the cache device where the whole range lies in one piece, or NOT_NOW."""
         ...
 
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        """`read_nowait` for each (sector, nsectors), which is cheaper than one after the other."""
+        ...
+
     def submit(self, request: Request) -> None:
         """Take a request; it comes back in `Front.completed`, possibly before this returns."""
         ...

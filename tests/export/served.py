@@ -54,6 +54,9 @@ class FileVolume:
         self.fail_with = 0
         self.batch = None
 
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]
+
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """The quick answer works for volume 0 only: it is the "cache device"."""
         return sector << 9 if self.is_quick and self.bdev.index == 0 else NOT_NOW

@@ -40,6 +40,9 @@ class PassVolume:
         self.read_only = False
         self.batch = None
 
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]
+
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """Never."""
         return NOT_NOW

@@ -13,7 +13,7 @@ that are written once:
 
 A request arrives as the completion of the tag's last fetch or commit (`UblkExport.landed`).  What follows:
 
-1. A read that `bcachectl.engine.front.Volume.read_nowait` knows at once: offset and length are stored in the read, the
+1. A read that `bcachectl.engine.front.Volume.reads_nowait` knows at once: offset and length are stored in the read, the
    length in the commit, and both are published.  The kernel reads and answers without asking us again, and no byte
    passes through Python.  Since nobody can look at the gen afterwards, the bucket is pinned until the read has ended.
 2. Such a read that fails or is short takes its commit along (ECANCELED).  Then, as for all other requests, a
@@ -205,11 +205,13 @@ class UblkExport:
         ring, descs, read_buckets, pin_at = self.backend.ring, self._descs, self._read_buckets, self.buckets.pin_at
         sqe_u64, sqe_u32, sqe_i32 = ring.sqe_u64, ring.sqe_u32, ring.sqe_i32
         array, mask, tail = ring.sq_array, ring.sq_mask, ring.tail
-        read_nowait, bucket_shift = self.volume.read_nowait, self.buckets.bucket_shift + 9
+        bucket_shift = self.buckets.bucket_shift + 9
         first_commit, first_read = self._first_slot, self._first_slot + self._tag_count
         is_quick = self.cache.fd >= 0
         handed_over = tail
         others: list[int] = []
+        arrived: list[int] = []
+        reads: list[tuple[int, int]] = []
         for number, result in completions:
             if number >= _READ_NUMBER:
                 # Ended, well or not; if not, its commit comes back with ECANCELED.
@@ -220,30 +222,34 @@ class UblkExport:
                 desc = descs[number]
                 word = desc[0]
                 if is_quick and not word & 0xFF:
-                    place = read_nowait(desc[1], word >> 32)
-                    if place >= 0:
-                        bucket = place >> bucket_shift
-                        pin_at[bucket] += 1
-                        read_buckets[number] = bucket
-                        length = word >> 32 << 9
-                        slot = first_read + number
-                        sqe_u64[8 * slot + 1] = place
-                        sqe_u32[16 * slot + 6] = length
-                        array[tail & mask] = slot
-                        slot = first_commit + number
-                        sqe_i32[16 * slot + wire.IO_CMD_RESULT_WORD] = length
-                        array[tail + 1 & mask] = slot
-                        tail = tail + 2 & 0xFFFFFFFF
-                        if tail - handed_over & 0xFFFFFFFF >= 2 * HAND_OVER_READS:
-                            ring.tail = handed_over = tail
-                            ring.hand_over()
-                        continue
-                others.append(number)
+                    arrived.append(number)
+                    reads.append((desc[1], word >> 32))
+                else:
+                    others.append(number)
             elif result == -errno.ECANCELED:
                 others.append(number)
             else:
                 self._ended += 1
                 self.ended_wait.wake_all()
+        for number, read, place in zip(arrived, reads, self.volume.reads_nowait(reads) if reads else (), strict=True):
+            if place < 0:
+                others.append(number)
+                continue
+            bucket = place >> bucket_shift
+            pin_at[bucket] += 1
+            read_buckets[number] = bucket
+            length = read[1] << 9
+            slot = first_read + number
+            sqe_u64[8 * slot + 1] = place
+            sqe_u32[16 * slot + 6] = length
+            array[tail & mask] = slot
+            slot = first_commit + number
+            sqe_i32[16 * slot + wire.IO_CMD_RESULT_WORD] = length
+            array[tail + 1 & mask] = slot
+            tail = tail + 2 & 0xFFFFFFFF
+            if tail - handed_over & 0xFFFFFFFF >= 2 * HAND_OVER_READS:
+                ring.tail = handed_over = tail
+                ring.hand_over()
         ring.tail = tail
         if others:
             requests = [request for request in map(self._request, others) if request is not None]

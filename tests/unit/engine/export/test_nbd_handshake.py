@@ -25,6 +25,9 @@ class FakeVolume:
     read_only: bool = False
     batch = None
 
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]
+
     def read_nowait(self, sector: int, nsectors: int) -> int:
         return NOT_NOW
 

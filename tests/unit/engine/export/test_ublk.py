@@ -123,6 +123,9 @@ class FakeVolume:
         self.place = place
         self.requests: list[Request] = []
 
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]
+
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """The one answer."""
         return self.place

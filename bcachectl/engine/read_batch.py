@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`place_reads`: where the data of reads lies that need nothing but a lookup in memory, many at a time.
+
+For each read that lies in one fresh extent of a leaf in memory it does what `bcachectl.engine.request.read` does for a
+hit: the bucket's priority, the sequential run, the counters, the ageing of all priorities.  The answer holds until
+something else of the engine runs, since only then a bucket may be reused; who reads later has to pin it.
+
+What is the same for all reads of a batch is looked up once, and counted once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
+from bcachectl.engine.front import NOT_NOW
+from bcachectl.engine.node import HAS_PTR, SIZE_MASK, Node
+from bcachectl.ondisk.superblock import CacheMode
+
+if TYPE_CHECKING:
+    from bcachectl.engine.cached_dev import CachedDev
+
+
+def place_reads(dev: CachedDev, reads: list[tuple[int, int]]) -> list[int]:
+    """The byte on the cache device for each (sector, nsectors) of the volume, or NOT_NOW."""
+    cset = dev.cset
+    if not dev.attached or cset.io_disabled or dev.io_disable:
+        return [NOT_NOW] * len(reads)
+    root, base, buckets = cset.btree.root, dev.base + dev.data_offset, cset.buckets
+    gen_at, prio_at, shift = buckets.gen_at, buckets.prio_at, buckets.bucket_shift
+    places: list[int] = []
+    hits: list[tuple[int, int]] = []
+    for read in reads:
+        sector, nsectors = read
+        start = base + sector
+        node: Node | None = root
+        while node is not None and node.level:
+            node = node.children[bisect_right(node.ends, start)]
+        if node is not None:
+            ends = node.ends
+            index = bisect_right(ends, start)
+            if index < len(ends):
+                end, meta = ends[index], node.meta[index]
+                offset = start - end + (meta & SIZE_MASK)
+                if offset >= 0 and start + nsectors <= end and meta & HAS_PTR:
+                    ptr = node.ptrs[index]
+                    at = (ptr >> 8) & PTR_SECTOR_MASK
+                    bucket = at >> shift
+                    if not 0 < (gen_at[bucket] - ptr) & 255 <= 128:
+                        prio_at[bucket] = INITIAL_PRIO
+                        node.used = 1
+                        hits.append(read)
+                        places.append((at + offset) << 9)
+                        continue
+        places.append(NOT_NOW)
+    if hits:
+        _count(dev, hits)
+    return places
+
+
+def _count(dev: CachedDev, hits: list[tuple[int, int]]) -> None:
+    cset, stats, writeback = dev.cset, dev.stats, dev.writeback
+    count, nsectors = len(hits), sum([hit[1] for hit in hits])
+    stats.read_requests += count
+    stats.read_sectors += nsectors
+    writeback.idle_rounds = 0
+    if writeback.at_full_speed:
+        writeback.note_request()
+    passed, passed_sectors = count, nsectors
+    if not (dev.detaching or dev.cache_mode == CacheMode.NONE):
+        passed = passed_sectors = 0
+        cutoff_bytes = dev.sequential_cutoff >> 9 << 9
+        if cutoff_bytes:
+            passed, passed_sectors = dev.streams.note_all(
+                hits, dev.data_offset, cutoff_bytes, stream=0, now_ns=cset.sched.now_ns
+            )
+    stats.cache_bypass_hits += passed
+    stats.bypassed_sectors += passed_sectors
+    stats.cache_hits += count - passed
+    buckets = cset.buckets
+    buckets.rescale_sectors -= nsectors - passed_sectors
+    while buckets.rescale_sectors < 0:
+        cset.alloc.rescale(0)
