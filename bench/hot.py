@@ -26,7 +26,7 @@ from bcachectl.engine.export import nbd_wire as wire
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.nbd import NbdServer, enlarge
 from bcachectl.engine.export.nbd_connection import Connection
-from bcachectl.engine.front import NOT_NOW, REQ_READ, REQ_WRITE, Request
+from bcachectl.engine.front import NOT_NOW, REQ_READ, REQ_STABLE, REQ_WRITE, Request
 from bench.process import machine, row
 from tests.export.engine import ROOT
 
@@ -148,6 +148,18 @@ class Bench:
                 await self.cset.sched.yield_now()
         return (thread_time_ns() - began) / count
 
+    async def groups(self) -> float:
+        """Writes that a block device brings together, each answered when its key is in the journal on the device."""
+        began = thread_time_ns()
+        count = 0
+        for _ in range(ROUNDS):
+            self.dev.submit_all([Request(REQ_WRITE, self.dice.randrange(EXTENTS) * 8, 8, bytearray(4096), REQ_STABLE,
+                                         1, Done()) for _ in range(BATCH)])
+            count += BATCH
+            while self.cset.requests_in_flight:
+                await self.cset.idle.wait()
+        return (thread_time_ns() - began) / count
+
     def connection(self) -> tuple[Connection, socket.socket]:
         """A connection to the volume that has been negotiated, and the client's end."""
         server = NbdServer(self.host.loop, self.cset.volumes, self.host.media[0], str(self.directory / "socket"))
@@ -228,6 +240,7 @@ async def measure(host: EngineHost, directory: Path) -> None:
     line("write placed: mode decision, lookup, sectors", placing)
     line("write committed: journal and leaf", committing)
     line("read hit as a task: submit to complete (system call)", await bench.tasks(REQ_READ))
+    line("write in a group of 32, journaled durably (system calls)", await bench.groups())
     line("write as a task: submit to complete (system call)", await bench.tasks(REQ_WRITE))
     await host.stop()
 
