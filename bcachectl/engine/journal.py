@@ -207,6 +207,10 @@ class Journal:
             await self.written.wait()
         return True
 
+    async def wait_for_keys(self) -> bool:
+        """Wait until every key added so far is durable; False if the set failed."""
+        return await self.wait_durable(self.seq if self.keys else self.seq - 1)
+
     async def write_meta(self) -> bool:
         """Write an entry with the roots as they are now, and wait for it (journal.c, bch_journal_meta); False if the
         set failed.

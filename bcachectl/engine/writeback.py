@@ -324,6 +324,10 @@ class Writeback:
         buckets = dev.cset.buckets
         copied = False
         while self.waiting and not self._ended and self._wanted:
+            # What is in the map may be in memory only.  If the backing device had it and the cache, after a crash, an
+            # older clean copy, a client would read the old data now and the new data later.
+            if not await dev.cset.journal.wait_for_keys():
+                break
             batch: list[Extent] = []
             tasks: list[Task[list[Extent]]] = []
             delay = 0

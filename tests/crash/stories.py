@@ -571,7 +571,7 @@ STORIES = {story.name: story for story in (
     Story("overwrite", Setup(), overwrite, overwrite_prepare),
     Story("batches", Setup(), batches, overwrite_prepare),
     Story("groups", Setup(), groups, overwrite_prepare),
-    Story("groups_sluggish", Setup(sluggish=True), groups, overwrite_prepare),
+    Story("groups_sluggish", Setup(sluggish=True, settles=False), groups, overwrite_prepare),
     Story("batches_and_fills", Setup(), batches_and_fills),
     Story("batches_first", WRITETHROUGH, batches_first),
     Story("overwrite_4k", Setup(bucket_sectors=64, block_sectors=8, atomic_sectors=8), traffic),

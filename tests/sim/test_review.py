@@ -360,3 +360,26 @@ def test_a_write_larger_than_the_free_space_replaces_what_it_overwrites() -> Non
         await w.read(FLASH, 0, 2000)
 
     w.run(story())
+
+
+def test_write_back_waits_for_the_journal() -> None:
+    """A key that only memory has is written back, and power fails: the cache still has an older clean copy, which is
+    read until it is dropped, and then the newer data appears that nobody had flushed."""
+    world = up(Setup(), "unjournaled")
+    seen: list[tuple[int, int]] = []
+
+    def on_io(io: Io) -> None:
+        if io.op == WRITE and io.what == "writeback":
+            journal = world.cset.journal
+            seen.append((len(journal.keys), journal.seq - 1 - journal.written_seq))
+
+    async def story(w: World) -> None:
+        await w.tune("", "journal_delay_ms", "5000")
+        await w.write(0, 64, 8, fua=True, quick=False)
+        await w.cset.flush_volume("bcache0")
+        world.on_io = on_io
+        await w.write(0, 64, 8, quick=False)
+        await w.cset.flush_volume("bcache0")
+
+    world.run(story(world))
+    assert seen == [(0, 0)], "keys in memory only, and entries on their way, when the data was written back"
