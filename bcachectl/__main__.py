@@ -1,16 +1,58 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""``python -m bcachectl``: the program."""
+"""``python -m bcachectl``: the program as a process, around `bcachectl.cli.run`.
+
+1. Descriptors 0 to 2 are open before anything else is: a device that was opened as descriptor 1 or 2 would get what
+   is printed.
+2. SIGTERM and SIGHUP end a command as SIGINT does, so that what it cleans up, puts back and notes down is done for each
+   of them.  Where one is ignored, as nohup has it, it stays so; an engine has handlers of its own while it runs.
+3. A signal may come before the command line is loaded, and ends in one sentence as well.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
-from bcachectl.cli import run
+EXIT_INTERRUPTED = 130
+EXIT_CANCELLED = 32
+"""fsck(8) has its own number."""
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
-    sys.exit(run(sys.argv[1:]))
+    words = sys.argv[1:]
+    try:
+        open_standard_streams()
+        for number in ENDING:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _interrupt)
+        from bcachectl.cli import run
+
+        status = run(words)
+    except KeyboardInterrupt:
+        print("bcachectl: interrupted", file=sys.stderr)
+        status = EXIT_CANCELLED if words[:1] == ["fsck"] else EXIT_INTERRUPTED
+    sys.exit(status)
+
+
+def open_standard_streams() -> None:
+    """Give whatever of descriptors 0 to 2 is closed to /dev/null; what is printed there is lost, as was asked for."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        if fd == 1:
+            sys.stdout = os.fdopen(fd, "w", closefd=False)
+        elif fd == 2:
+            sys.stderr = os.fdopen(fd, "w", closefd=False)
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

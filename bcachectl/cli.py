@@ -15,6 +15,7 @@ A command module holds one function a verb, with Typer annotations; the options 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -33,6 +34,9 @@ PROGRAM = "bcachectl"
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a file system without room says.  Where a file was named the error has its name; what has none is stdout."""
 
 
 class Command(NamedTuple):
@@ -115,21 +119,32 @@ def run(words: Sequence[str]) -> int:
         status = command.main(args=arguments, prog_name=PROGRAM, standalone_mode=False,
                               complete_var=f"_{PROGRAM.upper()}_COMPLETE")
         sys.stdout.flush()
+        if status == EXIT_INTERRUPTED:
+            # What Typer makes of a KeyboardInterrupt; no verb returns it.
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
-        # Nobody is left to read a message.  Python flushes stdout again when it exits: give it what takes the bytes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        # Nobody is left to read a message.
+        _drop_output()
+        return status_for(arguments, EXIT_FAILED)
     except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else EXIT_FAILED
+        # What Typer makes of a broken pipe.
+        return status_for(arguments, leaving.code if isinstance(leaving.code, int) else EXIT_FAILED)
     except BaseException as error:
         status, sentence = judge(error)
-        status = OWN_STATUS.get(next(iter(arguments), ""), {}).get(status, status)
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            _drop_output()
+        status = status_for(arguments, status)
         if debug:
             traceback.print_exc()
         if sentence:
             print(f"{PROGRAM}: {sentence}", file=sys.stderr)
         return status
+
+
+def status_for(words: Sequence[str], status: int) -> int:
+    """What the verb that ``words`` begin with ends with where others end with ``status``."""
+    return OWN_STATUS.get(next(iter(words), ""), {}).get(status, status)
 
 
 def judge(error: BaseException) -> tuple[int, str]:
@@ -143,12 +158,14 @@ def judge(error: BaseException) -> tuple[int, str]:
             return EXIT_INTERRUPTED, "interrupted"
         case OSError():
             name = f"{error.filename}: " if error.filename is not None else ""
+            if not name and error.errno in FULL:
+                name = "the output cannot be written: "
             return EXIT_FAILED, f"{name}{error.strerror or error}"
         case _ if hasattr(error, "format_message"):
             # Typer's own complaint about the command line.
             context = getattr(error, "ctx", None)
             verb = context.command_path if context is not None else PROGRAM
-            sentence = error.format_message().strip().rstrip(".")
+            sentence = error.format_message().strip().rstrip(".").replace(": Value error, ", ": ")
             return EXIT_USAGE, f"{sentence[0].lower()}{sentence[1:]}; see `{verb} --help`"
         case _:
             return EXIT_FAILED, f"a bug, please report it with what --debug prints: {type(error).__name__}: {error}"
@@ -228,6 +245,11 @@ def _global_options(
 
 def _before_dashes(words: Sequence[str]) -> Sequence[str]:
     return words[:words.index("--")] if "--" in words else words
+
+
+def _drop_output() -> None:
+    # Python flushes stdout again when it exits: give it what takes the bytes.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _completion_words() -> list[str]:

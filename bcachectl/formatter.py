@@ -15,6 +15,7 @@ Order of the plan, so that a crash between any two writes leaves no device half-
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ from bcachectl.ondisk.superblock import (
     parse_superblock,
 )
 from bcachectl.signatures import Signature, ask_blkid, find_signatures
-from bcachectl.units import SECTOR_BYTES, format_size, format_uuid
+from bcachectl.units import SECTOR_BYTES, format_label, format_size, format_uuid
 from bcachectl.writeplan import Plan, Write
 
 HAZARDS = ("bcache", "signature")
@@ -91,8 +92,12 @@ def check_request(request: Request) -> None:
         raise UsageError(f"--force={unknown[0]} overrides nothing here; it takes {' or '.join(HAZARDS)}")
     if request.label and len(request.backings) != 1:
         raise UsageError("--label needs exactly one --backing device: a label names one volume")
-    if len(request.label.encode()) > LABEL_BYTES_MAX:
-        raise UsageError(f"--label takes at most {LABEL_BYTES_MAX} bytes, this one has {len(request.label.encode())}")
+    label = os.fsencode(request.label)
+    if len(label) > LABEL_BYTES_MAX:
+        raise UsageError(f"--label takes at most {LABEL_BYTES_MAX} bytes, this one has {len(label)}")
+    if format_label(label) != label.decode("utf-8", "replace"):
+        raise UsageError(f"--label {format_label(label)}: has a character that cannot be shown; a label is a line of "
+                         "UTF-8 text")
     if request.uuid is not None and len(request.caches) + len(request.backings) != 1:
         raise UsageError("--uuid needs exactly one device: no two devices have the same uuid")
     for option, value in (("uuid", request.uuid), ("set-uuid", request.set_uuid)):
@@ -179,7 +184,7 @@ def _backing(request: Request, device: BlockDevice, set_uuid: bytes, uuid: bytes
         raise Refused(f"{device.path}: has {format_size(device.size_bytes)}, which leaves no room behind a data offset "
                       f"of {offset} sectors")
     sb = Superblock(version=BDEV if offset == BDEV_DATA_START_DEFAULT else BDEV_WITH_OFFSET, uuid=uuid,
-                    set_uuid=set_uuid, label=request.label.encode().ljust(32, b"\0"), data_offset=offset,
+                    set_uuid=set_uuid, label=os.fsencode(request.label).ljust(32, b"\0"), data_offset=offset,
                     block_size=block_sectors)
     return _judged(sb.with_cache_mode(request.cache_mode).with_state(BdevState.NONE), device)
 

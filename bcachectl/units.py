@@ -116,6 +116,13 @@ def parse_uuid(text: str) -> bytes:
         raise UsageError(f"{text!r} is not a uuid") from None
 
 
+def format_label(raw: bytes) -> str:
+    """A label as stored on a device, for people: up to its first NUL; a byte that is no text, or that a terminal would
+    act upon, as an escape like ``\\x1b``."""
+    text = raw.split(b"\0")[0].decode("utf-8", "backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def format_uuid(raw: bytes) -> str:
     """The usual spelling of a uuid's 16 bytes."""
     return str(uuid.UUID(bytes=bytes(raw)))

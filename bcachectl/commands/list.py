@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated, Any
@@ -60,6 +61,11 @@ def list_devices(devices: DevicesOption = None, watch: WatchOption = False, as_j
 
 
 def _watch(as_json: bool) -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        _print_events(as_json)
+
+
+def _print_events(as_json: bool) -> None:
     sys.stdout.flush()
     for action, node in discovery.watch():
         probe = Probe(node) if action == "remove" else discovery.probe(node)

@@ -28,6 +28,7 @@ from bcachectl.ondisk.bitmask import Bitmask
 from bcachectl.ondisk.crc64 import Buffer, crc64
 from bcachectl.ondisk.geometry import PAGE_SECTORS, Geometry
 from bcachectl.ondisk.magic import BCACHE_MAGIC
+from bcachectl.units import format_label
 
 SB_SECTOR = 8
 SB_BYTES = 4096
@@ -218,7 +219,7 @@ class Superblock:
     @property
     def label_text(self) -> str:
         """The label up to its first NUL; all 32 bytes may be in use."""
-        return self.label.split(b"\0")[0].decode("utf-8", "backslashreplace")
+        return format_label(self.label)
 
     @property
     def geometry(self) -> Geometry:

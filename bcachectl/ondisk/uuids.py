@@ -27,6 +27,7 @@ from bcachectl.ondisk.bitmask import Bitmask
 from bcachectl.ondisk.crc64 import Buffer
 from bcachectl.ondisk.geometry import UUID_ENTRY_BYTES
 from bcachectl.ondisk.magic import INVALID_UUID
+from bcachectl.units import format_label
 
 UUID_ENTRY_V0_BYTES = 64
 LABEL_BYTES = 32
@@ -91,7 +92,7 @@ class UuidEntry:
     @property
     def label_text(self) -> str:
         """The label up to its first NUL or newline; the kernel stores what follows the newline of a sysfs write too."""
-        return self.label.split(b"\0")[0].split(b"\n")[0].decode("utf-8", "backslashreplace")
+        return format_label(self.label.split(b"\n")[0])
 
 
 FREE = UuidEntry()
