@@ -26,7 +26,7 @@ import numpy as np
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
 from bcachectl.engine.gc import LEAF_COST_KEYS
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent, Node
-from bcachectl.engine.sched import NS_PER_S, Task, WaitQueue
+from bcachectl.engine.sched import NS_PER_S, WaitQueue
 from bcachectl.errors import Corrupt
 
 if TYPE_CHECKING:
@@ -328,15 +328,20 @@ class Writeback:
             # older clean copy, a client would read the old data now and the new data later.
             if not await dev.cset.journal.wait_for_keys():
                 break
-            batch: list[Extent] = []
-            tasks: list[Task[list[Extent]]] = []
-            delay = 0
-            while self.waiting and len(batch) < IN_FLIGHT and not delay:
+            groups: list[list[Extent]] = []
+            count = delay = 0
+            while self.waiting and count < IN_FLIGHT and not delay:
+                # Its leaf may have left memory since it was collected, and the set may stop while we wait.
+                await dev.cset.btree.leaf(self.waiting[0].start)
+                if self._ended:
+                    break
                 group = self._next_group()
                 if group:
-                    batch += group
-                    tasks.append(dev.cset.sched.spawn(self._copy(group), "write back"))
+                    groups.append(group)
+                    count += len(group)
                     delay = self._delay_ns(group)
+            batch = [extent for group in groups for extent in group]
+            tasks = [dev.cset.sched.spawn(self._copy(group), "write back") for group in groups]
             deadline = dev.cset.sched.now_ns + delay
             done: list[Extent] = []
             for task in tasks:
@@ -360,7 +365,7 @@ class Writeback:
         sectors = 0
         while self.waiting and len(group) < GROUP_KEYS and sectors < GROUP_SECTORS:
             extent = self.waiting[0]
-            if group and extent.start != group[-1].end:
+            if group and (extent.start != group[-1].end or self.dev.cset.btree.leaf_nowait(extent.start) is None):
                 break
             self.waiting.popleft()
             if not self._is_current(extent):

@@ -383,3 +383,48 @@ def test_write_back_waits_for_the_journal() -> None:
 
     world.run(story(world))
     assert seen == [(0, 0)], "keys in memory only, and entries on their way, when the data was written back"
+
+
+def test_what_is_dirty_in_a_leaf_that_has_left_memory_is_written_back() -> None:
+    """A pass over more leaves than memory holds finds one dirty key, and forgets its leaf on the way to the end.  Each
+    pass would do the same, and a flush or a detach never end."""
+    w = up(SMALL_NODE_CACHE, "forgotten leaf")
+
+    async def story() -> None:
+        await many_leaves(w)
+        await w.cset.flush_volume("bcache0")
+        await w.write(0, 0, 1, fua=True)
+        btree = w.cset.btree
+        await btree.flush_all()
+        for index in range(1, len(btree.root.children)):
+            drop(btree, index)
+        begun_ns = w.sched.now_ns
+        await w.cset.flush_volume("bcache0")
+        assert w.sched.now_ns - begun_ns < SLOW_NS
+        await w.cset.detach("bcache0")
+
+    w.run(story())
+    assert w.superblock(0).state == BdevState.NONE
+    w.check_backings_alone("after the detach")
+
+
+def test_write_back_that_waits_for_the_journal_does_not_begin_after_a_stop() -> None:
+    """The stop itself writes the entry that it waits for; what it began then would still be under way afterwards."""
+    w = up(ONE_CACHED, "stopped while waiting")
+    begun: list[str] = []
+
+    async def story() -> None:
+        await w.tune("", "journal_delay_ms", "5000")
+        await w.tune("bcache0", "writeback_running", "0")
+        await w.write(0, 64, 8, fua=True, quick=False)
+        await w.write(0, 96, 8, quick=False)
+        w.delay = slow(lambda io: io.what == "journal")
+        await w.tune("bcache0", "writeback_running", "1")
+        await w.sleep(100)
+        assert len(w.cset.journal.written), "nobody waits"
+        w.on_io = lambda io: begun.append(io.what)
+        await w.cset.stop()
+
+    w.run(story())
+    assert "journal" in begun
+    assert "writeback" not in begun
