@@ -227,14 +227,18 @@ class CachedDev:
             self.give_back(request, EIO)
         elif not self.attached:
             await self._pass_through(request)
-        elif self.cset.io_disabled:
-            await self._after_failure(request)
         else:
-            try:
-                await self._handle(request)
-            except Corrupt as error:
-                self.cset.fail(str(error))
-                await self._after_failure(request)
+            await self._serve_attached(request)
+
+    async def _serve_attached(self, request: Request) -> None:
+        if self.cset.io_disabled:
+            await self._after_failure(request)
+            return
+        try:
+            await self._handle(request)
+        except Corrupt as error:
+            self.cset.fail(str(error))
+            await self._after_failure(request)
 
     async def _handle(self, request: Request) -> None:
         if request.op == REQ_READ:
@@ -297,10 +301,10 @@ class CachedDev:
             self.give_back(request, self.count_backing_error(error))
             return
         claim = await self.ranges.enter(sector, sector + request.nsectors)
-        if self.attached and not self.cset.io_disabled:
+        if self.attached:
             # It was attached while we waited.
             self.ranges.leave(claim)
-            await self._handle(request)
+            await self._serve_attached(request)
             return
         flags = path.io_flags(request)
         error = 0

@@ -541,13 +541,18 @@ async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
 
 
 async def _write_through(dev: CachedDev, request: Request, start: int) -> int:
-    flags = io_flags(request)
     new = NewData(False, request.stream, False, is_durable(request))
-    there = dev.backing.write(start - dev.base, request.buf, flags)
-    if await _covers_dirty(dev, start, start + request.nsectors):
-        error = dev.count_backing_error(await there) or dev.count_backing_error(await dev.backing.flush())
-        return error or await insert_data(dev.cset, start, request.buf, new)
-    here = await insert_data(dev.cset, start, request.buf, new)
+    there = dev.backing.write(start - dev.base, request.buf, io_flags(request))
+    try:
+        if await _covers_dirty(dev, start, start + request.nsectors):
+            error = dev.count_backing_error(await there) or dev.count_backing_error(await dev.backing.flush())
+            return error or await insert_data(dev.cset, start, request.buf, new)
+        here = await insert_data(dev.cset, start, request.buf, new)
+    except Corrupt:
+        # The request will be served again, without the cache.  What is under way must not overtake a write that comes
+        # after its answer.
+        await there
+        raise
     error = dev.count_backing_error(await there)
     if error:
         # The cache may hold what the backing device does not: take it out again.

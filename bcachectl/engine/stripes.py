@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bcachectl.engine.node import DIRTY
+from bcachectl.errors import Corrupt
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
@@ -88,7 +89,13 @@ class Stripes:
             yield self.base + stripe * size, self.base + (stripe + 1) * size
 
     async def count(self, dev: CachedDev) -> None:
-        """Count what is dirty already, leaf by leaf."""
+        """Count what is dirty already, leaf by leaf; one that cannot be read fails the set."""
+        try:
+            await self._count(dev)
+        except Corrupt as bad:
+            dev.cset.fail(str(bad))
+
+    async def _count(self, dev: CachedDev) -> None:
         while self.counted_to < self.limit and dev.stripes is self and not dev.cset.io_disabled:
             leaf = await dev.cset.btree.leaf(self.counted_to)
             start, stop = self.counted_to, min(leaf.end, self.limit)

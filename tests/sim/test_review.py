@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from bcachectl.engine import stripes
 from bcachectl.engine.btree import Btree
 from bcachectl.engine.node import DIRTY, Node
 from bcachectl.engine.prios import PrioWriter
@@ -428,3 +429,94 @@ def test_write_back_that_waits_for_the_journal_does_not_begin_after_a_stop() -> 
     w.run(story())
     assert "journal" in begun
     assert "writeback" not in begun
+
+
+def test_a_write_through_is_over_before_it_is_served_again() -> None:
+    """Its leaf cannot be read, so it is written once more, without the cache, and answered.  The first attempt must
+    not arrive on the backing device after that: a later write may be there by then."""
+    w = up(replace(SMALL_NODE_CACHE, backings=(Backing(data_sectors=4000, mode="writethrough"),)), "through twice")
+    w.is_calm = False
+
+    async def story() -> None:
+        await w.tune("bcache0", "sequential_cutoff", "0")
+        await many_leaves(w)
+        btree = w.cset.btree
+        for index in range(len(btree.root.children)):
+            drop(btree, index)
+        fail_next(w, 0, lambda io: io.what == "btree" and io.op == READ)
+        writes: list[Io] = []
+
+        def delay(io: Io) -> int | None:
+            if io.device == 1 and io.op == WRITE and io.what == "data":
+                writes.append(io)
+            return SLOW_NS if writes == [io] else None
+
+        w.delay = delay
+        assert await w.write(0, 100, 1, quick=False) == 0
+        assert w.cset.failed
+        assert await w.write(0, 100, 1, quick=False) == 0
+        assert len(writes) == 3
+        await w.sleep(1000)
+        await w.read(0, 100, 1, nowait=False)
+
+    w.run(story())
+
+
+def test_a_write_that_waits_while_its_device_is_attached_meets_a_bad_leaf() -> None:
+    """The set fails, and the write goes to the backing device: the engine must not end."""
+    w = up(replace(SMALL_NODE_CACHE, backings=(Backing(data_sectors=4000), Backing(member=False))), "attached in vain")
+    w.is_calm = False
+
+    async def story() -> None:
+        await w.tune("bcache0", "writeback_running", "0")
+        await many_leaves(w)
+        await w.tune("bcache1", "cache_mode", "writethrough")
+        w.delay = slow(lambda io: io.device == 2 and io.what == "data")
+
+        async def second() -> None:
+            await w.sleep(1)
+            assert await w.write(1, 0, 16, quick=False) == 0
+
+        async def attach() -> None:
+            await w.sleep(2)
+            await w.cset.attach("bcache1")
+            btree = w.cset.btree
+            await w.sleep(400)
+            await btree.flush_all()
+            assert not w.cset.failed
+            for index in range(len(btree.root.children)):
+                drop(btree, index)
+            fail_next(w, 0, lambda io: io.what == "btree" and io.op == READ)
+
+        await w.together(w.write(1, 0, 8, quick=False), second(), attach())
+        assert w.cset.failed
+        assert not w.cset.devices[1].attached
+        await w.read(1, 0, 16)
+
+    w.run(story())
+
+
+def test_a_bad_leaf_while_stripes_are_counted_fails_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the engine goes on with the devices that have nothing dirty."""
+    monkeypatch.setattr(stripes, "STRIPE_MIN_SECTORS", 64)
+    w = up(replace(SMALL_NODE_CACHE, backings=(Backing(data_sectors=4000, raid_stripe_sectors=64),)), "bad stripes")
+    w.run(many_leaves(w))
+    w.run(w.cset.flush_volume("bcache0"))
+    w.run(w.cset.stop())
+    drain(w)
+    again = w.revive("bad stripes, again")
+    again.is_calm = False
+
+    async def story() -> None:
+        await again.up()
+        btree = again.cset.btree
+        for index, leaf in enumerate(btree.root.children):
+            if leaf is not None and not leaf.pending_words:
+                drop(btree, index)
+        fail_next(again, 0, lambda io: io.what == "btree" and io.op == READ)
+        await again.sleep(1000)
+        assert "io error 5" in again.cset.failed
+        await again.read(0, 0, 8)
+        await again.cset.stop()
+
+    again.run(story())
