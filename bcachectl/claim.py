@@ -20,6 +20,13 @@ from bcachectl.errors import DeviceError, Refused, UsageError
 @contextmanager
 def claim(paths: Sequence[str], *, write: bool) -> Iterator[dict[str, BlockDevice]]:
     """Open every device exclusively; a dry run asks for no writing, so that even udev notices nothing."""
+    refuse_twice(paths)
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(_open(path, write=write)) for path in paths}
+
+
+def refuse_twice(paths: Sequence[str]) -> None:
+    """UsageError if two of the paths lead to one device or file."""
     known: dict[tuple[bool, int, int], str] = {}
     for path in paths:
         if os.path.exists(path):
@@ -27,10 +34,9 @@ def claim(paths: Sequence[str], *, write: bool) -> Iterator[dict[str, BlockDevic
             is_block = stat.S_ISBLK(status.st_mode)
             identity = (is_block, 0, status.st_rdev) if is_block else (is_block, status.st_dev, status.st_ino)
             if identity in known:
-                raise UsageError(f"{path}: is the same device as {known[identity]}; name it once")
+                same = "is named twice" if path == known[identity] else f"is the same device as {known[identity]}"
+                raise UsageError(f"{path}: {same}; name it once")
             known[identity] = path
-    with ExitStack() as stack:
-        yield {path: stack.enter_context(_open(path, write=write)) for path in paths}
 
 
 def _open(path: str, *, write: bool) -> BlockDevice:

@@ -153,8 +153,9 @@ def users_of(path: str) -> list[str]:
         return []
     if not stat.S_ISBLK(status.st_mode):
         real = os.path.realpath(path)
-        return [f"the file behind {node.path}" for node in enumerate_devices()
-                if node.file is not None and os.path.realpath(node.file) == real]
+        users = [f"the file behind {node.path}" for node in enumerate_devices()
+                 if node.file is not None and os.path.realpath(node.file) == real]
+        return users + [f"written to by process {pid}" for pid in _lock_holders(status)]
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     sysfs = f"/sys/dev/block/{number}"
     users = [f"held by {holder}" for holder in _list_directory(f"{sysfs}/holders")]
@@ -169,6 +170,14 @@ def users_of(path: str) -> list[str]:
         if os.path.realpath(_unescape(line.split()[0])) == os.path.realpath(path):
             users.append("used as swap")
     return list(dict.fromkeys(users))
+
+
+def _lock_holders(status: os.stat_result) -> list[int]:
+    # Other processes that hold the file's lock for writing, as engines and writing verbs do (`blockdev`).
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    fields = [line.split() for line in _lines("/proc/locks")]
+    found = [int(each[4]) for each in fields if each[1:4] == ["FLOCK", "ADVISORY", "WRITE"] and each[5] == place]
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def _attribute(device: pyudev.Device, name: str) -> str | None:

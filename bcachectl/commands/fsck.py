@@ -14,10 +14,10 @@ import typer
 
 from bcachectl import discovery, writeplan
 from bcachectl.blockdev import BlockDevice, open_device
-from bcachectl.claim import claim
+from bcachectl.claim import claim, refuse_twice
 from bcachectl.commands import fsck_copy, fsck_files, fsck_report
 from bcachectl.commands.options import DryRun, Json, complete_device, print_json
-from bcachectl.commands.superblock_options import check_given
+from bcachectl.commands.superblock_options import check_given, parse_bucket_size, parse_set_uuid
 from bcachectl.errors import BcachectlError, Refused, UsageError
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
@@ -25,7 +25,7 @@ from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.owners import ASSIGN_FLASH, ASSIGN_NONE
 from bcachectl.fsck.repair import Repair, plan_repair
 from bcachectl.fsck.rescue import open_check
-from bcachectl.units import format_uuid, parse_size, parse_uuid
+from bcachectl.units import format_uuid, parse_uuid
 from bcachectl.writeplan import Plan, Write
 
 EXIT_CORRECTED = 1
@@ -37,7 +37,7 @@ EXIT_CANCELLED = 32
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", autocompletion=complete_device, show_default=False,
                                               help="The cache device, or a file that holds an image of it.")]
 BackingArgument = Annotated[list[str] | None, typer.Argument(
-    metavar="[BACKING...]", autocompletion=complete_device, show_default=False,
+    metavar="BACKING", autocompletion=complete_device, show_default=False,
     help="Backing devices of the set, to be checked against it.")]
 NoOption = Annotated[bool, typer.Option("-n", "--no", help="Only check, write nothing. This is the default, on a "
                                                       "terminal too.")]
@@ -79,9 +79,11 @@ def fsck(cache: CacheArgument, backings: BackingArgument = None, no: NoOption = 
             raise UsageError("--output says where a repair goes; add -p, -y or --repair")
         if (assign or dry_run) and not wants_repair:
             raise UsageError(f"{'--assign' if assign else '--dry-run'} is about a repair; add -p, -y or --repair")
-        sectors = parse_size(bucket_size) >> 9 if bucket_size is not None else None
-        uuid = parse_uuid(set_uuid) if set_uuid is not None else None
+        sectors, uuid = parse_bucket_size(bucket_size), parse_set_uuid(set_uuid)
         names = list(backings or ())
+        refuse_twice([cache, *names])
+        if output is not None:
+            fsck_copy.check_output(output)
         with ExitStack() as stack:
             if wants_repair and output is None and not dry_run:
                 opened = stack.enter_context(claim([cache, *names], write=True))
@@ -176,10 +178,13 @@ def _repair(check: Check, repair: Repair, opened: dict[str, BlockDevice], cache:
     if plan.steps:
         if not as_json:
             _print(check, repair, None, files, as_json)
+            print(f"\n{len(plan.writes)} {'write' if len(plan.writes) == 1 else 'writes'} of a repair:")
             print("\n".join(writeplan.describe(plan)))
         if dry_run:
             if as_json:
                 _print(check, repair, None, files, as_json)
+            else:
+                print("Nothing was written.")
             return EXIT_UNCORRECTED
         if ask:
             if not sys.stdin.isatty():

@@ -23,10 +23,15 @@ CHUNK_BYTES = 1 << 20
 RANGES_SHOWN = 4
 
 
-def copy_device(device: BlockDevice, check: Check, output: Path) -> None:
-    """Copy a device to a new file, durably; Refused if live data of the check cannot be read, and no file is left."""
+def check_output(output: Path) -> None:
+    """Refused if the copy would overwrite something."""
     if output.exists():
         raise Refused(f"{output}: exists already; name a new file")
+
+
+def copy_device(device: BlockDevice, check: Check, output: Path) -> None:
+    """Copy a device to a new file, durably; Refused if live data of the check cannot be read, and no file is left."""
+    check_output(output)
     bad: list[tuple[int, int]] = []
     try:
         with output.open("xb") as file:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.owners import Choice
-from bcachectl.fsck.repair import Repair, is_repairable, plan_repair
+from bcachectl.fsck.repair import Repair, is_repairable, offers_repair, plan_repair
 from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK
 from bcachectl.units import format_sectors, format_uuid
 
@@ -124,8 +124,8 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
     name = f"set {format_uuid(sb.set_uuid)}" if sb is not None else "unknown set"
     state = {Severity.NOTE: "clean", Severity.WARNING: "not as it should be", Severity.ERROR: "DAMAGED"}[check.worst]
     yield f"{name}: {state}"
-    yield (f"  {counts[Severity.ERROR]} errors, {counts[Severity.WARNING]} warnings, {counts[Severity.NOTE]} notes; "
-           f"{totals.nodes} btree nodes, {totals.extents} extents")
+    told = ", ".join(_counted(counts[severity], severity.name.lower()) for severity in sorted(Severity, reverse=True))
+    yield f"  {told}; {_counted(totals.nodes, 'btree node')}, {_counted(totals.extents, 'extent')}"
     good, lost = format_sectors(totals.dirty_sectors), format_sectors(totals.lost_dirty_sectors)
     clean, dropped = format_sectors(totals.clean_sectors), format_sectors(totals.lost_clean_sectors)
     more = " and more" if check.is_clean_unknown else ""
@@ -145,7 +145,12 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
     if repair is None and check.worst > Severity.NOTE:
         yield ""
         yield ("Nothing was written. `bcachectl fsck -p` repairs what costs nothing, -y everything, and --repair "
-               "shows the plan and asks; each keeps an undo file, and --output FILE repairs a copy.")
+               "shows the plan and asks; each keeps an undo file, and --output FILE repairs a copy."
+               if offers_repair(check) else "Nothing was written, and nothing of this can be repaired here.")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _finding_lines(finding: Finding) -> Iterator[str]:

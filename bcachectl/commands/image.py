@@ -20,6 +20,7 @@ from bcachectl import __version__, discovery, offline
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.commands import fsck_report
 from bcachectl.commands.options import DeviceArgument, DryRun, Force, Json, print_json
+from bcachectl.commands.superblock_options import check_given, parse_bucket_size, parse_set_uuid
 from bcachectl.errors import BcachectlError, Refused, UsageError
 from bcachectl.fsck import collect
 from bcachectl.fsck.anonymise import Names
@@ -29,7 +30,7 @@ from bcachectl.fsck.rescue import guess_superblock, superblock_problem
 from bcachectl.fsck.walk import Read
 from bcachectl.metaimage import Writer
 from bcachectl.ondisk.magic import BCACHE_MAGIC
-from bcachectl.units import format_sectors, format_size, parse_size, parse_uuid
+from bcachectl.units import format_sectors, format_size
 
 HAZARD_OVERWRITE = "overwrite"
 
@@ -163,17 +164,19 @@ def _examine(device: BlockDevice, bucket_size: str | None, set_uuid: str | None,
     size_sectors = device.size_bytes >> 9
     touched = Touched(read)
     guess, sb = None, None
+    sectors, uuid = parse_bucket_size(bucket_size), parse_set_uuid(set_uuid)
     if superblock_problem(read, size_sectors):
-        guess = guess_superblock(read, size_sectors, bucket_size=parse_size(bucket_size) >> 9 if bucket_size else None,
-                                 set_uuid=parse_uuid(set_uuid) if set_uuid else None)
+        guess = guess_superblock(read, size_sectors, bucket_size=sectors, set_uuid=uuid)
     try:
         found = offline.read_superblock(device)
         sb = found.superblock
         if guess is None:
             offline.require_magic(device, found)
-    except BcachectlError:
+    except BcachectlError as error:
         if guess is None:
-            raise
+            check_given(device.path, read, size_sectors, None, bucket_size=sectors, set_uuid=uuid)
+            raise BcachectlError(f"{error}; of a cache device that has lost its superblock and its journal make one "
+                                 "with --bucket-size and --set-uuid") from error
     if sb is not None and sb.is_backing and sb.magic == BCACHE_MAGIC and guess is None:
         return Subject(device, read, None, {}, sb.set_uuid if any(sb.set_uuid) else sb.uuid)
     check = Check(touched.read, size_sectors, instead=guess)

@@ -16,7 +16,7 @@ from bcachectl.blockdev import BlockDevice
 from bcachectl.claim import claim
 from bcachectl.commands import fsck_files, fsck_report, writeback_copy, writeback_orphans
 from bcachectl.commands.options import DryRun, Force, Json, complete_device, print_json
-from bcachectl.commands.superblock_options import check_given
+from bcachectl.commands.superblock_options import check_given, parse_bucket_size, parse_set_uuid
 from bcachectl.commands.writeback_copy import Cache, open_cache
 from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
 from bcachectl.fsck.check import Check
@@ -27,7 +27,7 @@ from bcachectl.fsck.rescue_map import Owner
 from bcachectl.fsck.writeback import Copy, Dirty, find_dirty, sectors_of, source, with_all_entries, writes
 from bcachectl.fsck.writeback_target import HAZARD_STALE, Member, member
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR
-from bcachectl.units import format_sectors, format_uuid, parse_size, parse_uuid
+from bcachectl.units import format_sectors, format_uuid, parse_uuid
 
 RANGES_SHOWN = 8
 AFTERWARDS = """The cache was only read, so its keys still say dirty. If the set runs again with the
@@ -155,8 +155,7 @@ def _own_map(map_file: Path | None, backing: Backing) -> Path | None:
 
 def _examine(held: Cache, members: list[Backing], bucket_size: str | None, set_uuid: str | None,
              as_json: bool) -> Check:
-    sectors = parse_size(bucket_size) >> 9 if bucket_size is not None else None
-    uuid = parse_uuid(set_uuid) if set_uuid is not None else None
+    sectors, uuid = parse_bucket_size(bucket_size), parse_set_uuid(set_uuid)
     guess = superblock_instead(held.read, held.size_sectors, members, bucket_size=sectors, set_uuid=uuid)
     # Without the backing devices: whether they agree with the cache is what this verb is about to change.
     check = Check(held.read, held.size_sectors, instead=guess)

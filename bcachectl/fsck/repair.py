@@ -144,6 +144,13 @@ def is_repairable(finding: Finding) -> bool:
     return finding.code in CODES and finding.code not in NOT_REPAIRED
 
 
+def offers_repair(check: Check) -> bool:
+    """Whether a repair is worth asking for: `plan_repair` tells exactly, for more work."""
+    codes = {finding.code for finding in check.findings if finding.severity > Severity.NOTE and is_repairable(finding)}
+    is_hopeless = any(finding.code in ("SB_UNUSABLE", "JOURNAL_EMPTY") for finding in check.findings)
+    return any(code.startswith("BACKING_") or not is_hopeless for code in codes)
+
+
 def _can_rebuild(check: Check) -> bool:
     # Not if nothing is known of the tree: a rebuild would make an empty set of it.
     # Nor behind an entry whose number leaves no room for a newer one.
@@ -172,6 +179,8 @@ def _superblock_write(check: Check) -> tuple[RepairWrite, ...]:
     sb = check.instead or walk.superblock
     if sb is None or any(finding.code == "SB_HALF_UUID" for finding in check.findings):
         return ()
+    if sb is check.instead and walk.newest is None:
+        return ()  # What was given fits, but no kernel runs a set without a journal, and more may come to light.
     if sb.replacement is None:
         sb = sb.with_replacement(Replacement.LRU)
     try:

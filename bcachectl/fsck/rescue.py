@@ -7,6 +7,9 @@ What the damaged superblock still says is taken where the rest of the device bea
    which is all that any magic needs.
 2. The newest entry names the bucket of the first prio set.  The bucket size is the one that puts a prio set there.
 3. The places of the entries behind each other tell the block size.
+4. Without any entry, bucket size and set uuid have to be known, and are believed if buckets of that
+   size hold prio sets or btree nodes of that set (`EVIDENCE_BUCKETS`).  What a start needs is gone then, but what is
+   left can be looked at.
 
 The journal stands at the start of the device, so only that is searched (`SCAN_LIMIT_SECTORS`).
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,7 +32,7 @@ from bcachectl.fsck.walk import Read
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.geometry import PAGE_SECTORS, Geometry
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, JSET_VERSION, Jset, decode_jset
-from bcachectl.ondisk.magic import BCACHE_MAGIC, JSET_MAGIC, prio_magic
+from bcachectl.ondisk.magic import BCACHE_MAGIC, JSET_MAGIC, bset_magic, prio_magic
 from bcachectl.ondisk.superblock import (
     CACHE_DISCARD,
     CACHE_REPLACEMENT,
@@ -48,6 +52,8 @@ from bcachectl.ondisk.superblock import (
 
 SCAN_LIMIT_SECTORS = 1 << 23
 CHUNK_SECTORS = 2048
+EVIDENCE_BUCKETS = 1 << 16
+"""So many buckets are looked at for structures of a set that left no journal entry."""
 BUCKET_SIZES = tuple(1 << shift for shift in range(3, 24))
 BLOCK_SIZES = (8, 4, 2, 1)
 RAW_BUCKET_SIZE_MAX = 32768
@@ -72,9 +78,16 @@ def open_check(read: Read, size_sectors: int, backings: Sequence[Backing] = (), 
 def superblock_instead(read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
                        bucket_size: int | None = None, set_uuid: bytes | None = None) -> Superblock | None:
     """What to go by in place of the device's own superblock; None if that one is good, or nothing better is found."""
-    if superblock_problem(read, size_sectors, bucket_size=bucket_size, set_uuid=set_uuid):
-        return guess_superblock(read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid)
-    return None
+    if not superblock_problem(read, size_sectors, bucket_size=bucket_size, set_uuid=set_uuid):
+        return None
+    guess = guess_superblock(read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid)
+    if guess is not None and not superblock_problem(read, size_sectors):
+        # It is good by itself and contradicts what was given; so does the device.
+        own = decode_superblock(read(SB_SECTOR, SB_BYTES >> 9))
+        if (own.set_uuid, own.block_size, own.bucket_size, own.d) == (guess.set_uuid, guess.block_size,
+                                                                      guess.bucket_size, guess.d):
+            return None
+    return guess
 
 
 def superblock_problem(read: Read, size_sectors: int, *, bucket_size: int | None = None,
@@ -104,7 +117,7 @@ def guess_superblock(read: Read, size_sectors: int, backings: Sequence[Backing] 
         return None
     entries = _scan(read, size_sectors, (JSET_MAGIC ^ int.from_bytes(set_uuid[:8], "little")) if set_uuid else None)
     if not entries:
-        return None
+        return _without_journal(read, size_sectors, old, bucket_size or old.bucket_size, set_uuid or old.set_uuid)
     newest = max(entries, key=lambda entry: entry.jset.seq)
     entries = [entry for entry in entries if entry.magic == newest.magic]
     half = _half_of(newest.magic)
@@ -115,6 +128,33 @@ def guess_superblock(read: Read, size_sectors: int, backings: Sequence[Backing] 
     if not size:
         return None
     return _compose(old, entries, size_sectors, size, full)
+
+
+def _without_journal(read: Read, size_sectors: int, old: Superblock, size: int, set_uuid: bytes) -> Superblock | None:
+    if size not in BUCKET_SIZES or not any(set_uuid):
+        return None
+    if not _has_structures(read, size_sectors, size, set_uuid):
+        return None
+    # The smallest block, unless a larger one is known: every structure starts at one of those too.
+    if old.block_size not in BLOCK_SIZES:
+        old = replace(old, block_size=1)
+    return _compose(old, [], size_sectors, size, set_uuid)
+
+
+def _has_structures(read: Read, size_sectors: int, size: int, set_uuid: bytes) -> bool:
+    # A prio set tells the bucket size by its checksum; a node tells the set.
+    node, prio = (magic(set_uuid).to_bytes(8, "little") for magic in (bset_magic, prio_magic))
+    prio_bytes = Geometry(1, size, size_sectors // size, 1).meta_sectors << 9
+    has_node = has_other_prio = False
+    for bucket in range(1, min(size_sectors // size, EVIDENCE_BUCKETS)):
+        magic = _read_around(read, bucket * size, 1)[8:16]
+        has_node |= magic == node
+        if magic == prio:
+            buf = _read_around(read, bucket * size, prio_bytes >> 9)
+            if int.from_bytes(buf[:8], "little") == crc64(memoryview(buf)[8:]):
+                return True
+            has_other_prio = True
+    return has_node and not has_other_prio
 
 
 def set_halves(read: Read, size_sectors: int) -> list[bytes]:
@@ -134,9 +174,9 @@ def _compose(old: Superblock, entries: list[_Found], size_sectors: int, size: in
     fits = old.nbuckets * size <= size_sectors and old.nbuckets * size * 10 > size_sectors * 9
     nbuckets = old.nbuckets if fits else size_sectors // size
     first_bucket = 23 // size + 1
-    if first_bucket < old.first_bucket <= min(entry.sector for entry in entries) // size:
+    if entries and first_bucket < old.first_bucket <= min(entry.sector for entry in entries) // size:
         first_bucket = old.first_bucket
-    last = max(entry.sector for entry in entries) // size
+    last = max((entry.sector // size for entry in entries), default=first_bucket)
     count = Geometry(block_size, size, nbuckets, first_bucket).njournal_default
     if last < first_bucket + old.keys and 0 < old.keys <= SB_JOURNAL_BUCKETS:
         count = old.keys

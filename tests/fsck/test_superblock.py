@@ -146,8 +146,68 @@ def test_wrong_bucket_size_is_said(copy: Callable[[str], Copy]) -> None:
     set_.put(SB, bytes(4096))
     status, out, err = set_.fsck("--bucket-size", "32k")
     assert status == 4
-    assert "1 errors" in out
+    assert "1 error," in out
     assert "has buckets of 64 KiB, not of 32 KiB" in err
+
+
+def test_nothing_but_what_is_given(copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    """No superblock, no journal: what is left can be looked at by a geometry that fits it, and nothing is written."""
+    set_ = copy("two_backing")
+    set_.put(SB, bytes(4096))
+    for bucket in set_.sb.d:
+        set_.put(bucket * set_.sb.bucket_size << 9, bytes(set_.sb.bucket_size << 9))
+    before = [path.read_bytes() for path in (set_.cache, *set_.backings)]
+    uuid = format_uuid(set_.sb.set_uuid)
+    told = ("--bucket-size", "128k", "--set-uuid", uuid)
+    status, out, err = set_.fsck()
+    assert (status, "SB_UNUSABLE" in out) == (4, True)
+    assert out.endswith("Nothing was written, and nothing of this can be repaired here.\n")
+    status, out, err = set_.fsck(*told)
+    assert (status, err) == (4, "")
+    assert f"set {uuid}: DAMAGED" in out
+    assert "JOURNAL_EMPTY" in out
+    assert "SB_GUESSED" in out
+    assert "nothing is known about 0:0" in out
+    for size in ("64k", "256k", "1M"):
+        status, out, err = set_.fsck("--bucket-size", size, "--set-uuid", uuid)
+        assert (status, out) == (16, "")
+        assert f"has no journal entry of set {uuid}; there is none of any set, and buckets of" in err
+    assert set_.fsck("--bucket-size", "128k", "--set-uuid", "00000000-1111-2222-3333-444444444444")[0] == 16
+    status, out, err = set_.fsck("-y", *told, "--backup", tmp_path / "undo")
+    assert (status, out.splitlines()[-1]) == (4, "Not repaired: SB_OFFSET, JOURNAL_EMPTY")
+    status, out, err = set_.cli("writeback", *told, set_.cache, *set_.backings)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "no journal entry is left" in err
+    status, out, err = set_.cli("image", "create", set_.cache, tmp_path / "image")
+    assert (status, "with --bucket-size and --set-uuid" in err) == (1, True)
+    assert set_.cli("image", "create", *told, set_.cache, tmp_path / "image")[0] == 0
+    assert "JOURNAL_EMPTY" in set_.cli("fsck", *told, tmp_path / "image")[1]
+    assert before == [path.read_bytes() for path in (set_.cache, *set_.backings)]
+
+
+@pytest.mark.parametrize("size", ["3k", "2k", "0", "8T", "4097"])
+def test_what_is_no_bucket_size(copy: Callable[[str], Copy], size: str) -> None:
+    set_ = copy("dirty_crash")
+    status, out, err = set_.fsck("--bucket-size", size)
+    assert (status, out) == (16, "")
+    assert f"--bucket-size {size}: is no bucket size" in err
+
+
+def test_a_good_superblock_is_not_overruled_by_a_mistake(copy: Callable[[str], Copy]) -> None:
+    set_ = copy("dirty_crash")
+    status, out, err = set_.fsck("--bucket-size", "128k")
+    assert status == 0
+    assert "0 errors, 0 warnings, 0 notes" in out
+    assert "has buckets of 64 KiB, not of 128 KiB" in err
+
+
+def test_a_device_is_named_once(copy: Callable[[str], Copy]) -> None:
+    set_ = copy("dirty_crash")
+    status, out, err = set_.cli("fsck", set_.cache, set_.cache)
+    assert (status, out) == (16, "")
+    assert "is named twice; name it once" in err
+    other = set_.cache.parent / "." / ".." / set_.cache.parent.name / "back0.img"
+    assert set_.cli("fsck", set_.cache, *set_.backings, other)[0] == 16
 
 
 @pytest.mark.parametrize("gone", [False, True])

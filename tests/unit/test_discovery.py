@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,3 +86,19 @@ def test_users(tmp_path: Path, loop_device: Callable[..., str], monkeypatch: pyt
              "/proc/swaps": ["Filename Type Size Used Priority", f"{path} partition 1020 0 -2"]}
     monkeypatch.setattr(discovery, "_lines", files.__getitem__)
     assert users_of(path) == ["mounted on /mnt/with blank", "used as swap"]
+
+
+def test_a_file_that_another_process_writes_to(tmp_path: Path) -> None:
+    """An engine's lock is seen without taking one."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4096))
+    code = ("import fcntl, sys; file = open(sys.argv[1], 'r+b'); fcntl.flock(file, getattr(fcntl, sys.argv[2])); "
+            "print('locked', flush=True); sys.stdin.read()")
+    for kind, is_seen in (("LOCK_EX", True), ("LOCK_SH", False)):
+        with subprocess.Popen([sys.executable, "-c", code, image, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "locked\n"
+            assert users_of(str(image)) == ([f"written to by process {other.pid}"] if is_seen else [])
+            other.communicate()
+    assert users_of(str(image)) == []
