@@ -3,7 +3,8 @@
 
 A `Case` names its base image, the edit, and the exact codes of all warnings and errors.  The checksum is set right
 again where the rule is not the checksum.  What a case costs is not written down here: tests/fsck/test_damage.py works
-it out from the undamaged image and holds the report against it.  ``make damage`` runs all cases.
+it out from the undamaged image and holds the report against it.  ``make damage`` runs all cases, ``python -m
+tests.damage`` lists them.
 """
 
 from __future__ import annotations
@@ -668,3 +669,17 @@ def _cut(image: Image) -> None:
 def _data_offset(image: Image) -> None:
     image.sb(16, "Q", 4, device=image.backings[0], fix=False)
     image.sb(184, "Q", 8, device=image.backings[0])
+
+
+def main() -> None:
+    """``python -m tests.damage``: every case, the image that it damages and the findings, and how many there are."""
+    every = cases()
+    width = max(len(case.name) for case in every)
+    for case in every:
+        print(f"{case.name:{width}}  {case.base:14}  {' '.join(case.codes) or 'notes only'}")
+    codes = {code for case in every for code in case.codes}
+    print(f"{len(every)} cases of damage to {len({case.base for case in every})} images, {len(codes)} kinds of finding")
+
+
+if __name__ == "__main__":
+    main()
