@@ -131,19 +131,27 @@ async def _show(host: EngineHost) -> None:
         while not await host.wait_for_stop(deadline_ns=host.sched.now_ns + NS_PER_S):
             snapshot = host.cset.snapshot(view.cells())
             await host.loop.call_in_thread(lambda shown=snapshot: view.show(shown))  # type: ignore[misc]
+    _tell_warnings(host)
     if host.failed is not None:
         _complain(host.failed)
 
 
 async def _report(host: EngineHost) -> None:
-    # Without a view, the failure of the set is said when it happens.
+    # Without a view, warnings and the failure of the set are said when they happen.
     is_told = False
     while not await host.wait_for_stop():
+        _tell_warnings(host)
         if host.failed is not None and not is_told:
             is_told = True
             _complain(host.failed)
     if host.failed is not None and not is_told:
         _complain(host.failed)
+
+
+def _tell_warnings(host: EngineHost) -> None:
+    told, host.warnings = host.warnings, []
+    for text in told:
+        print(f"bcachectl: {text}", file=sys.stderr, flush=True)
 
 
 async def _wait_until_unused(host: EngineHost) -> None:

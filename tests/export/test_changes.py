@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from bcachectl.engine.export.host import HostOptions
+from bcachectl.engine.front import Volume
+from bcachectl.errors import DeviceError
 from tests.export.engine import ROOT, Engine
+from tests.export.faulty import hosted
 from tests.export.test_engine_run import make_set
 from tests.export.test_loop import is_left_behind
 from tests.nbd_client import NbdClient, list_exports
@@ -24,6 +28,12 @@ def run(engine: Engine, *words: str | Path) -> str:
                           cwd=ROOT, env={**os.environ, "XDG_RUNTIME_DIR": engine.runtime.name}, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def refused(engine: Engine, *words: str | Path) -> str:
+    with pytest.raises(AssertionError) as error:
+        run(engine, *words)
+    return str(error.value)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -64,6 +74,45 @@ def test_over_nbd(tmp_path: Path) -> None:
     with second.open("rb") as file:
         file.seek(8192)
         assert file.read(4096) == b"s" * 4096
+
+
+def test_a_device_that_was_refused_can_be_attached_later(tmp_path: Path) -> None:
+    """And a device whose node has gone meanwhile, as a disk's that was pulled, keeps nobody from being attached."""
+    options = make_set(tmp_path)
+    second = tmp_path / "second.img"
+    with second.open("wb") as file:
+        file.truncate(16 << 20)
+    with Engine(tmp_path, *options, "--export", "nbd") as engine:
+        uuid = Path(engine.socket()).stem
+        run(engine, "format", "--backing", second)
+        good = second.read_bytes()
+        second.write_bytes(bytes(len(good)))
+        assert "superblock" in refused(engine, "attach", second, uuid)
+        second.write_bytes(good)
+        for path in tmp_path.glob("back*.img"):
+            path.unlink()
+        run(engine, "attach", second, uuid)
+        assert "is in use" in refused(engine, "attach", tmp_path / "cache.img", uuid)
+        assert len(list_exports(engine.socket())) == 2
+    assert (engine.status, engine.errors) == (0, "")
+
+
+def test_a_volume_that_gets_no_block_device_is_served_otherwise(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loop device may be free, no ublk device be had: the engine goes on, and says so."""
+    words = [str(word) for word in make_set(tmp_path)]
+    with hosted(HostOptions(cache=words[1], backings=(words[3],))) as running:
+        async def fails(volume: Volume) -> None:
+            raise DeviceError(f"no device for {volume.name}")
+
+        monkeypatch.setattr(running.host, "_start_block_export", fails)
+        done = subprocess.run([sys.executable, "-m", "bcachectl", "volume", "create", Path(running.socket).stem, "8M"],
+                              capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: bool(running.host.warnings))
+        assert "bcache1: has no block device: no device for bcache1" in running.host.warnings
+        with NbdClient(running.socket, "bcache1") as client:
+            client.write(0, b"f" * 4096, fua=True)
 
 
 def test_as_loop_devices(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@
    first, so that no request comes after; then the set writes what it has to.
 5. `EngineHost.close`, whatever happened before: nothing stays mounted, attached or open.
 
-A set that fails keeps serving what it still can; `EngineHost.failed` has the reason, and the exit status tells.
+A set that fails keeps serving what it still can; `EngineHost.failed` has the reason, and the exit status tells.  What
+went wrong with one volume that came or went later is in ``warnings``, for whoever talks to the user.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class EngineHost:
         self.control: ControlServer | None = None
         self.trace: TextIO | None = None
         self.trace_error: str | None = None
+        self.warnings: list[str] = []
         if options.use_loop and os.geteuid():
             raise Refused("a loop device needs root; run the engine as root, or use --export nbd")
         with contextlib.ExitStack() as undo:
@@ -199,7 +201,7 @@ class EngineHost:
         return [{"volume": here.volume, "device": here.device, "uri": here.uri} for here in self.ready()]
 
     async def wait_for_stop(self, *, deadline_ns: int | None = None) -> bool:
-        """True if the engine is to stop; False at the deadline, and when the set has just failed."""
+        """True if the engine is to stop; False at the deadline, at a warning, and when the set has just failed."""
         if self.loop.signalled:
             self.request_stop()
         if not self.wants_stop:
@@ -294,7 +296,8 @@ class EngineHost:
         is_written = not self.options.read_only and self.options.overlay is None
         device = self._open_when_free(path, write=is_written)
         for other in self.media:
-            if os.path.samefile(other.path, path):
+            # One that was not registered after all is closed, and one whose node is gone cannot be meant.
+            if other.fd >= 0 and os.path.exists(other.path) and os.path.samefile(other.path, path):
                 device.close()
                 raise UsageError(f"{path}: is named twice")
         return device
@@ -476,13 +479,24 @@ class EngineHost:
         await export.stop(wait=not await export.is_in_use())
 
     async def _follow_volumes(self) -> None:
+        # A volume that cannot be exported, or taken away, is no reason to end: the others are in use.
         names = {volume.name for volume in self.cset.volumes}
         for volume in self.cset.volumes:
             if volume.name not in self.block_exports:
-                await self._start_block_export(volume)
+                try:
+                    await self._start_block_export(volume)
+                except (BcachectlError, OSError) as error:
+                    self._warn(f"{volume.name}: has no block device: {error}")
         for name in sorted(self.block_exports):
             if name not in names:
-                await self._stop_block_export(name)
+                try:
+                    await self._stop_block_export(name)
+                except (BcachectlError, OSError) as error:
+                    self._warn(f"{name}: its block device was not taken away: {error}")
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.stop_wait.wake_all()
 
 
 def _naming(path: str, corrupt: Corrupt) -> Corrupt:
