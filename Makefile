@@ -11,7 +11,7 @@ SEED ?=
 SHARD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden sim crash damage flips nofalse vm campaign system bench docs clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash damage flips nofalse vm campaign system bench docs compiled plain clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,7 +70,16 @@ bench: setup-dev ## figures beside their targets: two million buckets, NBD besid
 docs: setup-dev ## write the manual pages anew from the program's help
 	COLUMNS=100 $(BIN)/python man/generate.py
 
-clean: ## remove the virtual environment and all caches of this tree
+compiled: setup ## compile the hot path (optional, needs a C compiler): the same sources, faster
+	@packaging/debian-packages.sh compiled
+	$(BIN)/pip install -q -r requirements-compile.txt
+	$(BIN)/python packaging/compile.py
+
+plain: setup ## undo `make compiled`
+	$(BIN)/python packaging/compile.py --remove
+
+clean: ## remove the virtual environment, what is compiled, and all caches of this tree
+	find bcachectl -name '*.so' -delete
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 setup: $(VENV)/.runtime

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import mmap
 import os
 import random
 import socket
@@ -20,13 +21,17 @@ from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from time import thread_time_ns
+from unittest import mock
 
 from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.export import nbd_wire as wire
+from bcachectl.engine.export import ublk, ublk_reads, ublk_wire
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.nbd import NbdServer, enlarge
 from bcachectl.engine.export.nbd_connection import Connection
+from bcachectl.engine.export.ublk import UblkExport
 from bcachectl.engine.front import NOT_NOW, REQ_READ, REQ_STABLE, REQ_WRITE, Request
+from bcachectl.engine.io.uring import RingBackend
 from bench.process import machine, row
 from tests.export.engine import ROOT
 
@@ -53,6 +58,14 @@ def least(step: Callable[[], object], count: int) -> float:
             step()
         times.append(thread_time_ns() - began)
     return min(times) / ROUNDS / count
+
+
+class Control:
+    """What a ublk export asks of the driver's control device while it is set up."""
+
+    def io_command(self, command: int) -> int:
+        """As `UblkControl.io_command`."""
+        return ublk_wire.encoded(command)
 
 
 class Bench:
@@ -175,6 +188,28 @@ class Bench:
         connection.choose(self.dev)
         return connection, theirs
 
+    def over_ublk(self) -> float:
+        """A turn of a ublk device: the reads of the last turn have ended, as many requests have come.  The driver is
+        played by a file, which the descriptors lie in; nothing goes to the kernel.
+        """
+        device = self.directory / "ublkc"
+        with device.open("wb") as file:
+            file.writelines(ublk_wire.IO_DESC.pack(ublk_wire.OP_READ, 8, sector, 0) for sector in self.sectors)
+            file.truncate(mmap.PAGESIZE)
+        backend = RingBackend(list(self.host.media), waited_in=True)
+        export = UblkExport(self.host.loop, backend, Control(), self.dev,  # type: ignore[arg-type]
+                            self.host.media[0], self.cset.buckets, mark=1, stream=1, block_bytes=4096,
+                            can_discard=True, can_zero=True)
+        with mock.patch.object(ublk, "_open_when_there", return_value=os.open(device, os.O_RDWR)):
+            export._open(ublk_wire.DevInfo(1, BATCH, 0, 64 << 10, 0, 1, 0, 1))
+        backend.wait(0, 0.05)
+        arrived = [(tag, 0) for tag in range(BATCH)]
+        turn = [(ublk_reads.READ_NUMBER + tag, 4096) for tag in range(BATCH)] + arrived
+        export.landed(arrived)
+        with mock.patch.object(ublk_reads, "HAND_OVER_READS", 1 << 20):
+            spent = least(lambda: export.landed(turn), BATCH)
+        return spent
+
     def served(self, connection: Connection, theirs: socket.socket, requests: bytes, answer_bytes: int) -> float:
         """A turn of a connection: requests in, answers out; the client's share is not counted."""
         times = []
@@ -228,6 +263,7 @@ async def measure(host: EngineHost, directory: Path) -> None:
     line("mode decision: sequential run", least(bench.runs, BATCH))
     line("read hit decided: all of these, and the counters", least(bench.hits, BATCH))
     line("the same and the preadv (system call)", least(bench.preads, BATCH))
+    line("read hit over ublk, two completions in, two entries out", bench.over_ublk())
     connection, theirs = bench.connection()
     reads = b"".join(wire.REQUEST.pack(wire.REQUEST_MAGIC, 0, 0, cookie, sector << 9, 4096)
                      for cookie, sector in enumerate(bench.sectors))

@@ -114,7 +114,8 @@ class Target:
     device: str
     iops: dict[str, list[float]] = field(default_factory=dict)
     p99_us: dict[str, list[float]] = field(default_factory=dict)
-    cpu_us: dict[str, list[float]] = field(default_factory=dict)
+    user_us: dict[str, list[float]] = field(default_factory=dict)
+    system_us: dict[str, list[float]] = field(default_factory=dict)
 
 
 def targets() -> dict[str, Target]:
@@ -165,14 +166,17 @@ def collect(share: Path, rounds: int, only: str) -> dict[str, Target]:
                 target.p99_us.setdefault(workload, []).append(
                     side["clat_ns"].get("percentile", {}).get("99.000000", 0) / 1000)
                 if name == "engine":
-                    spent = _ticks(base.with_name(base.name + ".after")) - _ticks(base.with_name(base.name + ".before"))
-                    target.cpu_us.setdefault(workload, []).append(spent * 1e4 / max(1, side["total_ios"]))
+                    after, before = (_ticks(base.with_name(base.name + end)) for end in (".after", ".before"))
+                    for kept, index in ((target.user_us, 0), (target.system_us, 1)):
+                        kept.setdefault(workload, []).append(
+                            (after[index] - before[index]) * 1e4 / max(1, side["total_ios"]))
     return found
 
 
-def _ticks(path: Path) -> int:
+def _ticks(path: Path) -> tuple[int, int]:
+    # Processor time in hundredths of a second: in the program, in the kernel.
     fields = path.read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+    return int(fields[11]), int(fields[12])
 
 
 def report(found: dict[str, Target]) -> list[Ratio]:
@@ -180,7 +184,9 @@ def report(found: dict[str, Target]) -> list[Ratio]:
     ratios: list[Ratio] = []
     engine = found["engine"]
     for workload, mine in engine.iops.items():
-        print(f"  {workload}: engine {statistics.median(engine.cpu_us[workload]):.0f} us CPU (emulated) a request")
+        user_us, system_us = (statistics.median(kept[workload]) for kept in (engine.user_us, engine.system_us))
+        print(f"  {workload}: engine, CPU (emulated) a request: {user_us:.0f} us in the program, "
+              f"{system_us:.0f} us in the kernel")
         for target in found.values():
             line = (f"    {target.name:<14} {statistics.median(target.iops[workload]):>9.0f}/s  p99 "
                     f"{statistics.median(target.p99_us[workload]):>8.0f} us")

@@ -1,14 +1,16 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only
-# Install the Debian packages that are missing: for "demo" what the program needs, for "test" what its tests need too.
+# Install the Debian packages that are missing: for "demo" what the program needs, for "compiled" what compiling its hot
+# path needs, for "test" what its tests need too.
 # As root on a Debian system it installs them; anyone else gets a line that names what is left out and why.
 set -eu
 
 case "${1:-}" in
 demo) packages="python3-venv" ;;
-test) packages="python3-venv fio nbdkit qemu-utils libnbd-bin bcache-tools e2fsprogs xfsprogs util-linux mount fdisk
-    qemu-system-x86 busybox-static cpio kmod xz-utils dpkg apt" ;;
-*) echo "usage: $0 demo|test" >&2; exit 2 ;;
+compiled) packages="gcc libc6-dev python3-dev" ;;
+test) packages="python3-venv gcc libc6-dev python3-dev fio nbdkit qemu-utils libnbd-bin bcache-tools e2fsprogs xfsprogs
+    util-linux mount fdisk qemu-system-x86 busybox-static cpio kmod xz-utils dpkg apt" ;;
+*) echo "usage: $0 demo|compiled|test" >&2; exit 2 ;;
 esac
 
 if ! command -v dpkg-query >/dev/null; then

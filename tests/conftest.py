@@ -36,6 +36,15 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
+def pytest_configure() -> None:
+    """What is compiled must be what is tested."""
+    for compiled in (TESTS.parent / "bcachectl").rglob("*.so"):
+        name = compiled.name.split(".")[0]
+        for source in (compiled.with_name(name + ".py"), compiled.with_name(name + ".pxd")):
+            if source.exists() and source.stat().st_mtime > compiled.stat().st_mtime:
+                pytest.exit(f"{source} is newer than what was compiled from it: 'make compiled' or 'make plain'", 4)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         try:

@@ -25,7 +25,7 @@ ESSAY_CHARACTERS_MIN = 80
 COMMAND_ESSAY_CHARACTERS_MIN = 30
 BANNED_FILE_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 
-BASE = ("errors", "units", "snapshot")
+BASE = ("errors", "units", "snapshot", "plain")
 CORE_BANNED = ("os", "time", "random", "threading", "asyncio", "socket", "logging", "datetime", "secrets", "pathlib",
                "io")
 """What would let the core see the outside world; time and randomness are handed in."""
@@ -44,6 +44,7 @@ class Layer:
 LAYERS: dict[str, Layer] = {
     "": Layer(internal=()),
     "errors": Layer(internal=BASE),
+    "plain": Layer(internal=()),
     "units": Layer(internal=BASE),
     "snapshot": Layer(internal=BASE),
     "sysfs": Layer(internal=(*BASE, "sysfs"), banned_stdlib=("socket", "threading", "asyncio")),
@@ -65,7 +66,8 @@ LAYERS: dict[str, Layer] = {
                    banned_stdlib=("os", "time", "random", "socket", "threading", "asyncio")),
     "fsck": Layer(internal=(*BASE, "census", "ondisk", "fsck"), third_party=("numpy",),
                   banned_stdlib=("socket", "threading", "asyncio")),
-    "engine": Layer(internal=(*BASE, "census", "ondisk", "engine"), third_party=("numpy",), banned_stdlib=CORE_BANNED),
+    "engine": Layer(internal=(*BASE, "census", "ondisk", "engine"), third_party=("numpy", "cython"),
+                    banned_stdlib=CORE_BANNED),
     "engine.io": Layer(internal=(*BASE, "ondisk", "engine", "engine.io", "blockdev"), third_party=("numpy",)),
     "engine.export": Layer(internal=(*BASE, "ondisk", "engine", "engine.io", "engine.export", "blockdev",
                                      "control"), third_party=("numpy",)),

@@ -26,7 +26,6 @@ Kernel: bset.c, bch_btree_insert_key; extents.c, bch_extent_insert_fixup and bch
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -38,6 +37,13 @@ from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, KeyColumns, encode_key_c
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BsetImage
 from bcachectl.ondisk.geometry import Geometry
 
+try:
+    import cython
+except ImportError:
+    from bcachectl import plain as cython
+
+if not cython.compiled:
+    from bisect import bisect_right
 if TYPE_CHECKING:
     from bcachectl.engine.journal import JournalPin
 

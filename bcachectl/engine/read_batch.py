@@ -10,7 +10,6 @@ What is the same for all reads of a batch is looked up once, and counted once.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
@@ -18,6 +17,13 @@ from bcachectl.engine.front import NOT_NOW
 from bcachectl.engine.node import HAS_PTR, SIZE_MASK, Node
 from bcachectl.ondisk.superblock import CacheMode
 
+try:
+    import cython
+except ImportError:
+    from bcachectl import plain as cython
+
+if not cython.compiled:
+    from bisect import bisect_right
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
 
@@ -29,6 +35,7 @@ def place_reads(dev: CachedDev, reads: list[tuple[int, int]]) -> list[int]:
         return [NOT_NOW] * len(reads)
     root, base, buckets = cset.btree.root, dev.base + dev.data_offset, cset.buckets
     gen_at, prio_at, shift = buckets.gen_at, buckets.prio_at, buckets.bucket_shift
+    size_mask, has_ptr, sector_mask, initial_prio = SIZE_MASK, HAS_PTR, PTR_SECTOR_MASK, INITIAL_PRIO
     places: list[int] = []
     hits: list[tuple[int, int]] = []
     for read in reads:
@@ -42,13 +49,13 @@ def place_reads(dev: CachedDev, reads: list[tuple[int, int]]) -> list[int]:
             index = bisect_right(ends, start)
             if index < len(ends):
                 end, meta = ends[index], node.meta[index]
-                offset = start - end + (meta & SIZE_MASK)
-                if offset >= 0 and start + nsectors <= end and meta & HAS_PTR:
+                offset = start - end + (meta & size_mask)
+                if offset >= 0 and start + nsectors <= end and meta & has_ptr:
                     ptr = node.ptrs[index]
-                    at = (ptr >> 8) & PTR_SECTOR_MASK
+                    at = (ptr >> 8) & sector_mask
                     bucket = at >> shift
                     if not 0 < (gen_at[bucket] - ptr) & 255 <= 128:
-                        prio_at[bucket] = INITIAL_PRIO
+                        prio_at[bucket] = initial_prio
                         node.used = 1
                         hits.append(read)
                         places.append((at + offset) << 9)

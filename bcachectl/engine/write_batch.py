@@ -21,7 +21,6 @@ cancelled.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,13 @@ from bcachectl.engine.node import FLAGS, Extent, Node
 from bcachectl.engine.request import keeps_back
 from bcachectl.ondisk.bkey import KEY_BYTES, pack_dirty_keys
 
+try:
+    import cython
+except ImportError:
+    from bcachectl import plain as cython
+
+if not cython.compiled:
+    from bisect import bisect_right
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
 

@@ -39,7 +39,9 @@ from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.loopdev import is_claimed
 from bcachectl.engine.export.ublk_control import UblkControl
+from bcachectl.engine.export.ublk_reads import READ_NUMBER, publish_reads, sort_out
 from bcachectl.engine.front import (
+    NOT_NOW,
     REQ_DISCARD,
     REQ_FLUSH,
     REQ_FUA,
@@ -53,7 +55,7 @@ from bcachectl.engine.front import (
 )
 from bcachectl.engine.io.loop import Loop
 from bcachectl.engine.io.medium import Medium
-from bcachectl.engine.io.uring import HAND_OVER_READS, OP_READ, OP_URING_CMD, SQE_IO_LINK, RingBackend
+from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, SQE_IO_LINK, RingBackend
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.errors import DeviceError
 
@@ -67,9 +69,6 @@ MAX_BLOCK_BYTES = 4096
 MAX_DISCARD_SECTORS = 1 << 21
 """A gigabyte: more in one request would keep what overlaps it waiting for long."""
 OPEN_TIMEOUT_S = 5.0
-
-_READ_NUMBER = 1 << 16
-"""The number of a tag's read in the ring; that of its commit is the tag's own."""
 
 _OPERATIONS = {wire.OP_READ: REQ_READ, wire.OP_WRITE: REQ_WRITE, wire.OP_FLUSH: REQ_FLUSH,
                wire.OP_DISCARD: REQ_DISCARD, wire.OP_WRITE_ZEROES: REQ_WRITE_ZEROES}
@@ -124,6 +123,7 @@ class UblkExport:
         self._descs: list[memoryview] = []      # by tag: the three words of its descriptor
         self._buffers: list[memoryview] = []    # by tag
         self._read_buckets: list[int] = []      # by tag: the bucket that its read in flight has pinned, or -1
+        self._quiet = 0                         # short reads in flight (`RingBackend.quiet_reads`)
 
     async def start(self) -> str:
         """Make the device; its name, ``/dev/ublkb0``."""
@@ -182,6 +182,8 @@ class UblkExport:
         self.device = None
         if self._base >= 0:
             self.backend.remove_client(self._base)
+            self.backend.quiet_reads -= self._quiet
+            self._quiet = 0
             self._base = -1
             if self._ended == self._tag_count:
                 self.backend.ring.give_back(self._first_slot, 2 * self._tag_count)
@@ -201,58 +203,22 @@ class UblkExport:
 
     def landed(self, completions: list[tuple[int, int]]) -> None:
         """Requests have arrived, reads have ended, fetches have come back."""
-        # The hot loop: everything it needs is a local variable.
-        ring, descs, read_buckets, pin_at = self.backend.ring, self._descs, self._read_buckets, self.buckets.pin_at
-        sqe_u64, sqe_u32, sqe_i32 = ring.sqe_u64, ring.sqe_u32, ring.sqe_i32
-        array, mask, tail = ring.sq_array, ring.sq_mask, ring.tail
-        bucket_shift = self.buckets.bucket_shift + 9
-        first_commit, first_read = self._first_slot, self._first_slot + self._tag_count
-        is_quick = self.cache.fd >= 0
-        handed_over = tail
-        others: list[int] = []
-        arrived: list[int] = []
-        reads: list[tuple[int, int]] = []
-        for number, result in completions:
-            if number >= _READ_NUMBER:
-                # Ended, well or not; if not, its commit comes back with ECANCELED.
-                number -= _READ_NUMBER
-                pin_at[read_buckets[number]] -= 1
-                read_buckets[number] = -1
-            elif not result:
-                desc = descs[number]
-                word = desc[0]
-                if is_quick and not word & 0xFF:
-                    arrived.append(number)
-                    reads.append((desc[1], word >> 32))
-                else:
-                    others.append(number)
-            elif result == -errno.ECANCELED:
-                others.append(number)
-            else:
-                self._ended += 1
-                self.ended_wait.wake_all()
-        for number, read, place in zip(arrived, reads, self.volume.reads_nowait(reads) if reads else (), strict=True):
-            if place < 0:
-                others.append(number)
-                continue
-            bucket = place >> bucket_shift
-            pin_at[bucket] += 1
-            read_buckets[number] = bucket
-            length = read[1] << 9
-            slot = first_read + number
-            sqe_u64[8 * slot + 1] = place
-            sqe_u32[16 * slot + 6] = length
-            array[tail & mask] = slot
-            slot = first_commit + number
-            sqe_i32[16 * slot + wire.IO_CMD_RESULT_WORD] = length
-            array[tail + 1 & mask] = slot
-            tail = tail + 2 & 0xFFFFFFFF
-            if tail - handed_over & 0xFFFFFFFF >= 2 * HAND_OVER_READS:
-                ring.tail = handed_over = tail
-                ring.hand_over()
-        ring.tail = tail
-        if others:
-            requests = [request for request in map(self._request, others) if request is not None]
+        ring, pin_at, read_buckets = self.backend.ring, self.buckets.pin_at, self._read_buckets
+        first_read = self._first_slot + self._tag_count
+        landed = sort_out(completions, self._descs, read_buckets, pin_at, ring.sqe_u32, first_read)
+        quiet = -landed.quiet
+        if landed.ended:
+            self._ended += landed.ended
+            self.ended_wait.wake_all()
+        if landed.reads:
+            quick = self.cache.fd >= 0
+            places = self.volume.reads_nowait(landed.reads) if quick else [NOT_NOW] * len(landed.reads)
+            quiet += publish_reads(ring, landed, places, read_buckets, pin_at, self.buckets.bucket_shift,
+                                   self._first_slot, first_read)
+        self._quiet += quiet
+        self.backend.quiet_reads += quiet
+        if landed.others:
+            requests = [request for request in map(self._request, landed.others) if request is not None]
             self.volume.submit_all(requests)
 
     def commit(self, index: int, result: int) -> None:
@@ -310,7 +276,7 @@ class UblkExport:
             ring.fill(self._first_slot + index, OP_URING_CMD, fd=self._fd, user_data=self._base | index,
                       offset=commit, payload=payload)
             ring.fill(self._first_slot + count + index, OP_READ, fd=self.cache.fd, flags=SQE_IO_LINK,
-                      user_data=self._base | _READ_NUMBER | index, address=buffer_address)
+                      user_data=self._base | READ_NUMBER | index, address=buffer_address)
             if not ring.push(OP_URING_CMD, fd=self._fd, user_data=self._base | index, offset=fetch, payload=payload):
                 ring.enter()
                 ring.push(OP_URING_CMD, fd=self._fd, user_data=self._base | index, offset=fetch, payload=payload)

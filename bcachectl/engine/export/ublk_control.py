@@ -176,13 +176,13 @@ class UblkControl:
         try:
             ring.push(OP_URING_CMD, fd=self.fd, user_data=0, payload=payload,
                       offset=wire.encoded(command) if self.is_encoded else command)
-            completions: list[tuple[int, int]] = []
+            completions: dict[int, list[tuple[int, int]]] = {}
             while not completions:
                 ring.enter(min_complete=1)
                 completions = ring.reap()
         finally:
             ring.close()
-        result = completions[0][1]
+        ((_, result),) = completions[0]
         if result < 0:
             raise _CommandFailed(-result, os.strerror(-result))
         return result

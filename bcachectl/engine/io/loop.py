@@ -31,7 +31,7 @@ from bcachectl.engine.front import Front, Request
 from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.sync import SyncBackend
 from bcachectl.engine.io.uring import RingBackend
-from bcachectl.engine.sched import NS_PER_S, Io, Sched, Task, WaitQueue
+from bcachectl.engine.sched import NS_PER_MS, NS_PER_S, Io, Sched, Task, WaitQueue
 
 T = TypeVar("T")
 
@@ -39,6 +39,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 PASSES_PER_TURN = 8
 """How often the scheduler runs before descriptors are looked at again; clients must not wait for a long gc."""
+
+WAITS_PER_TURN = 32
+MAX_STALE_NS = NS_PER_MS
+"""A turn sleeps so often in the ring, and for so long in all, if only the ring's clients have something to do."""
 
 WAITED_RING_ENTRIES = 4096
 """Entries of a ring with clients: room for some 15 ublk devices."""
@@ -200,7 +204,7 @@ class Loop:
             export.flush()
         timeout_s = 0 if ios or main.done else self._timeout_s()
         if self._ring is not None:
-            if not self._ring.wait(self._epoll.fileno(), timeout_s):
+            if not self._sleep_in(self._ring, timeout_s):
                 return
             timeout_s = 0
         handlers = self._handlers
@@ -208,6 +212,19 @@ class Loop:
             handler = handlers.get(fd)
             if handler is not None:
                 handler.on_ready(fd, events)
+
+    def _sleep_in(self, ring: RingBackend, timeout_s: float) -> bool:
+        # Whether epoll is to be asked.  As long as the ring's clients serve themselves, and the engine's clock may
+        # stand still, nothing else of a turn is needed.
+        sched = self.sched
+        for _ in range(WAITS_PER_TURN):
+            if ring.wait(self._epoll.fileno(), timeout_s):
+                return True
+            if not timeout_s or ring.done or sched.ready or sched.outbox or self.front.completed \
+                    or time.monotonic_ns() - self._start_ns - sched.now_ns > MAX_STALE_NS:
+                break
+            timeout_s = self._timeout_s()
+        return False
 
     def _timeout_s(self) -> float:
         # -1 sleeps until a descriptor is ready; what is ready now must not wait for one.

@@ -39,16 +39,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bcachectl.engine.io.completions import CLIENT_SHIFT, take_completions
 from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.sync import perform
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, WRITE_ZEROES, Io
 
 RING_ENTRIES = 256
 """Entries of the submission ring; more Ios than the completion ring holds wait in a queue."""
-HAND_OVER_READS = 4
+HAND_OVER_READS = 8
 """How many reads a client of the ring gathers before the kernel may begin with them.  A device that is handed all 32 of
 a turn at once has nothing to do while the next 32 are looked up: then it reaches three quarters of what it does with
 this."""
+MAX_QUIET_READS = 4
+"""So many completions of quiet reads are waited for beside one of another kind, at most: the next request of a client
+who has one in flight comes with the end of his last read, and wakes us once instead of twice; with many in flight the
+device must not run dry."""
+QUIET_WAIT_S = 0.001
 MIN_SHARED_SLOTS = 128
 """Slots that `Ring.reserve` leaves to Ios."""
 
@@ -68,10 +74,9 @@ SQE_IO_LINK = 1 << 2
 _FSYNC_DATASYNC = 1
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
-CLIENT_SHIFT = 32
-"""user_data is a client's number shifted by this, and his own number of the entry; client 0 are the Ios."""
-_NUMBER = (1 << CLIENT_SHIFT) - 1
-_POLL = _NUMBER << CLIENT_SHIFT
+_POLL_CLIENT = (1 << CLIENT_SHIFT) - 1
+"""No client, but the loop's epoll; client 0 are the Ios."""
+_POLL = _POLL_CLIENT << CLIENT_SHIFT
 
 # opcode flags ioprio fd | off addr | len rw_flags user_data | buf_index personality splice_fd addr3 pad
 _SQE = struct.Struct("<BBHiQQIIQHHiQQ")
@@ -225,19 +230,19 @@ class Ring:
         if _quick_syscall(_SYS_ENTER, self.fd, unsent, 0, 0, _NO_POINTER, _NO_BYTES) == unsent:
             self._pushed = 0
 
-    def wait(self, timeout_s: float) -> None:
-        """Hand the entries to the kernel and sleep until something completed, a signal came, or the time is over; one
-        system call.  A negative time is for ever; with 0 it does not sleep.
+    def wait(self, timeout_s: float, count: int = 1) -> None:
+        """Hand the entries to the kernel and sleep until ``count`` entries completed, a signal came, or the time is
+        over; one system call.  A negative time is for ever; with 0 it does not sleep.
         """
         u32 = self._u32
         u32[self._sq_tail] = self.tail
         unsent = (self.tail - u32[self._sq_head]) & 0xFFFFFFFF
         if timeout_s <= 0:
-            sent = _quick_syscall(_SYS_ENTER, self.fd, unsent, int(timeout_s < 0), _ENTER_GETEVENTS, _NO_POINTER,
-                                  _NO_BYTES)
+            sent = _quick_syscall(_SYS_ENTER, self.fd, unsent, count if timeout_s < 0 else 0, _ENTER_GETEVENTS,
+                                  _NO_POINTER, _NO_BYTES)
         else:
             _TIMESPEC.pack_into(self._timeout, 0, int(timeout_s), int(timeout_s % 1 * 1e9))
-            sent = _quick_syscall(_SYS_ENTER, self.fd, unsent, 1, _ENTER_GETEVENTS | _ENTER_EXT_ARG,
+            sent = _quick_syscall(_SYS_ENTER, self.fd, unsent, count, _ENTER_GETEVENTS | _ENTER_EXT_ARG,
                                   self._wait_pointer, _WAIT_BYTES)
         if sent == unsent:
             self._pushed = 0
@@ -247,20 +252,12 @@ class Ring:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
-    def reap(self) -> list[tuple[int, int]]:
-        """The (user_data, result) of all completions there are."""
-        u32 = self._u32
-        head, tail = u32[self._cq_head], u32[self._cq_tail]
-        if head == tail:
-            return []
-        mask, cq_u64, cq_i32 = self._cq_mask, self._cq_u64, self._cq_i32
-        done = []
-        while head != tail:
-            index = head & mask
-            done.append((cq_u64[index + index], cq_i32[4 * index + 2]))
-            head = (head + 1) & 0xFFFFFFFF
-        u32[self._cq_head] = head
-        return done
+    def reap(self) -> dict[int, list[tuple[int, int]]]:
+        """All completions there are: (number, result), by the client that user_data names."""
+        words = self._u32
+        if words[self._cq_head] == words[self._cq_tail]:
+            return {}
+        return take_completions(words, self._cq_u64, self._cq_i32, self._cq_head, self._cq_tail, self._cq_mask)
 
     def close(self) -> None:
         """Give the ring back; a second call does nothing."""
@@ -310,6 +307,8 @@ class RingBackend:
         self.in_ring = 0
         self.max_in_ring = self.ring.cq_entries // 2
         self.clients: dict[int, RingClient] = {}
+        self.quiet_reads = 0
+        """Reads of clients in flight of whose end nobody has to hear at once."""
         self._last_client = 0
         self._is_polled = False
         self._is_poll_due = False
@@ -357,7 +356,14 @@ class RingBackend:
         """
         if not self._is_polled:
             self._is_polled = self._push_poll(fd)
-        self.ring.wait(0 if self.done else timeout_s)
+        if self.done:
+            self.ring.wait(0)
+        elif self.quiet_reads and timeout_s:
+            # Their completions alone wake nobody, but for long none is left unheard.
+            limit_s = QUIET_WAIT_S if timeout_s < 0 else min(timeout_s, QUIET_WAIT_S)
+            self.ring.wait(limit_s, 1 + min(self.quiet_reads, MAX_QUIET_READS))
+        else:
+            self.ring.wait(timeout_s)
         self._collect()
         is_due, self._is_poll_due = self._is_poll_due, False
         return is_due
@@ -374,7 +380,7 @@ class RingBackend:
         """Wait for what the kernel still holds, then close the ring."""
         while self.in_ring:
             self.ring.enter(min_complete=1)
-            self.in_ring -= sum(1 for data, _ in self.ring.reap() if not data >> CLIENT_SHIFT)
+            self.in_ring -= len(self.ring.reap().get(0, ()))
         self.ring.close()
 
     def _push_poll(self, fd: int) -> bool:
@@ -382,24 +388,17 @@ class RingBackend:
 
     def _collect(self) -> None:
         # Take what the ring has completed: Ios are done, or go on; the rest is told to the clients.
-        landed: dict[int, list[tuple[int, int]]] = {}
+        landed = self.ring.reap()
         again = False
-        for data, result in self.ring.reap():
-            client = data >> CLIENT_SHIFT
-            if client:
-                if client in landed:
-                    landed[client].append((data & _NUMBER, result))
-                elif data == _POLL:
-                    self._is_polled, self._is_poll_due = False, True
-                else:
-                    landed[client] = [(data & _NUMBER, result)]
-            else:
-                self.in_ring -= 1
-                again = self._landed(data, result) or again
+        for index, result in landed.pop(0, ()):
+            self.in_ring -= 1
+            again = self._landed(index, result) or again
         if again or self.waiting:
             self._push_waiting()
         for client, completions in landed.items():
-            if client in self.clients:
+            if client == _POLL_CLIENT:
+                self._is_polled, self._is_poll_due = False, True
+            elif client in self.clients:
                 self.clients[client].landed(completions)
 
     @staticmethod

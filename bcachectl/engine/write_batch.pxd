@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# C types for write_batch.py, where it is compiled.
+
+from bcachectl.engine.search cimport bisect_right
