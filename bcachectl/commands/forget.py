@@ -174,16 +174,18 @@ def export_dirty(check: Check, device: BlockDevice, slot: int, file: Path, retri
         raise Refused(f"{file}: exists already, and no {map_file.name} says that it is an export", hazard="overwrite")
     dirty: Dirty = find_dirty(check)
     end_sector = int(dirty.by_inode[slot].end.max()) - (slot << INODE_SHIFT)
-    if not file.exists():
+    is_new = not file.exists()
+    if is_new:
         map_file.unlink(missing_ok=True)
-    with file.open("ab") as raw:
-        raw.truncate(max(end_sector << 9, raw.tell()))
     assert check.walk.superblock is not None and check.walk.newest is not None
     entry = check.walk.uuids[slot]
     owner = Owner(check.walk.superblock.set_uuid, slot.to_bytes(16, "big") if entry.is_retired else entry.uuid,
                   check.walk.newest.seq)
     own = source(dirty, slot, first_sector=0, end_sector=end_sector)
     with ExitStack() as stack:
+        stack.enter_context(writeback_copy.new_file(file, map_file, is_new=is_new))
+        with file.open("ab") as raw:
+            raw.truncate(max(end_sector << 9, raw.tell()))
         target = stack.enter_context(open_device(str(file), write=True, exclusive=True, direct=False))
         careful = stack.enter_context(open_device(device.path, direct=True)) if device.is_block else device
         cache = Cache(device.path, device.size_bytes >> 9,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from typing import Annotated, Any
 
@@ -52,7 +53,8 @@ def list_devices(devices: DevicesOption = None, watch: WatchOption = False, as_j
     if as_json:
         print_json("list", body)
     else:
-        lines = list(listing.lines(body, color=table.wants_color(sys.stdout, os.environ)))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        lines = list(listing.lines(body, color=table.wants_color(sys.stdout, os.environ), width=width))
         print("\n".join(lines))
     if watch:
         _watch(as_json)

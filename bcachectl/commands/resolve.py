@@ -98,7 +98,7 @@ def resolve_volume(volume: VolumeArgument, cache: CacheOption = None, use_backin
             devices = {device.path: device for device in (subject.backing, subject.cache) if device is not None}
             writeplan.save_undo(plan, devices, undo)
             writeplan.apply(plan, devices)
-    _done(plan, subject, choice, undo, dry_run, as_json)
+    _done(plan, subject, choice, undo, export, dry_run, as_json)
     return 0
 
 
@@ -282,15 +282,22 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
             "lost_ranges_bytes": [list(each) for each in choice.loss.ranges]}
 
 
-def _done(plan: Plan, subject: Subject, choice: Choice, undo: Path, dry_run: bool, as_json: bool) -> None:
+def _done(plan: Plan, subject: Subject, choice: Choice, undo: Path, export: Path | None, dry_run: bool,
+          as_json: bool) -> None:
     if as_json:
         print_json("resolve", {"device": subject.backing.path, "chosen": _choice_json(choice),
+                               "export": None if export is None else str(export),
                                **(writeplan.describe_json(plan) if dry_run else
                                   {"dry_run": False, "undo_file": str(undo)})})
         return
     if dry_run:
+        if export is not None and choice.loss.sectors:
+            print(f"{export}: write {choice.loss.sectors << 9} bytes of dirty data, and {export}.map")
         print("\n".join(writeplan.describe(plan)))
         return
     whats = [write.what for write in plan.writes if write.device == subject.backing.path]
-    print(f"{subject.backing.path}: {whats[-1]}; lost: {choice.loss.text}.")
+    lost = choice.loss.text
+    if export is not None and choice.loss.sectors:
+        lost = f"nothing, what only the cache had is in {export}, and {export}.map says where"
+    print(f"{subject.backing.path}: {whats[-1]}; lost: {lost}.")
     print(f"`bcachectl undo {undo}` takes it back, as long as neither was used since.")

@@ -13,7 +13,7 @@ import typer
 
 from bcachectl import discovery
 from bcachectl.blockdev import BlockDevice
-from bcachectl.claim import claim
+from bcachectl.claim import claim, refuse_twice
 from bcachectl.commands import fsck_files, fsck_report, writeback_copy, writeback_orphans
 from bcachectl.commands.options import DryRun, Force, Json, complete_device, print_json
 from bcachectl.commands.superblock_options import check_given, parse_bucket_size, parse_set_uuid
@@ -91,7 +91,7 @@ def writeback(cache: CacheArgument, backings: BackingArgument = None, map_file: 
     allowed = {writeback_orphans.HAZARD_OVERWRITE} if to is not None else {HAZARD_STALE}
     if hazards - allowed:
         raise UsageError(f"--force={min(hazards - allowed)} overrides nothing here; it takes {min(allowed)}")
-    _check_distinct([cache, *names, *([to] if to is not None else [])])
+    refuse_twice([cache, *names, *([to] if to is not None else [])])
     with ExitStack() as stack:
         held = stack.enter_context(open_cache(cache))
         is_copy = not dry_run and not orphans
@@ -133,13 +133,6 @@ def _device_named(word: str) -> str:
         who = f"{', '.join(found)} all are" if found else "no block device here is"
         raise UsageError(f"{word}: {who} the backing device of that uuid; name the device or the file itself")
     return found[0]
-
-
-def _check_distinct(names: list[str]) -> None:
-    for number, name in enumerate(names):
-        for other in names[:number]:
-            if os.path.exists(name) and os.path.exists(other) and os.path.samefile(name, other):
-                raise UsageError(f"{name}: is the same device as {other}; name it once")
 
 
 def _backing(device: BlockDevice) -> Backing:

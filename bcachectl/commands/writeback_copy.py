@@ -16,14 +16,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.claim import claim
-from bcachectl.errors import BcachectlError, DeviceError
+from bcachectl.errors import BcachectlError, DeviceError, Refused
 from bcachectl.fsck import rescue_map
-from bcachectl.fsck.rescue_map import Owner
+from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.rescue_map import DONE, Owner, of_status
 from bcachectl.fsck.walk import Read
 from bcachectl.fsck.writeback import Copy, Source
+from bcachectl.ondisk.bkey import PTR_OFFSET
 
 SAVE_S = 5.0
 """How often the map is written: what a kill may cost is to be copied once more."""
+SAMPLES, SAMPLE_SECTORS = 256, 8
+"""How much of what a map calls done is compared before it is believed."""
 
 
 class Cache(NamedTuple):
@@ -64,12 +68,33 @@ def open_cache(path: str) -> Iterator[Cache]:
 
 def prepare(cache: Cache, device: BlockDevice, found: Source, owner: Owner, map_file: Path | None, retries: int, *,
             end_sector: int | None = None) -> Copy:
-    """The copy, with what the map of an earlier run says."""
+    """The copy, with what the map of an earlier run says.
+
+    Refused if the device has not got what the map says: it is a copy of the one that was written, or was restored.
+    """
     earlier = None
     if map_file is not None and map_file.exists():
         earlier = rescue_map.parse(map_file.read_text(encoding="utf-8", errors="replace"), str(map_file), owner)
+        if not _is_there(cache, device, rescue_map.within(found.extents, of_status(earlier, DONE))):
+            raise Refused(f"{map_file}: says that data was written to {device.path} which is not there; the map is of "
+                          "a copy of it, or the device was restored or used since; name a new file for the map")
     return Copy(cache.read, cache.read_sector, Sink(device), found, owner, earlier=earlier, retries=retries,
                 end_sector=device.size_bytes >> 9 if end_sector is None else end_sector)
+
+
+def _is_there(cache: Cache, device: BlockDevice, done: Extents) -> bool:
+    # Samples, spread evenly: of another device about all would differ.  What the cache cannot read any more says
+    # nothing.
+    step = -(-len(done.start) // SAMPLES) or 1
+    for start, end, ptr in zip(*(column[::step].tolist() for column in (done.start, done.end, done.ptr)), strict=True):
+        count = min(end - start, SAMPLE_SECTORS)
+        try:
+            data = cache.read(PTR_OFFSET.get(ptr), count)
+        except DeviceError:
+            continue
+        if device.read(start << 9, count << 9) != data:
+            return False
+    return True
 
 
 def run(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool) -> None:
@@ -87,6 +112,18 @@ def run(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool) -
         raise
     device.flush()
     save(copy, device, map_file)
+
+
+@contextmanager
+def new_file(path: Path, map_file: Path | None, *, is_new: bool) -> Iterator[None]:
+    """What fails inside leaves no new file behind, unless a map says how much of it is there."""
+    try:
+        yield
+    except BaseException:
+        if is_new and path.exists() and (map_file is None or not map_file.exists()):
+            path.unlink()
+            print(f"bcachectl: {path}: is removed again, as no map says how much of it is there", file=sys.stderr)
+        raise
 
 
 def save(copy: Copy, device: BlockDevice, map_file: Path | None) -> None:
@@ -107,8 +144,8 @@ def save(copy: Copy, device: BlockDevice, map_file: Path | None) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        raise BcachectlError(f"{map_file}: the map cannot be written ({error.strerror}); name another place with "
-                             "--map") from error
+        draft.unlink(missing_ok=True)
+        raise BcachectlError(f"{map_file}: the map cannot be written ({error.strerror}); name another place") from error
 
 
 def _copy(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool) -> None:

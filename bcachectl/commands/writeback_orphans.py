@@ -79,7 +79,9 @@ def run(held: Cache, check: Check, dirty: Dirty, candidates: list[Backing], orde
     offset = order.data_offset if order.data_offset is not None else 0 if is_flash else BDEV_DATA_START_DEFAULT
     with ExitStack() as stack:
         is_new = not os.path.exists(order.to)
+        stack.enter_context(writeback_copy.new_file(Path(order.to), order.map_file, is_new=is_new))
         if is_new:
+            _forget_map(order, _owner(check, inode))
             size_sectors = entry.sectors if entry is not None and is_flash else end - offset
             place = Place(0, max(size_sectors, 1), offset)
             if not order.dry_run:
@@ -106,6 +108,12 @@ def _owner(check: Check, inode: int) -> Owner:
     # The map of a slot: no uuid is known, so its number stands for one.
     assert check.walk.superblock is not None and check.walk.newest is not None
     return Owner(check.walk.superblock.set_uuid, inode.to_bytes(16, "big"), check.walk.newest.seq)
+
+
+def _forget_map(order: Order, owner: Owner) -> None:
+    # The map of an earlier copy, whose file is gone, says nothing about a new one; a map of anything else is refused.
+    if _is_resumed(order, owner) and order.map_file is not None and not order.dry_run:
+        order.map_file.unlink()
 
 
 def _is_resumed(order: Order, owner: Owner) -> bool:

@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The bcache devices of a machine for people: one table a set, then what belongs to none."""
+"""The bcache devices of a machine for people: one table a set, then what belongs to none.
+
+On a terminal that is too narrow for a table, what is longest (uuid, label, file) goes on a second line for each device.
+"""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bcachectl.units import format_size
 from bcachectl.views.table import Cell, bold, table
 
+NO_SET = str(uuid.UUID(int=0))
+DETACHED = "detached"
+INDENT = "  "
+SHORT_COLUMNS = 7
+"""Of `HEADINGS`, those that stay in a table on a narrow terminal."""
+
 HEADINGS = ("DEVICE", "KIND", "ROLE", "SIZE", "STATE", "POLICY", "BUCKET", "LABEL", "UUID", "FILE")
 
 
-def lines(body: Mapping[str, Any], *, color: bool) -> Iterator[str]:
-    """The page for the dictionary that ``bcachectl list --json`` prints."""
+def lines(body: Mapping[str, Any], *, color: bool, width: int | None = None) -> Iterator[str]:
+    """The page for the dictionary that ``bcachectl list --json`` prints, for a terminal of ``width`` columns."""
     engines = {engine["set_uuid"]: engine for engine in body["engines"]}
     kernel = {one["set_uuid"]: one for one in body["kernel_sets"]}
     sets = dict.fromkeys([device["set_uuid"] for device in body["devices"]] + list(engines) + list(kernel))
@@ -21,12 +31,14 @@ def lines(body: Mapping[str, Any], *, color: bool) -> Iterator[str]:
         yield "no bcache device here"
     for set_uuid in sets:
         members = [device for device in body["devices"] if device["set_uuid"] == set_uuid]
-        yield bold(f"set {set_uuid}{_who_runs(engines.get(set_uuid), kernel.get(set_uuid))}", color)
-        yield from _indented(table(HEADINGS, [_row(device) for device in members]))
+        name = "attached to no set" if set_uuid == NO_SET else f"set {set_uuid}"
+        yield bold(f"{name}{_who_runs(engines.get(set_uuid), kernel.get(set_uuid))}", color)
+        yield from _indented(_table([_row(device) for device in members], width))
         yield from (f"  {device['device']}: {device['problem']}" for device in members if device["problem"])
         runners = (engines.get(set_uuid), kernel.get(set_uuid))
         yield from (f"  {_volume(volume)}" for runner in runners if runner is not None for volume in runner["volumes"])
-        if members and all(device["role"] != "cache" for device in members):
+        if not any(device["role"] == "cache" for device in members) and any(device["state"] != DETACHED
+                                                                            for device in members):
             yield "  its cache device is not here"
     if body["kernel_alone"]:
         yield bold("run by the kernel without a set", color)
@@ -54,6 +66,20 @@ def _row(device: Mapping[str, Any]) -> tuple[Cell, ...]:
             None if bucket is None else format_size(bucket), device["label"] or None, device["uuid"], device["file"])
 
 
+def _table(rows: list[tuple[Cell, ...]], width: int | None) -> Iterator[str]:
+    whole = list(table(HEADINGS, rows))
+    if width is None or max(map(len, whole), default=0) + len(INDENT) <= width:
+        yield from whole
+        return
+    heading, *short = table(HEADINGS[:SHORT_COLUMNS], [row[:SHORT_COLUMNS] for row in rows])
+    yield heading
+    for line, row in zip(short, rows, strict=True):
+        yield line
+        named = dict(zip(HEADINGS, row, strict=True))
+        told = [f"{name.lower()} {named[name]}" for name in ("UUID", "LABEL", "FILE") if named[name] is not None]
+        yield f"{INDENT}{', '.join(told)}"
+
+
 def _who_runs(engine: Mapping[str, Any] | None, kernel: Mapping[str, Any] | None) -> str:
     runners = [] if engine is None else [f"an engine (pid {engine['pid']})"]
     runners += [] if kernel is None else ["the kernel"]
@@ -67,4 +93,4 @@ def _volume(volume: Mapping[str, Any]) -> str:
 
 
 def _indented(rows: Iterator[str]) -> Iterator[str]:
-    return (f"  {row}" for row in rows)
+    return (f"{INDENT}{row}" for row in rows)

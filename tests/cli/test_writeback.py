@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bcachectl.blockdev import BlockDevice
+from bcachectl.errors import DeviceError
 from bcachectl.ondisk.magic import INVALID_UUID
 from bcachectl.ondisk.superblock import BdevState, decode_superblock
 from bcachectl.units import format_uuid
@@ -178,7 +179,7 @@ def test_map_after_the_set_ran(cli: Cli, golden: Callable[..., Path], tmp_path: 
 
 @pytest.mark.parametrize(("words", "status", "said"), [
     (["cache.img"], 2, "name the backing devices"),
-    (["cache.img", "cache.img"], 2, "same device"),
+    (["cache.img", "cache.img"], 2, "named twice"),
     (["back0.img", "cache.img"], 2, "is a backing device"),
     (["cache.img", "nothing.img"], 1, "no such file"),
     (["cache.img", "back0.img", "--force=dirty"], 2, "overrides nothing"),
@@ -316,3 +317,81 @@ def test_without_prio_sets(cli: Cli, golden: Callable[..., Path]) -> None:
     result = cli("writeback", cache, backing)
     assert (result.status, result.err) == (0, "")
     assert digest(backing, DATA_BYTES) == volume_digest(golden("dirty_crash"))
+
+
+def test_a_map_does_not_vouch_for_another_device(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
+    """Tried on a copy first, then done in earnest with the same map: nothing of it is there yet."""
+    images = golden("dirty_crash", writable=True)
+    cache, backing, copy = images / "cache.img", images / "back0.img", tmp_path / "copy.img"
+    copy.write_bytes(backing.read_bytes())
+    before = backing.read_bytes()
+    assert cli("writeback", cache, copy, "--map", tmp_path / "map").status == 0
+    for more in ([], ["--dry-run"]):
+        refused = cli("writeback", cache, backing, "--map", tmp_path / "map", *more)
+        assert (refused.status, refused.out, refused.err.count("\n")) == (3, "", 1)
+        assert "which is not there" in refused.err
+    assert backing.read_bytes() == before
+    assert cli("writeback", cache, copy, "--map", tmp_path / "map").status == 0
+    assert cli("writeback", cache, backing, "--map", tmp_path / "map2").status == 0
+    assert digest(backing, DATA_BYTES) == volume_digest(golden("dirty_crash"))
+
+
+def test_a_map_does_not_vouch_for_an_image_that_is_gone(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
+    cache = golden("dirty_crash") / "cache.img"
+    target, map_file = tmp_path / "saved.img", tmp_path / "map"
+    words = ["writeback", cache, "--slot", 0, "--to", target, "--map", map_file]
+    assert cli(*words).status == 0
+    saved = target.read_bytes()
+    target.unlink()
+    assert cli(*words, "--dry-run").out.count("dirty data") > 1
+    assert cli(*words).status == 0
+    assert target.read_bytes() == saved
+    target.write_bytes(bytes(len(saved)))
+    assert cli(*words).status == 3
+    map_file.write_text("my diary")
+    target.unlink()
+    assert cli(*words).status == 3
+    assert (map_file.read_text(), target.exists()) == ("my diary", False)
+
+
+@pytest.mark.parametrize(("error", "status"), [(DeviceError("full", errno=28), 1), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("has_map", [False, True])
+def test_what_is_half_written_is_not_left(cli: Cli, golden: Callable[..., Path], tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int,
+                                          has_map: bool) -> None:
+    """A new image without a map looks as if it were complete."""
+    cache, target = golden("dirty_crash") / "cache.img", tmp_path / "saved.img"
+    real, left = BlockDevice.write, 3
+
+    def write(self: BlockDevice, offset_bytes: int, data: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise error
+        real(self, offset_bytes, data)
+
+    monkeypatch.setattr(BlockDevice, "write", write)
+    result = cli("writeback", cache, "--slot", 0, "--to", target, *(["--map", tmp_path / "map"] if has_map else []))
+    assert (result.status, result.out) == (status, "")
+    assert target.exists() == has_map
+    assert ("is removed again" in result.err) != has_map
+
+
+@pytest.mark.parametrize("words", [["writeback", "cache.img", "--slot", "0", "--to", "saved.img", "--map",
+                                    "saved.img.map"],
+                                   ["forget-backing", "cache.img", "0", "--export", "saved.img"]])
+def test_a_map_without_room(cli: Cli, golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+                            words: list[str]) -> None:
+    images = golden("dirty_crash", writable=True)
+    monkeypatch.chdir(images)
+    before, there = (images / "cache.img").read_bytes(), set(os.listdir())
+
+    def replace(self: Path, target: Path) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    result = cli(*words)
+    assert (result.status, result.out) == (1, "")
+    assert "saved.img.map: the map cannot be written (No space left on device); name another place\n" in result.err
+    assert set(os.listdir()) == there
+    assert (images / "cache.img").read_bytes() == before

@@ -214,8 +214,14 @@ def test_export_before_the_data_is_given_up(golden: Callable[..., Path], tmp_pat
     story = make(golden, BdevState.STALE)
     expected = with_dirty(story)
     export = tmp_path / "saved.img"
-    assert run(capsys, "resolve", story.backing, "--cache", story.cache, "--use-backing-alone", "--export", export,
-               "--backup", tmp_path / "undo")[0] == 0
+    words = ["resolve", story.backing, "--cache", story.cache, "--use-backing-alone", "--export", export,
+             "--backup", tmp_path / "undo"]
+    status, out, _err = run(capsys, *words, "--dry-run")
+    assert (status, export.exists()) == (0, False)
+    assert out.startswith(f"{export}: write ")
+    status, out, _err = run(capsys, *words)
+    assert status == 0
+    assert f"lost: nothing, what only the cache had is in {export}" in out
     assert state_of(story.backing) == (BdevState.NONE, False)
     put_back(export, tmp_path / "saved.img.map", story.backing)
     assert story.backing.read_bytes()[DATA_BYTES:] == expected
