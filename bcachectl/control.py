@@ -480,24 +480,35 @@ def _name(live: LiveSet) -> str:
     return live.uuid if live.source == ENGINE else f"{live.uuid} (kernel)"
 
 
+def no_engine() -> str:
+    """That no engine runs here, as far as this user may know."""
+    try:
+        os.listdir(SHARED_DIR)
+    except PermissionError:
+        return f"no engine of yours runs here (those of root are in {SHARED_DIR}, which is not yours to read)"
+    except OSError:
+        pass
+    return "no engine runs here"
+
+
 def _nothing_runs(driver: str | None) -> str:
-    if driver == KERNEL:
-        return "the kernel's driver runs no set"
-    return "no engine runs here" + ("" if driver == ENGINE else ", and the kernel's driver runs no set")
+    kernel = "the kernel's driver runs no set" if Sysfs().is_loaded else "the kernel has no bcache driver"
+    return kernel if driver == KERNEL else no_engine() + ("" if driver == ENGINE else f", and {kernel}")
 
 
 def _how_to_start(driver: str | None) -> str:
-    ways = {ENGINE: "`bcachectl engine run` starts one", KERNEL: "`bcachectl register DEVICE` gives it devices"}
-    return ways[driver] if driver else f"{ways[ENGINE]}, {ways[KERNEL]}"
+    engine = "`bcachectl engine run` starts one"
+    kernel = "`bcachectl register DEVICE` gives it devices" if Sysfs().is_loaded else "`modprobe bcache` loads it"
+    return kernel if driver == KERNEL else engine if driver == ENGINE else f"{engine}, {kernel}"
 
 
 def _why_unknown(text: str, there: list[LiveSet], driver: str | None) -> str:
     if not there:
-        return f"{text}: {_nothing_runs(driver)}; {_how_to_start(driver)}"
+        return f"{text or repr(text)}: {_nothing_runs(driver)}; {_how_to_start(driver)}"
     names = ", ".join(map(_name, there))
     if os.path.exists(text):
         return f"{text}: no running set uses this device (sets that run: {names})"
-    return f"{text}: neither a running set nor one of its volumes (sets that run: {names})"
+    return f"{text or repr(text)}: neither a running set nor one of its volumes (sets that run: {names})"
 
 
 def _close_all(there: list[LiveSet]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bcachectl import control
 from bcachectl.commands.options import Json, print_json
 from bcachectl.control import EngineSet, engines
 from bcachectl.errors import BcachectlError
@@ -18,7 +19,7 @@ def engine_list(as_json: Json = False) -> None:
         print_json("engines", {"engines": described})
         return
     if not described:
-        print("no engine runs here")
+        print(control.no_engine())
     for engine in described:
         print(f"set {engine['set']}  pid {engine['pid']}  cache {engine['cache'] or '?'}")
         for volume in engine["volumes"]:

@@ -29,8 +29,7 @@ def register(devices: DevicesArgument, dry_run: DryRun = False, as_json: Json = 
     Cache devices go first. A backing device whose state is clean or dirty waits for its set.
     """
     sysfs = Sysfs()
-    if not sysfs.is_loaded:
-        raise WrongState("the kernel has no bcache driver; `modprobe bcache` loads it")
+    sysfs.require_driver()
     probes = [_look(path, sysfs) for path in devices]
     _refuse_lost_data(probes)
     probes.sort(key=lambda probe: _superblock(probe).is_backing)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from bcachectl.commands.options import Json, Kernel, complete_volume, driver, print_json
 from bcachectl.control import find
+from bcachectl.errors import WrongState
 from bcachectl.snapshot import to_json
 from bcachectl.views.status import status_page
 
@@ -22,7 +24,13 @@ def status(
     as_json: Json = False,
 ) -> None:
     """State, mode, dirty data, hit ratios and buckets by state, as one page."""
-    live, volume = find(target, driver(kernel))
+    try:
+        live, volume = find(target, driver(kernel))
+    except WrongState as error:
+        if target is None or not os.path.exists(target):
+            raise
+        raise WrongState(f"{error}; what the device itself tells is in `bcachectl list {target}` and, of a cache "
+                         f"device, in `bcachectl monitor --once {target}`") from error
     snapshot = live.snapshot(0)
     live.close()
     if as_json:

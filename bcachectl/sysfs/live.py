@@ -294,6 +294,7 @@ def kernel_alone(sysfs: Sysfs) -> list[KernelAlone]:
 
 def find_cached(sysfs: Sysfs, text: str) -> Node:
     """The registered backing device that a person means: by its or its volume's name, path, uuid or label."""
+    sysfs.require_driver()
     found = [node for node in sysfs.nodes() if node.disk is not None and text != "" and _is_meant(sysfs, node, text)]
     if len(found) > 1:
         raise UsageError(f"{text} could be {' or '.join(node.name for node in found)}")

@@ -128,10 +128,14 @@ class Sysfs:
                 slot = int(place[1])
         return Node(node.directory, node.disk, node.volume, uuid, slot)
 
-    def register(self, path: str) -> None:
-        """Give a device to the driver; DeviceError with what its log said if it refuses."""
+    def require_driver(self) -> None:
+        """WrongState if the kernel has no such driver."""
         if not self.is_loaded:
             raise WrongState("the kernel has no bcache driver; `modprobe bcache` loads it")
+
+    def register(self, path: str) -> None:
+        """Give a device to the driver; DeviceError with what its log said if it refuses."""
+        self.require_driver()
         write(self.path("fs/bcache"), "register", path)
 
 

@@ -161,3 +161,11 @@ def test_p1_reading_verbs_never_write(cli: Cli, golden: Golden, tmp_path: Path, 
         cli("where", image, 0, 100, "--cache", images[-1])
         assert cli("image", "create", image, tmp_path / f"{image.name}.bcimg").status == 0
     assert before == [(hashlib.sha256(image.read_bytes()).hexdigest(), os.stat(image).st_mtime_ns) for image in images]
+
+
+def test_status_of_a_device_that_does_not_run_says_where_to_look(cli: Cli, golden: Callable[..., Path]) -> None:
+    cache = golden("fresh") / "cache.img"
+    result = cli("status", cache)
+    assert (result.status, result.out, result.err.count("\n")) == (4, "", 1)
+    assert f"`bcachectl monitor --once {cache}`" in result.err
+    assert "monitor" not in cli("status", "bcache0").err

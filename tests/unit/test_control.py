@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl.control import engines, find, looks_like_uuid, match_volume, parse_set_uuid, socket_path
+from bcachectl import control
+from bcachectl.control import (
+    ENGINE,
+    KERNEL,
+    engines,
+    find,
+    find_cached_alone,
+    looks_like_uuid,
+    match_volume,
+    parse_set_uuid,
+    socket_path,
+)
 from bcachectl.errors import Refused, UsageError, WrongState
 from tests.unit.views.samples import sample_volume
 
@@ -83,3 +94,24 @@ def test_leftovers_are_no_engines(runtime: Path) -> None:
     for name in (None, UUID, "bcache0"):
         with pytest.raises(WrongState, match="no engine runs here"):
             find(name)
+
+
+def test_what_is_missing_is_named(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel's driver nothing can be registered; and what one may not look at may be there."""
+    with pytest.raises(WrongState, match=r"^'': no engine runs here, and the kernel has no bcache driver; "
+                                         r"`bcachectl engine run` starts one, `modprobe bcache` loads it$"):
+        find("")
+    with pytest.raises(WrongState, match=r"^the kernel has no bcache driver; `modprobe bcache` loads it$"):
+        find(None, KERNEL)
+    with pytest.raises(WrongState, match=r"^the kernel has no bcache driver"):
+        find_cached_alone("sdb")
+    real = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        if path == control.SHARED_DIR:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(WrongState, match=r"^bcache0: no engine of yours runs here \(those of root are in "):
+        find("bcache0", ENGINE)
