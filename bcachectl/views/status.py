@@ -19,7 +19,7 @@ _WINDOW_NAMES = {"total": "total", "five_minute": "5 min", "hour": "hour", "day"
 
 def status_page(snapshot: SetSnapshot, *, only_volume: str = "") -> Text:
     """The page; with ``only_volume`` the other volumes are left out."""
-    lines = [_row("Set", f"{snapshot.uuid}  {_runner(snapshot)}")]
+    lines = [_row("Set", snapshot.uuid), _row("", _runner(snapshot))]
     lines += [Text(" " * _LABEL_WIDTH) + line for line in verdict(snapshot, lines=8)]
     lines += _cache(snapshot)
     for volume in snapshot.volumes:
@@ -33,10 +33,10 @@ def status_page(snapshot: SetSnapshot, *, only_volume: str = "") -> Text:
 
 def _runner(snapshot: SetSnapshot) -> str:
     if snapshot.source == "offline":
-        return "(does not run; read from the device)"
-    runner = "kernel" if snapshot.source == "kernel" else f"engine {snapshot.version}, pid {snapshot.pid}"
+        return "does not run; read from the device"
+    runner = "the kernel" if snapshot.source == "kernel" else f"engine {snapshot.version}, pid {snapshot.pid}"
     uptime = "" if snapshot.uptime_ns is None else f", up {format_duration(snapshot.uptime_ns)}"
-    return f"({runner}{uptime}{', read-only' if snapshot.read_only else ''})"
+    return f"run by {runner}{uptime}{', read-only' if snapshot.read_only else ''}"
 
 
 def _cache(snapshot: SetSnapshot) -> list[Text]:
@@ -44,13 +44,14 @@ def _cache(snapshot: SetSnapshot) -> list[Text]:
     total = allocator.nbuckets
     discard = "discard " + ("-" if allocator.discard is None else "on" if allocator.discard else "off")
     lines = [
-        _row("Cache", f"{snapshot.cache_path}  {format_size(snapshot.cache_bytes)} = {total} buckets of "
-                      f"{format_size(snapshot.bucket_bytes)}, block {format_size(snapshot.block_bytes)}, "
-                      f"{allocator.replacement}, {discard}"),
+        _row("Cache", snapshot.cache_path),
+        _row("", f"{format_size(snapshot.cache_bytes)} = {total} buckets of {format_size(snapshot.bucket_bytes)}, "
+                 f"block {format_size(snapshot.block_bytes)}, {allocator.replacement}, {discard}"),
         _row("Buckets", ", ".join(f"{name} {bucket_share(allocator, name)}"
-                                  for name in ("clean", "dirty", "metadata", "free", "unused"))
-                        + ("" if allocator.in_use_percent is None else f"; in use {allocator.in_use_percent} %")),
+                                  for name in ("clean", "dirty", "metadata", "free", "unused"))),
     ]
+    if allocator.in_use_percent is not None:
+        lines.append(_row("", f"in use {allocator.in_use_percent} %"))
     if snapshot.written_sectors is not None:
         lines.append(_row("Written", f"data {format_sectors(snapshot.written_sectors)}, btree "
                                      f"{format_sectors(snapshot.btree_written_sectors or 0)}, metadata "
@@ -91,8 +92,9 @@ def _volume(volume: VolumeSnapshot) -> list[Text]:
     writeback = volume.writeback
     if writeback is not None and volume.attached:
         doing = "detaching" if writeback.detaching else "runs" if writeback.running else "paused"
-        line = (f"writeback {doing}: {writeback.percent} % of the cache ({format_sectors(writeback.target_sectors)}) "
-                f"may stay dirty, rate {format_sectors(writeback.rate_sectors)}/s")
+        lines.append(_row("", f"writeback {doing}: {writeback.percent} % of the cache "
+                              f"({format_sectors(writeback.target_sectors)}) may stay dirty"))
+        line = f"  rate {format_sectors(writeback.rate_sectors)}/s"
         if writeback.in_flight is not None:
             line += f", {writeback.in_flight} in flight, {format_sectors(writeback.written_sectors)} written back"
         lines.append(_row("", line))
@@ -105,9 +107,11 @@ def _volume(volume: VolumeSnapshot) -> list[Text]:
     requests = volume.requests
     if requests is not None:
         lines.append(_row("", f"requests: {requests.reads} reads ({format_sectors(requests.read_sectors)}), "
-                              f"{requests.writes} writes ({format_sectors(requests.written_sectors)})"
-                              + ("" if requests.flushes is None else f", {requests.flushes} flushes")
-                              + ("" if requests.errors is None else f", {requests.errors} errors")))
+                              f"{requests.writes} writes ({format_sectors(requests.written_sectors)})"))
+        more = [f"{count} {what}" for count, what in ((requests.flushes, "flushes"), (requests.errors, "errors"))
+                if count is not None]
+        if more:
+            lines.append(_row("", f"  {', '.join(more)}"))
     return lines
 
 

@@ -106,7 +106,7 @@ def test_every_kernel_set_travels_as_json_and_is_shown(fake: Fake, story: str) -
     assert history.newest.writeback_bytes is None
     assert history.newest.invalidations is None
     text = status_page(second).plain
-    assert "(kernel)" in text
+    assert "run by the kernel" in text
     assert "free -" in text
     assert "None" not in text
     for width, height in ((80, 24), (200, 60)):

@@ -144,6 +144,7 @@ def test_a_status_page() -> None:
     for word in (snapshot.uuid, "pid 4711", "bcache0", "bcache1", "flash-only volume", "state dirty, mode writeback",
                  "1.2 GiB exist only in the cache", "total 87 % of 100000", "bypassed 512 MiB", "lru"):
         assert word in text, word
+    assert max(map(len, text.split("\n"))) <= 80
     only = status_page(snapshot, only_volume="bcache1").plain
     assert "bcache1" in only
     assert "bcache0" not in only
