@@ -340,7 +340,11 @@ class Btree:
             return False
         if not self.cset.read_only and not leaf.has_room(3, self.cset.geometry):
             return False
-        self.insert_into(leaf, new, pin)
+        if new.flags == FLAGS and leaf.overwrite_dirty(new.start, new.end, new.ptr):
+            self.inserts += 1
+            self.touched(leaf, pin)
+        else:
+            self.insert_into(leaf, new, pin)
         return True
 
     def insert_into(self, leaf: Node, new: Extent, pin: JournalPin | None) -> None:

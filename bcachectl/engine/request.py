@@ -45,10 +45,10 @@ from bcachectl.engine.front import (
     REQ_WRITE_ZEROES,
     Request,
 )
-from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
+from bcachectl.engine.node import DIRTY, FLAGS, HAS_PTR, Extent
 from bcachectl.engine.sched import FUA, PREFLUSH, Io, WaitQueue
 from bcachectl.errors import Corrupt
-from bcachectl.ondisk.bkey import pack_key
+from bcachectl.ondisk.bkey import pack_dirty_keys, pack_key
 from bcachectl.ondisk.superblock import CacheMode
 
 if TYPE_CHECKING:
@@ -247,14 +247,7 @@ async def insert_keys(cset: CacheSet, extents: list[Extent], *, durable: bool) -
     last_seq = 0
     for first in range(0, len(extents), per_entry):
         part = extents[first : first + per_entry]
-        raw = b"".join(
-            [
-                pack_key(
-                    new.end, new.end - new.start, bool(new.flags & DIRTY), new.ptr if new.flags & HAS_PTR else None
-                )
-                for new in part
-            ]
-        )
+        raw = _keys_of(part)
         pin = cset.journal.add_nowait(raw) if cset.sync else None
         if pin is None:
             pin = await cset.journal.add(raw)
@@ -271,6 +264,17 @@ async def insert_keys(cset: CacheSet, extents: list[Extent], *, durable: bool) -
     if ok and durable and last_seq:
         ok = await cset.journal.wait_durable(last_seq)
     return ok
+
+
+def _keys_of(extents: list[Extent]) -> bytes:
+    if all([new.flags == FLAGS for new in extents]):
+        return pack_dirty_keys([(new.start, new.end, new.ptr) for new in extents])
+    return b"".join(
+        [
+            pack_key(new.end, new.end - new.start, bool(new.flags & DIRTY), new.ptr if new.flags & HAS_PTR else None)
+            for new in extents
+        ]
+    )
 
 
 async def invalidate(cset: CacheSet, start: int, end: int, *, durable: bool) -> bool:
