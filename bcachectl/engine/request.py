@@ -267,7 +267,7 @@ async def insert_keys(cset: CacheSet, extents: list[Extent], *, durable: bool) -
 
 
 def _keys_of(extents: list[Extent]) -> bytes:
-    if all([new.flags == FLAGS for new in extents]):
+    if all(new.flags == FLAGS for new in extents):
         return pack_dirty_keys([(new.start, new.end, new.ptr) for new in extents])
     return b"".join(
         [

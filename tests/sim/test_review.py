@@ -520,3 +520,30 @@ def test_a_bad_leaf_while_stripes_are_counted_fails_the_set(monkeypatch: pytest.
         await again.cset.stop()
 
     again.run(story())
+
+
+def test_a_set_that_fails_while_a_device_is_attached_leaves_it_without_a_cache() -> None:
+    """Otherwise it would be attached to a dead set, and its requests wait for ever for what was done before."""
+    w = up(Setup(backings=(Backing(data_sectors=4000),)), "attached to a failing set")
+    w.is_calm = False
+
+    async def story() -> None:
+        await w.cset.detach("bcache0")
+        await w.write(0, 0, 16, quick=False)
+        w.delay = slow(lambda io: io.what == "backing superblock")
+
+        async def attach() -> None:
+            assert "failed: meanwhile" in await refused(w.cset.attach("bcache0"))
+
+        async def fail() -> None:
+            await w.sleep(100)
+            w.cset.fail("meanwhile")
+
+        await w.together(attach(), fail())
+        dev = w.cset.devices[0]
+        assert not dev.attached
+        assert dev.sb.state == BdevState.NONE
+        await w.write(0, 4, 8, quick=False)
+        await w.read(0, 0, 16)
+
+    w.run(story())
