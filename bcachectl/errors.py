@@ -11,6 +11,8 @@ Four kinds of failure are never mixed:
 
 from __future__ import annotations
 
+import os
+
 
 class BcachectlError(Exception):
     """Anything that ends a command with one sentence on stderr."""
@@ -55,3 +57,8 @@ class Corrupt(BcachectlError):
         super().__init__(f"{where}: {why}")
         self.where = where
         self.why = why
+
+
+def errno_text(number: int) -> str:
+    """What the system calls an error number, as ``No space left on device``."""
+    return os.strerror(number)

@@ -26,7 +26,7 @@ import numpy as np
 from bcachectl.engine.gc import drop_stale_dirty
 from bcachectl.engine.node import DIRTY, FLAGS, HAS_PTR, PENDING, SIZE_MASK, Extent, Node, load_leaf
 from bcachectl.engine.sched import NS_PER_S, Mutex, Task, WaitQueue
-from bcachectl.errors import Corrupt
+from bcachectl.errors import Corrupt, errno_text
 from bcachectl.ondisk.bkey import MAX_POS, KeyColumns, pack_key
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BsetImage, decode_node, encode_bset
 from bcachectl.ondisk.magic import bset_magic
@@ -200,7 +200,7 @@ class Btree:
         error = await cset.cache.read(sector, raw, "btree")
         if error and cset.running:
             # To a running set the node is as lost as if it were corrupt, and it fails (btree.c, bch_btree_node_read).
-            raise Corrupt(where, f"io error {error} reading bucket")
+            raise Corrupt(where, f"io error reading bucket: {errno_text(error)}")
         cset.check_io(error, where)
         self.reads += 1
         images, written = decode_node(
@@ -462,7 +462,7 @@ class Btree:
         self.sectors_written += len(raw) >> 9
         error = await cset.cache.write_head_last(sector, memoryview(raw), "btree")
         if error:
-            cset.fail(f"error {error} writing btree node at bucket {node.bucket}")
+            cset.fail(f"writing the btree node at bucket {node.bucket} failed: {errno_text(error)}")
             return False
         return True
 

@@ -40,7 +40,7 @@ from bcachectl.engine.split import Splitter
 from bcachectl.engine.streams import Congestion
 from bcachectl.engine.stripes import Stripes
 from bcachectl.engine.uuid_array import UuidArray
-from bcachectl.errors import Corrupt, DeviceError, Refused, WrongState
+from bcachectl.errors import Corrupt, DeviceError, Refused, WrongState, errno_text
 from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.superblock import (
     SB_BYTES,
@@ -204,7 +204,7 @@ class CacheSet:
         raw = bytearray(SB_BYTES)
         error = await backing.read(SB_SECTOR, raw, "superblock")
         if error:
-            raise DeviceError(f"{backing.name}: error {error} reading the superblock", errno=error)
+            raise DeviceError(f"{backing.name}: reading the superblock failed: {errno_text(error)}", errno=error)
         try:
             sb = decode_superblock(raw)
             if sb.is_cache:
@@ -319,7 +319,7 @@ class CacheSet:
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
         error = await dev.set_superblock(lambda sb: replace(sb.with_state(BdevState.CLEAN), set_uuid=self.sb.set_uuid))
         if error:
-            raise DeviceError(f"{dev.backing.name}: error {error} writing the superblock", errno=error)
+            raise DeviceError(f"{dev.backing.name}: writing the superblock failed: {errno_text(error)}", errno=error)
         return slot
 
     def volume(self, name: str) -> CachedDev | FlashVolume:
@@ -505,7 +505,7 @@ class CacheSet:
     def check_io(self, error: int, what: str) -> None:
         """DeviceError if an I/O of the start failed."""
         if error:
-            raise DeviceError(f"{self.cache.name}: error {error} at {what}", errno=error)
+            raise DeviceError(f"{self.cache.name}: I/O of the {what} failed: {errno_text(error)}", errno=error)
 
     def count_io_error(self, error: int, what: str) -> None:
         """Count an error of the cache device; at the limit the set fails (io.c, bch_count_io_errors).
@@ -559,11 +559,11 @@ class CacheSet:
             if raw[head:] != self.raw[head:]:
                 error = await self.cache.write(SB_SECTOR + self.cache.atomic_sectors, raw[head:], 0, "superblock")
                 if error:
-                    self.fail(f"error {error} writing the superblock")
+                    self.fail(f"writing the superblock failed: {errno_text(error)}")
                     return
             error = await self.cache.write(SB_SECTOR, raw[:head], PREFLUSH | FUA, "superblock")
             if error:
-                self.fail(f"error {error} writing the superblock")
+                self.fail(f"writing the superblock failed: {errno_text(error)}")
                 return
             self.raw = raw
 

@@ -33,7 +33,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.sched import FUA, NS_PER_MS, NS_PER_S, PREFLUSH, WaitQueue
-from bcachectl.errors import Corrupt
+from bcachectl.errors import Corrupt, errno_text
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, Jset, encode_jset, walk_journal_bucket
 from bcachectl.ondisk.magic import jset_magic
 
@@ -412,7 +412,7 @@ class Journal:
         cset = self.cset
         error = await cset.cache.write(sector, data, PREFLUSH | FUA, "journal")
         if error:
-            cset.fail(f"journal io error {error}")
+            cset.fail(f"writing the journal failed: {errno_text(error)}")
             return False
         self.writes += 1
         cset.meta_sectors_written += len(data) >> 9

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.alloc import NO_BUCKET, Reserve
+from bcachectl.errors import errno_text
 from bcachectl.ondisk.magic import prio_magic
 from bcachectl.ondisk.prio import decode_prio_set, encode_prio_set
 
@@ -63,7 +64,7 @@ class PrioWriter:
             self.current[index] = next_bucket = bucket
             if error:
                 self.writing = False
-                cset.fail(f"error {error} writing priorities")
+                cset.fail(f"writing priorities failed: {errno_text(error)}")
                 return False
         cset.meta_sectors_written += geometry.bucket_size_sectors * count
         durable = await cset.journal.write_meta()

@@ -30,6 +30,7 @@ import numpy as np
 from bcachectl.engine.alloc import NO_BUCKET, Reserve
 from bcachectl.engine.node import FLAGS, HAS_PTR, Node, encode_extents
 from bcachectl.engine.sched import FUA
+from bcachectl.errors import errno_text
 from bcachectl.ondisk.bkey import MAX_POS, pack_key
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, encode_bset
 from bcachectl.ondisk.magic import bset_magic
@@ -205,7 +206,7 @@ class Splitter:
             ios.append(cset.cache.write(node.sector, memoryview(raw), FUA, "btree"))
         errors = [await io for io in ios]
         if any(errors):
-            cset.fail(f"error {max(errors)} writing a new btree node")
+            cset.fail(f"writing a new btree node failed: {errno_text(max(errors))}")
             return False
         return True
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from bcachectl.engine.alloc import NO_BUCKET, Reserve
 from bcachectl.engine.sched import FUA, Mutex
-from bcachectl.errors import Corrupt, WrongState
+from bcachectl.errors import Corrupt, WrongState, errno_text
 from bcachectl.ondisk.bkey import Bkey, Ptr, pack_key, ptr_make
 from bcachectl.ondisk.jset import Jset
 from bcachectl.ondisk.magic import INVALID_UUID
@@ -72,7 +72,7 @@ class UuidArray:
         error = await cset.cache.write(sector, encode_uuids(self.entries, geometry.meta_bytes), FUA, "uuids")
         cset.buckets.unpin(bucket)
         if error:
-            cset.fail(f"error {error} writing the uuid array")
+            cset.fail(f"writing the uuid array failed: {errno_text(error)}")
             return False
         cset.meta_sectors_written += geometry.bucket_size_sectors
         self.key = Bkey(0, -geometry.meta_sectors, 0, False, 0, (Ptr(0, sector, cset.buckets.gen_at[bucket]),))
