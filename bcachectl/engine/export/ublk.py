@@ -249,7 +249,7 @@ class UblkExport:
         # Opens the device's other side, and puts a fetch for every tag into the ring.
         path = f"/dev/ublkc{info.dev_id}"
         self._fd = _open_when_there(path)
-        count = self._tag_count = info.queues * info.depth
+        count = info.queues * info.depth
         memory = mmap.mmap(-1, count * info.max_io_bytes)
         data = memoryview(memory)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -268,6 +268,7 @@ class UblkExport:
         ring = self.backend.ring
         self._first_slot = ring.reserve(2 * count)
         self._base = self.backend.add_client(self)
+        self._tag_count = count                 # only now: `stop` waits for the fetches of so many to come back
         fetch, commit = (self.control.io_command(command)
                          for command in (wire.FETCH_REQ, wire.COMMIT_AND_FETCH_REQ))
         for index in range(count):

@@ -33,7 +33,8 @@ from bcachectl.engine.front import (
 )
 from bcachectl.engine.io.loop import Loop, make_backend, make_sched
 from bcachectl.engine.io.uring import RingBackend
-from bcachectl.errors import WrongState
+from bcachectl.engine.sched import NS_PER_S
+from bcachectl.errors import DeviceError, WrongState
 from bcachectl.ondisk.geometry import Geometry
 
 
@@ -140,7 +141,26 @@ class FakeVolume:
 
 
 class FakeControl:
-    """The numbers of commands, for a driver that knows ioctl numbers."""
+    """The numbers of commands, for a driver that knows ioctl numbers; its devices have 100 tags."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def add(self, **_: int) -> wire.DevInfo:
+        """As `UblkControl.add`."""
+        self.asked.append("add")
+        return wire.DevInfo(1, 100, 0, 64 << 10, DEV_ID, 1, 0, 1)
+
+    def set_params(self, _dev_id: int, _params: wire.Params) -> None:
+        """As `UblkControl.set_params`."""
+
+    def stop(self, _dev_id: int) -> None:
+        """As `UblkControl.stop`."""
+        self.asked.append("stop")
+
+    def delete(self, _dev_id: int, *, wait: bool) -> None:
+        """As `UblkControl.delete`."""
+        self.asked.append("delete")
 
     def io_command(self, command: int) -> int:
         """As `UblkControl.io_command`."""
@@ -260,3 +280,32 @@ def test_an_operation_that_nobody_knows(served: Callable[[int], Set]) -> None:
     one.ask(0, 15, 24, 8)
     assert one.volume.requests == []
     assert one.backend.ring.sqe_i32[16 * one.export._first_slot + wire.IO_CMD_RESULT_WORD] == -errno.EOPNOTSUPP
+
+
+def test_a_device_that_the_ring_has_no_room_for_is_taken_away_again(
+        image: BlockDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fetch was begun, so none comes back; whoever waited for them would wait for ever."""
+    device = tmp_path / "ublkc"
+    device.write_bytes(bytes(4096))
+    monkeypatch.setattr(ublk, "_open_when_there", lambda path: os.open(device, os.O_RDWR))
+    backend = RingBackend([image], waited_in=True)
+    loop = Loop(make_sched(), backend, Front())
+    control = FakeControl()
+    export = UblkExport(loop, backend, cast(Any, control), FakeVolume(NOT_NOW), image,
+                        Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1)),
+                        mark=1, stream=1, block_bytes=512, can_discard=True, can_zero=True)
+
+    async def start() -> None:
+        task = loop.sched.spawn(export.start(), "start")
+        task.observed = True
+        await loop.sched.sleep_until(loop.sched.now_ns + 10 * NS_PER_S)
+        assert task.done, "it waits for what never comes"
+        await task
+
+    try:
+        with pytest.raises(DeviceError, match="no room for another device"):
+            loop.run(start())
+    finally:
+        loop.close()
+        backend.close()
+    assert control.asked == ["add", "stop", "delete"]
