@@ -10,9 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl.engine.export.host import HostOptions
+from bcachectl.blockdev import open_device
+from bcachectl.engine import stats
+from bcachectl.engine.buckets import Buckets
+from bcachectl.engine.export.buffers import Buffer, BufferPool
+from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.nbd_direct import MAX_FLIGHTS, DirectReads
+from bcachectl.engine.io import uring
+from bcachectl.engine.io.loop import make_backend, make_sched
 from bcachectl.engine.io.uring import RingBackend
+from bcachectl.engine.sched import NS_PER_S
+from bcachectl.engine.streams import Congestion
+from bcachectl.ondisk.geometry import Geometry
 from tests.export.faulty import Hosted, hosted
 from tests.export.test_engine_run import make_set
 from tests.nbd_client import CMD_READ, CMD_WRITE, NbdClient
@@ -38,7 +47,7 @@ def redirect(running: Hosted, path: Path) -> DirectReads:
     host = running.host
     assert host.nbd is not None
     assert isinstance(host.backend, RingBackend)
-    reads = DirectReads(host.backend, os.open(path, os.O_RDONLY), host.cset.buckets, host.cset.congestion, host.sched)
+    reads = DirectReads(host.backend, os.open(path, os.O_RDONLY), host.cset.buckets, host.cset.congestion)
     host.nbd.direct_reads = reads
     return reads
 
@@ -92,3 +101,58 @@ def test_a_client_that_vanishes(running: Hosted, tmp_path: Path) -> None:
         assert client.receive().error == 0
         assert client.read_all(65536) == image
     assert len(reads.free) == MAX_FLIGHTS
+
+
+def test_beside_ublk_devices_an_answer_does_not_wait_for_a_timer(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With those the loop sleeps in the ring, and goes on sleeping while the ring's clients serve themselves.  What
+    such a client leaves to an export has to be sent all the same."""
+    # The thread that waits in the ring is not the one that made it here; and no timer is to help.
+    monkeypatch.setattr(uring, "_WAITED_IN", uring._WAITED_IN[1:])
+    monkeypatch.setattr(stats, "TICK_NS", 3600 * NS_PER_S)
+    monkeypatch.setattr(EngineHost, "_make_backend", lambda host: make_backend(host.media, waited_in=True))
+    make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)
+    options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),),
+                          tunables=(("cache_mode", "writeback"), ("writeback_running", "0"),
+                                    ("writeback_percent", "0")))
+    with hosted(options) as running, NbdClient(running.socket, timeout_s=10) as client:
+        client.write(0, b"x" * 65536)
+        client.flush()
+        reads = redirect(running, tmp_path / "cache.img")
+        for _ in range(10):
+            assert client.read(0, 4096) == b"x" * 4096
+        assert len(reads.free) == MAX_FLIGHTS
+
+
+def test_the_time_that_the_loop_has_slept_is_no_slow_device(tmp_path: Path) -> None:
+    """The engine's clock is that of the last turn when a read begins."""
+    path = tmp_path / "cache.img"
+    path.write_bytes(bytes(8192))
+    sched = make_sched()
+    congestion = Congestion(sched, random.Random(1))
+    congestion.read_threshold_us = 5_000_000
+    arrived: list[int] = []
+
+    class Asked:
+        length = 4096
+        buffer: Buffer | None = BufferPool().take(4096)
+
+        def arrived(self, offset: int) -> None:
+            arrived.append(offset)
+
+        def failed(self, offset: int) -> None:
+            raise AssertionError
+
+    with open_device(str(path)) as device:
+        backend = make_backend([device])
+        if not isinstance(backend, RingBackend):
+            pytest.skip("not here: io_uring")
+        buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
+        reads = DirectReads(backend, device.fd, buckets, congestion)
+        assert reads.start(Asked(), 4096, 0)
+        sched.run(10 * NS_PER_S, [])
+        while not arrived:
+            backend.ring.enter(min_complete=1)
+            backend.reap()
+        backend.close()
+    assert congestion.value == 0

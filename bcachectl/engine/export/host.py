@@ -172,8 +172,7 @@ class EngineHost:
             path = options.nbd_socket or os.path.join(os.path.dirname(socket_path(uuid)), f"{uuid}.nbd")
             direct_reads = None
             if self.media[0].direct and isinstance(self.backend, RingBackend):
-                direct_reads = DirectReads(self.backend, self.media[0].fd, self.cset.buckets, self.cset.congestion,
-                                           self.sched)
+                direct_reads = DirectReads(self.backend, self.media[0].fd, self.cset.buckets, self.cset.congestion)
             self.nbd = NbdServer(self.loop, self.cset.volumes, self.media[0], os.path.abspath(path),
                                  direct_reads=direct_reads,
                                  block_bytes=max(medium.logical_block_bytes for medium in self.media))

@@ -10,12 +10,12 @@
 
 from __future__ import annotations
 
+from time import monotonic_ns
 from typing import Protocol
 
 from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.export.buffers import Buffer
 from bcachectl.engine.io.uring import OP_READ, RingBackend
-from bcachectl.engine.sched import Sched
 from bcachectl.engine.streams import Congestion
 
 MAX_FLIGHTS = 192
@@ -42,13 +42,11 @@ class Reader(Protocol):
 class DirectReads:
     """The reads of one server from the cache device ``fd``; a client of the backend's ring as long as that lives."""
 
-    def __init__(self, backend: RingBackend, fd: int, buckets: Buckets, congestion: Congestion,
-                 sched: Sched) -> None:
+    def __init__(self, backend: RingBackend, fd: int, buckets: Buckets, congestion: Congestion) -> None:
         self.backend = backend
         self.fd = fd
         self.buckets = buckets
         self.congestion = congestion
-        self.sched = sched
         self.free = list(range(MAX_FLIGHTS))
         self.flights: list[tuple[Reader, int, int, int] | None] = [None] * MAX_FLIGHTS
         self._is_unsent = False
@@ -72,7 +70,8 @@ class DirectReads:
         self.free.pop()
         bucket = (place >> 9) >> self.buckets.bucket_shift
         self.buckets.pin_at[bucket] += 1
-        self.flights[number] = reader, offset, bucket, self.sched.now_ns
+        # Not by the engine's clock: it stands still while the loop sleeps, and that would count as a slow device.
+        self.flights[number] = reader, offset, bucket, monotonic_ns()
         self._is_unsent = True
         return True
 
@@ -85,7 +84,8 @@ class DirectReads:
 
     def landed(self, completions: list[tuple[int, int]]) -> None:
         """Reads have ended."""
-        flights, pin_at, now_ns, account = self.flights, self.buckets.pin_at, self.sched.now_ns, self.congestion.account
+        flights, pin_at, now_ns, account = self.flights, self.buckets.pin_at, monotonic_ns(), self.congestion.account
+        self.backend.has_answers = True
         for number, result in completions:
             flight = flights[number]
             assert flight is not None

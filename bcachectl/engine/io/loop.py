@@ -217,10 +217,11 @@ class Loop:
         # Whether epoll is to be asked.  As long as the ring's clients serve themselves, and the engine's clock may
         # stand still, nothing else of a turn is needed.
         sched = self.sched
+        ring.has_answers = False
         for _ in range(WAITS_PER_TURN):
             if ring.wait(self._epoll.fileno(), timeout_s):
                 return True
-            if not timeout_s or ring.done or sched.ready or sched.outbox or self.front.completed \
+            if not timeout_s or ring.done or ring.has_answers or sched.ready or sched.outbox or self.front.completed \
                     or time.monotonic_ns() - self._start_ns - sched.now_ns > MAX_STALE_NS:
                 break
             timeout_s = self._timeout_s()

@@ -309,6 +309,8 @@ class RingBackend:
         self.clients: dict[int, RingClient] = {}
         self.quiet_reads = 0
         """Reads of clients in flight of whose end nobody has to hear at once."""
+        self.has_answers = False
+        """A client has given an export something to send; whoever sleeps in `wait` looks, and resets it."""
         self._last_client = 0
         self._is_polled = False
         self._is_poll_due = False
