@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bcachectl import blockdev
 from bcachectl.engine.export.host import HostOptions
 from bcachectl.engine.front import Volume
 from bcachectl.errors import DeviceError
@@ -95,6 +96,32 @@ def test_a_device_that_was_refused_can_be_attached_later(tmp_path: Path) -> None
         assert "is in use" in refused(engine, "attach", tmp_path / "cache.img", uuid)
         assert len(list_exports(engine.socket())) == 2
     assert (engine.status, engine.errors) == (0, "")
+
+
+def test_a_device_of_larger_blocks_is_attached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clients are told what it can do; those that are here already go on with what they were told.  A request that
+    is smaller than a block would be an error of the device, and after 64 of those it is disabled."""
+    words = [str(word) for word in make_set(tmp_path)]
+    second = tmp_path / "second.img"
+    with second.open("wb") as file:
+        file.truncate(16 << 20)
+    with hosted(HostOptions(cache=words[1], backings=(words[3],))) as running, NbdClient(running.socket) as before:
+        def bcachectl(*words: str) -> None:
+            done = subprocess.run([sys.executable, "-m", "bcachectl", *words], capture_output=True, text=True, cwd=ROOT,
+                                  timeout=60)
+            assert done.returncode == 0, done.stderr
+
+        bcachectl("format", "--backing", str(second), "--block", "4k")
+        monkeypatch.setattr(blockdev, "_FILE_BLOCK_BYTES", 4096)
+        bcachectl("attach", str(second), Path(running.socket).stem)
+        with NbdClient(running.socket, "bcache1") as client:
+            assert client.block_sizes is not None
+            assert client.block_sizes[0] == 4096
+            with pytest.raises(OSError, match="Invalid argument"):
+                client.write(512, b"s" * 512)
+            client.write(4096, b"s" * 4096)
+        before.write(512, b"f" * 512)
+        assert before.read(512, 512) == b"f" * 512
 
 
 def test_a_volume_that_gets_no_block_device_is_served_otherwise(

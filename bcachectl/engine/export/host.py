@@ -272,8 +272,12 @@ class EngineHost:
         """Open a device that is to be attached; WrongState under an overlay, whose devices are fixed."""
         if self._overlay is not None:
             raise WrongState(f"{path}: cannot be added to an engine that runs on an overlay")
-        self.media.append(self._open(path))
+        device = self._open(path)
+        self.media.append(device)
         self.bdevs.append(self._bdev(len(self.media) - 1))
+        if self.nbd is not None:
+            # Clients who come from now on may ask for no less than this device can do.
+            self.nbd.block_bytes = max(self.nbd.block_bytes, device.logical_block_bytes)
         return self.bdevs[-1]
 
     def close_backing(self, bdev: Bdev) -> None:

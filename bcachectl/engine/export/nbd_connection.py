@@ -282,7 +282,7 @@ class Connection:
         # The hot loop: everything it needs is a local variable.
         volume, rx = self.volume, self._rx
         assert volume is not None
-        quick_fd, unaligned = self.server.quick_fd, self.server.block_bytes - 1
+        quick_fd, unaligned = self.server.quick_fd, self.handshake.block_bytes - 1
         unpack_request, direct = wire.REQUEST.unpack_from, self.server.direct_reads
         size_bytes, start, end, filled = self.size_bytes, self._rx_start, self._rx_end, self._arena_end
         start += self._skip(end - start)
@@ -337,7 +337,7 @@ class Connection:
     def _read_quickly(self, start: int, end: int, filled: int) -> tuple[int, int]:
         # Serves the reads at the head of what has come, as far as they are quick: the hits from the page cache, the
         # others as requests.  How many bytes of requests were used, and where the arena is filled to.
-        volume, arena, unaligned, size_bytes = self.volume, self._arena, self.server.block_bytes - 1, self.size_bytes
+        volume, arena, unaligned, size_bytes = self.volume, self._arena, self.handshake.block_bytes - 1, self.size_bytes
         assert volume is not None
         fd, nowait, preadv = self.server.quick_fd, self.server.nowait_flag, os.preadv
         structured = self.handshake.structured
@@ -477,7 +477,7 @@ class Connection:
             return errno.EPERM
         if command == wire.CMD_FLUSH:
             return errno.EINVAL if offset or length else 0
-        if (offset | length) & (self.server.block_bytes - 1) or not length:
+        if (offset | length) & (self.handshake.block_bytes - 1) or not length:
             return errno.EINVAL
         if offset + length > self.size_bytes:
             return errno.ENOSPC if command in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES) else errno.EINVAL
