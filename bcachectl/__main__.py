@@ -10,10 +10,13 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
 from types import FrameType
+from typing import TextIO
 
 EXIT_INTERRUPTED = 130
 EXIT_CANCELLED = 32
@@ -27,6 +30,8 @@ def main() -> None:
     words = sys.argv[1:]
     try:
         open_standard_streams()
+        for stream in (sys.stdout, sys.stderr):
+            pass_everything(stream)
         for number in ENDING:
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, _interrupt)
@@ -49,6 +54,16 @@ def open_standard_streams() -> None:
             sys.stderr = os.fdopen(fd, "w", closefd=False)
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
+
+
+def pass_everything(stream: TextIO) -> None:
+    """Let a stream take any text: names that are no UTF-8 as they are, and what its encoding has not as question marks.
+
+    Python does the first by itself in the C locale only, and ends with an error otherwise.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+        stream.reconfigure(errors="surrogateescape" if is_utf8 else "replace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -24,7 +24,7 @@ from bcachectl.errors import WrongState
 from bcachectl.snapshot import SetSnapshot, to_json
 from bcachectl.views.history import History
 from bcachectl.views.monitor import PAGE_MAP_ROWS, page, screen
-from bcachectl.views.terminal import LiveView
+from bcachectl.views.terminal import LiveView, has_color
 
 JSON_CELLS = 1024
 """Cells of the bucket map in ``--json``."""
@@ -96,7 +96,8 @@ def _print_pages(look: Look, console: Console, interval: float, *, once: bool) -
         snapshot = look(width * PAGE_MAP_ROWS)
         history.add(snapshot)
         if console.is_terminal:
-            console.print(screen(snapshot, history, width=width, height=console.height - 1))
+            console.print(screen(snapshot, history, width=width, height=console.height - 1,
+                                 letters=not has_color(console)))
             print()
         else:
             print(page(snapshot, history, width=width).plain, flush=True)

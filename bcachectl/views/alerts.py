@@ -39,7 +39,8 @@ def alerts(snapshot: SetSnapshot) -> list[Alert]:
     if snapshot.cache_io_errors:
         found.append(Alert("warn", f"{snapshot.cache_io_errors} I/O errors of the cache device {snapshot.cache_path}"))
     found += _allocator_alerts(snapshot)
-    journal = snapshot.journal
+    # What is only read waits for nothing.
+    journal = None if snapshot.read_only else snapshot.journal
     if journal is not None and journal.is_full:
         found.append(Alert("warn", "the journal is full: writes wait until btree nodes are written"))
     elif journal is not None and journal.free_buckets is not None and (journal.njournal or 0) > 8:

@@ -74,11 +74,11 @@ class Screen:
                 yield Segment(plain[at:])
 
 
-def screen(snapshot: SetSnapshot, history: History, *, width: int, height: int) -> Screen:
-    """The whole screen, exactly ``height`` lines of at most ``width`` cells."""
+def screen(snapshot: SetSnapshot, history: History, *, width: int, height: int, letters: bool = False) -> Screen:
+    """The whole screen, exactly ``height`` lines of at most ``width`` cells; with ``letters`` it needs no colours."""
     large = width >= LARGE_WIDTH and height >= LARGE_HEIGHT
     compose = _large if large else _small
-    lines = [_cut(line, width) for line in compose(snapshot, history, width, height)[:height]]
+    lines = [_cut(line, width) for line in compose(snapshot, history, width, height, letters)[:height]]
     return Screen(lines + [Text()] * (height - len(lines)))
 
 
@@ -89,14 +89,14 @@ def page(snapshot: SetSnapshot, history: History, *, width: int) -> Text:
     return Text("\n").join(Text(line.plain.rstrip()) for line in lines)
 
 
-def _small(snapshot: SetSnapshot, history: History, width: int, height: int) -> list[Text]:
+def _small(snapshot: SetSnapshot, history: History, width: int, height: int, letters: bool) -> list[Text]:
     # A second alert is worth more than a line of the map.
     lines = [panels.headline(snapshot), *panels.verdict(snapshot, lines=2)]
     map_rows = map_size(width=width, height=height)[1]
     room = height - _SMALL_FIXED_LINES - map_rows
     map_rows -= len(lines) - 2
     volume_rows = max(1, min(len(snapshot.volumes), room - 1))
-    parts = _parts(snapshot, history, width, letters=False, map_rows=map_rows, volume_rows=volume_rows,
+    parts = _parts(snapshot, history, width, letters=letters, map_rows=map_rows, volume_rows=volume_rows,
                    event_rows=max(1, room - volume_rows))
     return lines + parts
 
@@ -127,16 +127,16 @@ def _parts(snapshot: SetSnapshot, history: History, width: int, *, letters: bool
     return lines
 
 
-def _large(snapshot: SetSnapshot, history: History, width: int, height: int) -> list[Text]:
+def _large(snapshot: SetSnapshot, history: History, width: int, height: int, letters: bool) -> list[Text]:
     head = [panels.headline(snapshot), *panels.verdict(snapshot, lines=2)]
     height -= len(head)
     left_width, inner = width - _SIDE_WIDTH - 1, width - _SIDE_WIDTH - 5
     map_columns, map_rows = map_size(width=width, height=height + len(head))
     map_rows = min(map_rows, height - 20)
-    buckets = [panels.legend(snapshot, map_columns - 2, letters=False)]
+    buckets = [panels.legend(snapshot, map_columns - 2, letters=letters)]
     title = "Buckets"
     if snapshot.map is not None:
-        buckets += bucket_map(snapshot.map, width=map_columns - 2, rows=map_rows, letters=False)
+        buckets += bucket_map(snapshot.map, width=map_columns - 2, rows=map_rows, letters=letters)
         per_cell = snapshot.map.buckets_per_cell
         if per_cell > 1:
             title += f", {per_cell:.0f} a cell ({format_size(int(per_cell * snapshot.bucket_bytes))})"

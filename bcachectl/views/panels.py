@@ -8,6 +8,8 @@ IEC, counts are plain, rates are per second.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.text import Text
 
 from bcachectl.snapshot import (
@@ -62,10 +64,19 @@ def verdict(snapshot: SetSnapshot, *, lines: int) -> list[Text]:
 
 
 def legend(snapshot: SetSnapshot, width: int, *, letters: bool) -> Text:
-    """Every state with its share of the buckets, as the key to the map."""
+    """Every state with its share of the buckets, as the key to the map; without those that no bucket is in where there
+    is no room for all."""
+    line = _legend(snapshot, MAP_STATES, wide=width >= 100, letters=letters)
+    if line.cell_len > width:
+        there = [state for state in MAP_STATES
+                 if not bucket_share(snapshot.allocator, STATE_NAMES[state]).startswith("0 ")]
+        line = _legend(snapshot, there, wide=False, letters=letters)
+    return line
+
+
+def _legend(snapshot: SetSnapshot, states: Iterable[str], *, wide: bool, letters: bool) -> Text:
     line = Text()
-    wide = width >= 100
-    for state in MAP_STATES:
+    for state in states:
         name = STATE_NAMES[state]
         share = bucket_share(snapshot.allocator, name).replace(" %", "%")
         if not wide:

@@ -18,6 +18,11 @@ from bcachectl.views.history import History
 from bcachectl.views.monitor import map_size, screen
 
 
+def has_color(console: Console) -> bool:
+    """Whether colours can tell anything: not with ``NO_COLOR``, nor on a dumb terminal."""
+    return console.color_system is not None and not console.no_color
+
+
 class LiveView:
     """The alternate screen of a terminal; a context manager that gives the terminal back as it was."""
 
@@ -44,5 +49,6 @@ class LiveView:
     def show(self, snapshot: SetSnapshot) -> None:
         """Draw the snapshot."""
         self.history.add(snapshot)
-        drawn = screen(snapshot, self.history, width=self.console.width, height=self.console.height)
+        drawn = screen(snapshot, self.history, width=self.console.width, height=self.console.height,
+                       letters=not has_color(self.console))
         self._live.update(drawn, refresh=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,3 +139,26 @@ def test_a_label_on_a_device_does_not_steer_the_terminal(cli: Cli, golden: Calla
         out = cli(*words, backing).out
         assert r"a\x1b[2Jb\nc\xff" in out
         assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_locale_without_the_characters(golden: Callable[..., Path], encoding: str) -> None:
+    """The live view has blocks and dots; where a locale has none there are question marks, and no error."""
+    cache = golden("dirty_crash") / "cache.img"
+    line = [sys.executable, "-m", "bcachectl", "monitor", "--once", str(cache)]
+    done = subprocess.run(line, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Gens      ?" in done.stdout or b"Gens      \xb7" in done.stdout
+
+
+def test_a_name_that_is_no_text(golden: Callable[..., Path], tmp_path: Path) -> None:
+    """It is printed as it is, as every other program does."""
+    name = os.fsencode(tmp_path) + b"/bad\xff.img"
+    shutil.copy(golden("fresh") / "cache.img", name)
+    for words, status in (["list", name], 0), (["show", name], 0), (["fsck", name], 0), (["show", name + b"x"], 1):
+        line = [sys.executable, "-m", "bcachectl", *words]
+        done = subprocess.run(line, capture_output=True, timeout=120,
+                              env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+        assert done.returncode == status, done.stderr
+        if words[0] != "fsck":
+            assert b"bad\xff.img" in done.stdout + done.stderr

@@ -16,6 +16,7 @@ from bcachectl.views.history import History
 from bcachectl.views.monitor import map_size, page, screen
 from bcachectl.views.panels import format_duration, percent
 from bcachectl.views.status import status_page
+from bcachectl.views.terminal import has_color
 from tests.unit.views.samples import sample_history, sample_map, sample_snapshot, sample_volume
 
 SIZES = [(80, 24), (80, 50), (120, 30), (130, 40), (200, 60), (250, 90), (40, 24), (80, 10)]
@@ -39,6 +40,23 @@ def test_a_screen_fits(width: int, height: int, has_history: bool) -> None:
     columns, rows = map_size(width=width, height=height)
     snapshot = sample_snapshot(columns * rows)
     shown(snapshot, sample_history(snapshot) if has_history else History(), width, height)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60)])
+def test_states_are_letters_where_there_are_no_colours(width: int, height: int) -> None:
+    columns, rows = map_size(width=width, height=height)
+    snapshot = sample_snapshot(columns * rows)
+    history = sample_history(snapshot)
+    plain, coloured = (screen(snapshot, history, width=width, height=height, letters=letters).plain
+                       for letters in (True, False))
+    assert "D=dirty" in plain or "D dirty" in plain
+    assert "D=dirty" not in coloured
+    assert snapshot.map is not None
+    assert bucket_map(snapshot.map, width=columns - 4 * (width > 80), rows=1, letters=True)[0].plain[:40] in plain
+    assert "J=journal" in plain or "J journal" in plain
+    for environment, is_told in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        console = Console(file=StringIO(), force_terminal=True, _environ={"TERM": "xterm-256color", **environment})
+        assert has_color(console) is is_told
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60)])
