@@ -53,7 +53,7 @@ def test_states_are_letters_where_there_are_no_colours(width: int, height: int) 
     assert "D=dirty" not in coloured
     assert snapshot.map is not None
     assert bucket_map(snapshot.map, width=columns - 4 * (width > 80), rows=1, letters=True)[0].plain[:40] in plain
-    assert "J=journal" in plain or "J journal" in plain
+    assert "J=journal" in plain or "J reserved" in plain
     for environment, is_told in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
         console = Console(file=StringIO(), force_terminal=True, _environ={"TERM": "xterm-256color", **environment})
         assert has_color(console) is is_told
