@@ -29,4 +29,5 @@ def flush(volume: VolumeArgument, kernel: Kernel = None, dry_run: DryRun = False
     if as_json:
         print_json("flush", {"volume": name, "state": after.state, "written_bytes": (before.dirty_sectors or 0) * 512})
     else:
-        print(f"{name} is {after.state}; {format_sectors(before.dirty_sectors)} were dirty")
+        was = f"{format_sectors(before.dirty_sectors)} were dirty" if before.dirty_sectors else "nothing was dirty"
+        print(f"{name} is {after.state if after.attached else 'attached to no set'}; {was}")

@@ -335,6 +335,8 @@ def gc_took(gc: GcSnapshot) -> str:
 
 
 def _only_copy(snapshot: SetSnapshot) -> str:
+    if not snapshot.volumes:
+        return "no volume is here"
     if snapshot.dirty_sectors:
         return f"{format_sectors(snapshot.dirty_sectors)} exist only in the cache"
     flash = [volume.name for volume in snapshot.volumes if volume.dirty_sectors is None]

@@ -69,6 +69,7 @@ def test_a_day_in_the_life_of_an_engine(cli: Cli, engine: Engine) -> None:
     assert "bcache1 is detached" in cli("detach", "bcache1", "--wait").out
     assert cli("get", "bcache1", "state").out == "no cache\n"
     assert cli("detach", "bcache1").status == 4
+    assert cli("flush", "bcache1").out == "bcache1 is attached to no set; nothing was dirty\n"
     assert "attached to set" in cli("attach", "bcache1", uuid.upper()).out
     assert cli("attach", "bcache1", uuid).status == 4
     assert cli("attach", "bcache1", f"{uuid}0").status == 2

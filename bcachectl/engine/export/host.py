@@ -311,8 +311,10 @@ class EngineHost:
             try:
                 return open_device(path, write=write, exclusive=True)
             except DeviceError as error:
-                if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                if error.errno != errno.EBUSY:
                     raise
+                if time.monotonic() > deadline_s:
+                    raise Refused(str(error)) from error
             time.sleep(0.02)
 
     def _make_backend(self) -> Backend:
