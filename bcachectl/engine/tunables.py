@@ -302,7 +302,7 @@ def _parse(row: Tunable, owner: Any, text: str) -> Any:
                     raise UsageError(f"{text!r} is none of {', '.join(row.words)}")
                 return word
             case _:
-                label = text.encode()
+                label = text.encode("utf-8", "surrogateescape")
                 if len(label) > LABEL_BYTES:
                     raise UsageError(f"{text!r} has {len(label)} bytes; a label has at most {LABEL_BYTES}")
                 return label.removesuffix(b"\n")

@@ -25,7 +25,7 @@ NAMES = sorted({name for scope in TUNABLES.values() for name in scope} | {"stats
                | set(TRIGGERS["set"])) + ["state", "attach", "cache0/cache0/discard"]
 
 WORDS = ("bcache0", "bcache1", "0", "1", "-1", "4M", "writeback", "/dev/null", ".")
-text = st.one_of(st.text(max_size=40), st.sampled_from(WORDS))
+text = st.one_of(st.text(st.characters(), max_size=40), st.sampled_from(WORDS))
 number = st.one_of(st.integers(-2, 2000), st.integers(-1 << 70, 1 << 70))
 anything = st.recursive(st.none() | st.booleans() | number | st.floats(allow_nan=False) | text,
                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),

@@ -53,6 +53,9 @@ MAX_BACKLOG_BYTES = 1 << 20
 _PARAM_TYPES: dict[str, Any] = {"cells": int, "since": int, "target": str, "names": list, "values": dict,
                                 "volume": str, "set": str, "size": (int, str), "sector": int, "count": int}
 
+MAX_TEXT_BYTES = 4096
+"""Of one name, path or value; a longer number Python would not even read."""
+
 MAX_CELLS = 65536
 """Cells of a bucket map."""
 
@@ -446,7 +449,7 @@ def _may_ask(client: _Client) -> bool:
 def _parse(line: bytes) -> tuple[Any, str, dict[str, Any]]:
     try:
         request = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError("a request is one line of JSON") from None
     if not isinstance(request, dict) or not isinstance(request.get("method"), str):
         raise UsageError('a request is {"id": n, "method": ..., "params": {...}}')
@@ -463,9 +466,21 @@ def _check_params(answer: Callable[..., Any], params: dict[str, Any]) -> None:
         raise UsageError(f"wrong parameters: {error}") from None
     for name, value in params.items():
         is_right = isinstance(value, _PARAM_TYPES[name]) and not isinstance(value, bool)
-        texts = value.values() if name == "values" else value if name == "names" else []
+        texts = [value] if isinstance(value, str) else []
+        if is_right and isinstance(value, (list, dict)):
+            texts = [*value, *(value.values() if isinstance(value, dict) else [])]
         if not is_right or not all(isinstance(item, str) for item in texts):
             raise UsageError(f"wrong parameters: {name} is {type(value).__name__}")
+        if not all(map(_is_argument, texts)):
+            raise UsageError(f"wrong parameters: {name} has a text that no command line can have")
+
+
+def _is_argument(text: str) -> bool:
+    # Bytes that are no text come as the surrogates that Python makes of them; so they do in an argument.
+    try:
+        return len(text.encode("utf-8", "surrogateescape")) <= MAX_TEXT_BYTES and "\0" not in text
+    except UnicodeEncodeError:
+        return False
 
 
 def _error_of(number: Any, error: BcachectlError) -> dict[str, Any]:

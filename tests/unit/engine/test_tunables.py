@@ -90,6 +90,9 @@ def test_labels(w: World) -> None:
         put(w, "bcache0", "label", "z" * 32 + "\n")
     assert put(w, "bcache0", "label", "ä\n") == "ä"
     assert w.superblock(0).label_text == "ä"
+    # An argument in the encoding of another day.
+    assert put(w, "bcache0", "label", "\udce4") == "\\xe4"
+    assert w.superblock(0).label.startswith(b"\xe4\0")
 
 
 def test_what_is_on_disk_after_it_was_set(w: World) -> None:

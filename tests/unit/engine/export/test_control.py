@@ -311,6 +311,7 @@ def test_what_a_person_may_call_a_running_set(served: Served) -> None:
 
 @pytest.mark.parametrize(("line", "why"), [
     (b"nonsense\n", "one line of JSON"),
+    (b"[" * 60_000 + b"\n", "one line of JSON"),
     (b"[1]\n", "a request is"),
     (b'{"id": 1}\n', "a request is"),
     (b'{"id": 1, "method": "nonsense"}\n', "knows no method 'nonsense'"),
@@ -325,6 +326,12 @@ def test_what_a_person_may_call_a_running_set(served: Served) -> None:
     (b'{"id": 1, "method": "get", "params": {"names": [1]}}\n', "names is list"),
     (b'{"id": 1, "method": "set", "params": {"target": "", "values": {"a": 1}}}\n', "values is dict"),
     (b'{"id": 1, "method": "volume_create", "params": {"size": "many"}}\n', "is not a size"),
+    (b'{"id": 1, "method": "attach", "params": {"volume": "a\\u0000b"}}\n', "no command line"),
+    (b'{"id": 1, "method": "get", "params": {"names": ["\\ud800"]}}\n', "no command line"),
+    (b'{"id": 1, "method": "set", "params": {"target": "bcache0", "values": {"label": "\\ud800"}}}\n',
+     "no command line"),
+    (b'{"id": 1, "method": "set", "params": {"target": "", "values": {"journal_delay_ms": "%s"}}}\n' % (b"9" * 5000),
+     "no command line"),
 ])
 def test_bad_requests_get_a_sentence_and_the_connection_lives(served: Served, line: bytes, why: str) -> None:
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
