@@ -19,13 +19,34 @@ from bcachectl import __version__, cli
 
 EXIT_STATUS = (("0", "All went well."), ("1", "It failed, or what was looked at is damaged."),
                ("2", "The command line is wrong."), ("3", "A safety check refused."),
-               ("4", "The state of the device, set or engine does not allow it."), ("130", "Interrupted."))
+               ("4", "The state of the device, set or engine does not allow it."), ("130", "Interrupted, by SIGINT, SIGTERM or SIGHUP."))
 
 FSCK_STATUS = (("0", "Nothing is wrong."), ("1", "What was wrong is corrected."),
                ("4", "Something is left uncorrected."), ("8", "The check itself failed."),
-               ("16", "The command line is wrong."), ("32", "Interrupted."))
+               ("16", "The command line is wrong."), ("32", "Interrupted, by SIGINT, SIGTERM or SIGHUP."))
 
-# Verb -> (command line, what it does), and the pages to read next.
+# Verb -> the pages to read next, beside the overview and those of its group.
+NEXT = {
+    **dict.fromkeys(("list", "show", "dump", "where", "image create"), ("bcachectl-fsck",)),
+    "fsck": ("bcachectl-undo", "bcachectl-writeback", "bcachectl-image-create", "bcachectl-recovery(7)"),
+    "writeback": ("bcachectl-fsck", "bcachectl-resolve", "bcachectl-forget-backing", "bcachectl-recovery(7)",
+                  "ddrescue(1)"),
+    "forget-backing": ("bcachectl-writeback", "bcachectl-undo", "bcachectl-recovery(7)"),
+    "resolve": ("bcachectl-writeback", "bcachectl-undo", "bcachectl-recovery(7)"),
+    "undo": ("bcachectl-fsck", "bcachectl-wipe", "bcachectl-format", "bcachectl-recovery(7)"),
+    "wipe": ("bcachectl-undo",),
+    "format": ("bcachectl-register", "bcachectl-engine-run", "bcachectl-undo"),
+    "get": ("bcachectl-set", "bcachectl-tunables(5)"),
+    "set": ("bcachectl-get", "bcachectl-tunables(5)"),
+    "status": ("bcachectl-monitor", "bcachectl-get"),
+    "monitor": ("bcachectl-status",),
+    "run": ("bcachectl-resolve", "bcachectl-recovery(7)"),
+    "register": ("bcachectl-unregister", "bcachectl-fsck", "bcachectl-recovery(7)"),
+    "unregister": ("bcachectl-register", "bcachectl-stop"),
+    "engine run": ("bcachectl-tunables(5)", "bcachectl(7)"),
+}
+
+# Verb -> (command line, what it does).
 EXAMPLES: dict[str, list[tuple[str, str]]] = {
     "list": [("bcachectl list", "Every bcache device here."),
              ("bcachectl list --json cache.img back.img", "The same for programs, with two images besides."),
@@ -170,7 +191,7 @@ def _page(verb: str, command: Any) -> str:
     group = verb.split()[0]
     near = [f"{cli.PROGRAM}-{other.replace(' ', '-')}" for other in cli.COMMANDS
             if other != verb and other.split()[0] == group]
-    return "\n".join([*lines, *_see_also([cli.PROGRAM, *near])]) + "\n"
+    return "\n".join([*lines, *_see_also([cli.PROGRAM, *near, *NEXT.get(verb, ())])]) + "\n"
 
 
 def _head(name: str, summary: str) -> list[str]:
@@ -205,7 +226,8 @@ def _examples(verb: str) -> list[str]:
 
 
 def _see_also(names: list[str]) -> list[str]:
-    return [".SH SEE ALSO", ",\n".join(f".BR {_text(name)} (8)" for name in names).replace("(8),", "(8),")]
+    parts = [name.partition("(") for name in names]
+    return [".SH SEE ALSO", ",\n".join(f".BR {_text(name)} ({section or '8)'}" for name, _, section in parts)]
 
 
 def _paragraphs(text: str) -> list[str]:

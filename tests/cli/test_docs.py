@@ -66,3 +66,14 @@ def test_groff_has_no_complaint() -> None:
     for page in MAN.glob("*.8"):
         done = subprocess.run([groff, "-man", "-Tutf8", "-ww", page], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), page
+
+
+def test_pages_to_read_next_exist() -> None:
+    """A page names others that there are, none of them itself, and by their section."""
+    there = {path.name for path in MAN.glob("*.[578]")}
+    for verb, names in GENERATOR.NEXT.items():
+        assert verb in program.COMMANDS
+        for name in names:
+            page = f"{name.removesuffix(')').replace('(', '.')}" if "(" in name else f"{name}.8"
+            assert page in there | {"ddrescue.1"}, name
+            assert page != f"bcachectl-{verb.replace(' ', '-')}.8"
