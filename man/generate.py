@@ -19,7 +19,8 @@ from bcachectl import __version__, cli
 
 EXIT_STATUS = (("0", "All went well."), ("1", "It failed, or what was looked at is damaged."),
                ("2", "The command line is wrong."), ("3", "A safety check refused."),
-               ("4", "The state of the device, set or engine does not allow it."), ("130", "Interrupted, by SIGINT, SIGTERM or SIGHUP."))
+               ("4", "The state of the device, set or engine does not allow it."),
+               ("130", "Interrupted, by SIGINT, SIGTERM or SIGHUP."))
 
 FSCK_STATUS = (("0", "Nothing is wrong."), ("1", "What was wrong is corrected."),
                ("4", "Something is left uncorrected."), ("8", "The check itself failed."),
