@@ -309,15 +309,9 @@ def engines() -> list[EngineSet]:
     """Every engine that runs here and lets this user in, by set uuid; leftover sockets are passed over."""
     found: dict[str, EngineSet] = {}
     for directory in socket_dirs():
-        try:
-            names = sorted(os.listdir(directory))
-        except OSError:
-            continue
-        for name in names:
-            if not name.endswith(".sock"):
-                continue
+        for path in _sockets(directory):
             try:
-                engine = EngineSet(os.path.join(directory, name))
+                engine = EngineSet(path)
             except BcachectlError:
                 continue
             if engine.uuid in found:
@@ -325,6 +319,24 @@ def engines() -> list[EngineSet]:
             else:
                 found[engine.uuid] = engine
     return [found[uuid] for uuid in sorted(found)]
+
+
+def _sockets(directory: str) -> list[str]:
+    try:
+        return [os.path.join(directory, name) for name in sorted(os.listdir(directory)) if name.endswith(".sock")]
+    except OSError:
+        return []
+
+
+def _is_listened_to(path: str) -> bool:
+    # The kernel accepts for a process that is stopped, too.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(GREETING_TIMEOUT_S)
+        try:
+            asking.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 def running(driver: str | None = None) -> list[LiveSet]:
@@ -481,7 +493,10 @@ def _name(live: LiveSet) -> str:
 
 
 def no_engine() -> str:
-    """That no engine runs here, as far as this user may know."""
+    """That no engine runs here, as far as this user may know: one that does not answer is told apart."""
+    silent = [path for directory in socket_dirs() for path in _sockets(directory) if _is_listened_to(path)]
+    if silent:
+        return f"an engine listens at {silent[0]} and does not answer (it is stopped, or stuck on a device)"
     try:
         os.listdir(SHARED_DIR)
     except PermissionError:

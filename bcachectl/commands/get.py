@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from bcachectl.commands.options import Json, Kernel, complete_volume, driver, print_json
+from bcachectl.commands.options import Json, Kernel, complete_name, complete_target, driver, print_json
 from bcachectl.control import find
 
-TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", autocompletion=complete_volume, show_default=False,
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", autocompletion=complete_target, show_default=False,
                                                help="A SET or a VOLUME.")]
 
 
 def get(
     target: TargetArgument,
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default=False,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default=False, autocompletion=complete_name,
                                                       help="Names as in sysfs; by default all.")] = None,
     kernel: Kernel = None,
     as_json: Json = False,

@@ -55,6 +55,30 @@ def complete_volume(incomplete: str) -> Iterator[str]:
     yield from complete_device(incomplete)
 
 
+def complete_target(incomplete: str) -> Iterator[str]:
+    """What runs, sets and volumes, and the devices."""
+    from bcachectl import control
+
+    there = control.running()
+    for live in there:
+        live.close()
+    yield from (live.uuid for live in there if live.uuid.startswith(incomplete))
+    yield from complete_volume(incomplete)
+
+
+def complete_name(incomplete: str) -> Iterator[str]:
+    """The names of tunables."""
+    from bcachectl.engine.tunables import TUNABLES
+
+    names = dict.fromkeys(name for rows in TUNABLES.values() for name in rows)
+    yield from (name for name in names if name.startswith(incomplete))
+
+
+def complete_setting(incomplete: str) -> Iterator[str]:
+    """The names of tunables, as `set` takes them."""
+    yield from (f"{name}=" for name in complete_name(incomplete))
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; sizes are integers in the unit their name ends in.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print each write (device, byte offset, length, what it is) "
                                                         "and write nothing.")]

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from bcachectl.commands.get import TargetArgument
-from bcachectl.commands.options import DryRun, Json, Kernel, driver, print_json
+from bcachectl.commands.options import DryRun, Json, Kernel, complete_setting, driver, print_json
 from bcachectl.control import find
 from bcachectl.errors import UsageError
 
@@ -19,6 +19,7 @@ from bcachectl.errors import UsageError
 def set_tunables(
     target: TargetArgument,
     settings: Annotated[list[str], typer.Argument(metavar="NAME=VALUE", show_default=False,
+                                                  autocompletion=complete_setting,
                                                   help="Names and values as in sysfs.")],
     kernel: Kernel = None,
     dry_run: DryRun = False,

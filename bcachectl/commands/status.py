@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bcachectl.commands.options import Json, Kernel, complete_volume, driver, print_json
+from bcachectl.commands.options import Json, Kernel, complete_target, driver, print_json
 from bcachectl.control import find
 from bcachectl.errors import WrongState
 from bcachectl.snapshot import to_json
@@ -17,7 +17,7 @@ from bcachectl.views.status import status_page
 
 
 def status(
-    target: Annotated[str | None, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_volume,
+    target: Annotated[str | None, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_target,
                                                  show_default=False,
                                                  help="What to show; by default the only set that runs.")] = None,
     kernel: Kernel = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bcachectl.commands.options import DryRun, Json, complete_volume, print_json
+from bcachectl.commands.options import DryRun, Json, complete_target, print_json
 from bcachectl.commands.preflight import refuse_users
 from bcachectl.commands.stop import stop_kernel
 from bcachectl.commands.waiting import ALL_VOLUMES, wait_for
@@ -16,7 +16,7 @@ from bcachectl.units import format_sectors
 
 
 def unregister(
-    target: Annotated[str, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_volume, show_default=False,
+    target: Annotated[str, typer.Argument(metavar="SET|VOLUME", autocompletion=complete_target, show_default=False,
                                           help="A set, or one volume, that the kernel runs.")],
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -182,6 +182,11 @@ class TestCompletion:
             runtime = engine.runtime.name
             assert self.ask("bash", "bcachectl flush bc", XDG_RUNTIME_DIR=runtime) == ["bcache0"]
             assert self.ask("bash", "bcachectl status vol", XDG_RUNTIME_DIR=runtime) == ["vol0"]
+            assert self.ask("bash", "bcachectl get 014a", XDG_RUNTIME_DIR=runtime) == [uuid]
+
+    def test_tunables(self) -> None:
+        assert self.ask("bash", "bcachectl get bcache0 writeback_p") == ["writeback_percent"]
+        assert self.ask("bash", "bcachectl set bcache0 cache_mode=none writeback_p") == ["writeback_percent="]
 
     @pytest.mark.parametrize(("shell", "name"), [("bash", "bcachectl.bash"), ("zsh", "_bcachectl"),
                                                  ("fish", "bcachectl.fish")])

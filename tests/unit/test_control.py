@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -114,4 +116,23 @@ def test_what_is_missing_is_named(runtime: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "listdir", listdir)
     with pytest.raises(WrongState, match=r"^bcache0: no engine of yours runs here \(those of root are in "):
+        find("bcache0", ENGINE)
+
+
+def test_an_engine_that_does_not_answer_is_not_called_absent(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped, or hangs on a dead device, and still has the set."""
+    monkeypatch.setattr(control, "GREETING_TIMEOUT_S", 0.05)
+    with tempfile.TemporaryDirectory() as short:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        _ask_the_silent()
+
+
+def _ask_the_silent() -> None:
+    path = socket_path(UUID)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(path)
+        listening.listen(8)
+        with pytest.raises(WrongState, match=r"^bcache0: an engine listens at .* and does not answer"):
+            find("bcache0", ENGINE)
+    with pytest.raises(WrongState, match=r"^bcache0: no engine runs here"):
         find("bcache0", ENGINE)
