@@ -164,8 +164,13 @@ class CachedDev:
 
     @property
     def read_only(self) -> bool:
-        """Whether writes are refused."""
-        return self.cset.read_only or self.backing.read_only or self.cset.sb.is_obso_large_bucket
+        """Whether writes of clients are refused."""
+        return self.is_untouched or self.cset.sb.is_obso_large_bucket
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing at all is written to the backing device."""
+        return self.cset.read_only or self.backing.read_only
 
     @property
     def limit(self) -> int:
@@ -343,7 +348,7 @@ class CachedDev:
         self.sb = sb
         self.cache_mode = mode_of(sb)
         self.durable_state = None
-        if self.read_only:
+        if self.is_untouched:
             return 0
         raw = encode_superblock(replace(sb, last_mount=self.cset.sched.wall_s), self.raw)
         error = await self.backing.write(SB_SECTOR, raw, PREFLUSH | FUA, "backing superblock")
@@ -412,12 +417,12 @@ class CachedDev:
         self.writeback.reset()
         self.attached = True
         self.detaching = False
-        if self.backing.partial_stripes_expensive and not self.read_only:
+        if self.backing.partial_stripes_expensive and not self.is_untouched:
             self.stripes = cset.stripes[slot] = Stripes(
                 self.base, stripe_size_sectors=self.stripe_size_sectors, size_sectors=self.backing.size_sectors
             )
             cset.sched.spawn(self.stripes.count(self), f"count stripes {slot}")
-        if not self.read_only:
+        if not self.is_untouched:
             cset.sched.spawn(self.writeback.run(), f"writeback {slot}")
             cset.sched.spawn(self.writeback.run_controller(), f"writeback rate {slot}")
 
@@ -464,7 +469,7 @@ class CachedDev:
             and not self.dirty_sectors
         ):
             # From now on the cached data ages: no one may take it for the device's again.
-            if not self.read_only and await self.set_superblock(untied):
+            if not self.is_untouched and await self.set_superblock(untied):
                 self.io_disable = True
             else:
                 self.attached = False

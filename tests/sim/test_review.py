@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from errno import EIO
+from errno import EIO, EROFS
 from typing import Any
 
 import pytest
@@ -21,7 +21,14 @@ from bcachectl.engine.node import DIRTY, Node
 from bcachectl.engine.prios import PrioWriter
 from bcachectl.engine.sched import FLUSH, NS_PER_MS, READ, WRITE, Io
 from bcachectl.errors import BcachectlError, WrongState
-from bcachectl.ondisk.superblock import BdevState, CacheMode
+from bcachectl.ondisk.superblock import (
+    SB_BYTES,
+    SB_SECTOR,
+    BdevState,
+    CacheMode,
+    decode_superblock,
+    encode_superblock,
+)
 from tests.sim.disk import SECTOR
 from tests.sim.power import drain
 from tests.sim.world import FLASH, Backing, Setup, World
@@ -547,3 +554,30 @@ def test_a_set_that_fails_while_a_device_is_attached_leaves_it_without_a_cache()
         await w.read(0, 0, 16)
 
     w.run(story())
+
+
+def test_what_is_dirty_in_a_set_of_the_old_large_buckets_is_written_back() -> None:
+    """Clients may only read such a set, but its dirty data has to get out of it.  A flush, or a detach, waited for
+    ever."""
+    w = up(ONE_CACHED, "old buckets")
+
+    async def write() -> None:
+        await w.tune("bcache0", "writeback_running", "0")
+        await w.write(0, 0, 8, fua=True)
+        await w.cset.stop()
+
+    w.run(write())
+    drain(w)
+    images = [bytearray(disk.now) for disk in w.disks]
+    at = slice(SB_SECTOR * SECTOR, SB_SECTOR * SECTOR + SB_BYTES)
+    raw = bytes(images[0][at])
+    images[0][at] = encode_superblock(replace(decode_superblock(raw), version=5, feature_incompat=1), raw)
+    after = World(w.setup, "old buckets, after", images=images, oracle=w.oracle)
+    after.run(after.up())
+    after.is_calm = False
+    assert after.run(after.write(0, 8, 8)) == EROFS
+    after.run(after.cset.flush_volume("bcache0"))
+    assert after.superblock(0).state == BdevState.CLEAN
+    after.run(after.cset.detach("bcache0"))
+    after.run(after.verify(everything=True))
+    after.check_backings_alone("after the detach")
