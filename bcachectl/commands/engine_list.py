@@ -23,7 +23,7 @@ def engine_list(as_json: Json = False) -> None:
     for engine in described:
         print(f"set {engine['set']}  pid {engine['pid']}  cache {engine['cache'] or '?'}")
         for volume in engine["volumes"]:
-            words = (f"  {volume['volume']:<9} {format_size(volume['size']):>9}", f"{volume['mode']:<12}",
+            words = (f"  {volume['volume']:<9} {format_size(volume['size_bytes']):>9}", f"{volume['mode']:<12}",
                      f"{volume['state']:<12}", f"{format_sectors(volume['dirty_bytes'] >> 9)} dirty",
                      volume["backing"] or "")
             print("  ".join(words).rstrip())
@@ -45,7 +45,8 @@ def _describe(engine: EngineSet) -> dict[str, Any]:
         engine.close()
     record["cache"] = snapshot.cache_path
     record["failed"] = snapshot.failed
-    record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label, "size": volume.size_bytes,
+    record["volumes"] = [{"volume": volume.name, "uuid": volume.uuid, "label": volume.label,
+                          "size_bytes": volume.size_bytes,
                           "kind": volume.kind, "mode": volume.mode, "state": volume.state,
                           "dirty_bytes": (volume.dirty_sectors or 0) * 512, "backing": volume.backing_path,
                           **{where: places.get(volume.name, {}).get(where) for where in ("device", "uri")}}

@@ -44,7 +44,7 @@ def create(
     wait_for(live, job, "making the volume")
     live.close()
     if as_json:
-        print_json("volume create", {"set": live.uuid, "volume": job.result, "size": size_bytes})
+        print_json("volume create", {"set": live.uuid, "volume": job.result, "size_bytes": size_bytes})
     else:
         print(f"{job.result} is a flash-only volume of {format_size(size_bytes)}")
 
