@@ -59,13 +59,17 @@ campaign: setup-dev ## sets of every shape that a kernel makes, judged by every 
 
 bench: setup-dev ## figures beside their targets: two million buckets, NBD beside nbdkit, the ring beside fio, gc, what grows, a tick
 	$(BIN)/python -m bench.scale
+	$(BIN)/python -m bench.hot
 	$(BIN)/python -m bench.nbd
+	$(BIN)/python -m bench.nbd --direct
+	$(BIN)/python -m bench.fuse
 	$(BIN)/python -m bench.ring
 	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.gc
 	$(BIN)/python -m bench.hours
 	$(BIN)/python -m bench.tick
 	$(BIN)/python -m bench.fsck
+	$(BIN)/python -m bench.vm
 
 docs: setup-dev ## write the manual pages anew from the program's help
 	COLUMNS=100 $(BIN)/python man/generate.py

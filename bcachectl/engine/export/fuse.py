@@ -101,6 +101,7 @@ class FuseFile:
         self.fd = -1
         self.is_mounted = False
         self.in_flight = 0
+        self._gathered: list[Request] = []      # what came in this turn, for the volume to take together
         self._quick_fd = -1 if cache.direct else cache.fd
         self._nowait_flag = cache.nowait_flag
         self._header = memoryview(bytearray(_HEADER_BYTES))
@@ -137,6 +138,12 @@ class FuseFile:
 
     def on_ready(self, fd: int, events: int) -> None:
         """Requests are there."""
+        self._take_requests()
+        if self._gathered:
+            gathered, self._gathered = self._gathered, []
+            self.volume.submit_all(gathered)
+
+    def _take_requests(self) -> None:
         for _ in range(MAX_REQUESTS_PER_TURN):
             try:
                 got = os.readv(self.fd, (self._header, self._spare.data(MAX_TRANSFER_BYTES)))
@@ -247,8 +254,8 @@ class FuseFile:
     def _submit(self, operation: int, unique: int, offset: int, size: int, buffer: Buffer | None) -> None:
         self.in_flight += 1
         data = buffer.data(size) if buffer is not None else None
-        self.volume.submit(Request(operation, offset >> 9, size >> 9, data, 0, self.stream,
-                                   _Pending(self, unique, buffer, size)))
+        self._gathered.append(Request(operation, offset >> 9, size >> 9, data, 0, self.stream,
+                                      _Pending(self, unique, buffer, size)))
 
     def answer(self, pending: _Pending, request: Request) -> None:
         """Give the kernel the answer to a completed request."""
