@@ -92,9 +92,7 @@ class OverlayDevice:
         if end > self.size_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._copy_edges(offset_bytes, end)
-        done = 0
-        while done < len(view):
-            done += os.pwritev(self._overlay_fd, [view[done:]], self._data_start + offset_bytes + done)
+        _pwrite_all(self._overlay_fd, view, self._data_start + offset_bytes)
         self._mark(offset_bytes, end)
 
     def sync(self) -> None:
@@ -105,7 +103,8 @@ class OverlayDevice:
         if self._dirty_pages:
             for page in sorted(self._dirty_pages):
                 start = page * _BITMAP_PAGE_BYTES
-                os.pwrite(self._overlay_fd, self._bits[start:start + _BITMAP_PAGE_BYTES], self._bitmap_start + start)
+                part = memoryview(self._bits)[start:start + _BITMAP_PAGE_BYTES]
+                _pwrite_all(self._overlay_fd, part, self._bitmap_start + start)
             os.fdatasync(self._overlay_fd)
             self._dirty_pages.clear()
         self._is_written = False
@@ -138,7 +137,7 @@ class OverlayDevice:
             if (start > block_start or end < block_end) and not self._has(block):
                 buf = bytearray(block_end - block_start)
                 self.base.read_into(block_start, memoryview(buf))
-                os.pwrite(self._overlay_fd, buf, self._data_start + block_start)
+                _pwrite_all(self._overlay_fd, memoryview(buf), self._data_start + block_start)
 
     def _mark(self, start: int, end: int) -> None:
         self._is_written = True
@@ -232,3 +231,9 @@ def _pread_all(fd: int, buf: memoryview, offset_bytes: int) -> None:
         if got == 0:
             raise OSError(errno.EIO, "the overlay file is too short")
         done += got
+
+
+def _pwrite_all(fd: int, data: memoryview, offset_bytes: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwritev(fd, [data[done:]], offset_bytes + done)

@@ -183,6 +183,23 @@ def test_an_overlay_takes_all_writes_and_can_be_opened_again(tmp_path: Path, ima
     assert os.stat(path).st_blocks * 512 < 3 * SIZE_BYTES
 
 
+def test_an_overlay_goes_on_after_a_short_write(
+        tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that is nearly full takes a part.  What it did not take must not count as copied."""
+    pwrite, pwritev = os.pwrite, os.pwritev
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, bytes(data)[:1000], offset))
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwritev(fd, [bytes(parts[0])[:1000]], offset))
+    model = bytearray(image.read_bytes())
+    model[1536:2048] = b"w" * 512
+    for _ in range(2):
+        overlay, backend, base = overlaid(tmp_path / "overlay", image)
+        drain(backend, [Io(WRITE, 0, 3, 1, b"w" * 512), Io(FLUSH, 0, 0, 0), Io(READ, 0, 0, 8, buf := bytearray(4096))])
+        assert buf == model[:4096]
+        backend.close()
+        overlay.close()
+        base.close()
+
+
 def test_an_overlay_refuses_a_base_that_changed(tmp_path: Path, image: Path) -> None:
     path = tmp_path / "overlay"
     overlay, backend, base = overlaid(path, image)
