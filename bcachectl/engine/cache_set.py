@@ -444,9 +444,15 @@ class CacheSet:
         self.flash.remove(volume)
         # First the data, then the slot: a power loss between leaves an empty volume, not space that nobody owns.
         claim = await volume.ranges.enter(volume.base, volume.base + volume.size_sectors)
-        await invalidate(self, volume.base, volume.base + volume.size_sectors, durable=True)
+        try:
+            ok = await invalidate(self, volume.base, volume.base + volume.size_sectors, durable=True)
+        except Corrupt as bad:
+            self.fail(str(bad))
+            ok = False
         volume.ranges.leave(claim)
-        await self.uuid_array.retire(volume.slot)
+        if not ok or not await self.uuid_array.retire(volume.slot):
+            raise WrongState(f"{name} is not removed, and may be there again at the next start: set "
+                             f"{format_uuid(self.sb.set_uuid)} failed: {self.failed}")
 
     def is_flash(self, slot: int) -> bool:
         """Whether a slot is a flash-only volume's."""

@@ -84,11 +84,11 @@ class UuidArray:
         async with self.lock:
             return await self.write_bucket() and await self.cset.journal.write_meta()
 
-    async def retire(self, slot: int) -> None:
-        """Give a slot up; it is never used again."""
+    async def retire(self, slot: int) -> bool:
+        """Give a slot up; it is never used again.  False if the set failed."""
         now = self.cset.sched.wall_s & 0xFFFFFFFF
         self.entries[slot] = replace(self.entries[slot], uuid=INVALID_UUID, invalidated=now, flags=0)
-        await self.write()
+        return await self.write()
 
     def free_slot(self) -> int:
         """The lowest slot that was never used; WrongState if there is none."""

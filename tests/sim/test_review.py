@@ -581,3 +581,28 @@ def test_what_is_dirty_in_a_set_of_the_old_large_buckets_is_written_back() -> No
     after.run(after.cset.detach("bcache0"))
     after.run(after.verify(everything=True))
     after.check_backings_alone("after the detach")
+
+
+@pytest.mark.parametrize("what", ["journal", "uuids", "btree"])
+def test_a_volume_whose_removal_fails_is_not_said_to_be_removed(what: str) -> None:
+    """The set fails half-way; the next start may find the volume."""
+    w = up(replace(SMALL_NODE_CACHE, backings=()), f"removal {what}")
+    w.is_calm = False
+
+    async def story() -> None:
+        await w.flash_create(FLASH, 2000)
+        sectors = list(range(0, 1600, 2))
+        random.Random(1).shuffle(sectors)
+        for first in range(0, len(sectors), 8):
+            await w.together(*[w.write(FLASH, sector, 1) for sector in sectors[first:first + 8]])
+        await w.flush(FLASH)
+        btree = w.cset.btree
+        await btree.flush_all()
+        for index in range(len(btree.root.children)):
+            drop(btree, index)
+        fail_next(w, 0, lambda io: io.what == what)
+        assert "is not removed" in await refused(w.flash_remove(FLASH))
+        assert w.cset.failed
+        await w.cset.stop()
+
+    w.run(story())
