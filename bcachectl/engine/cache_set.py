@@ -282,12 +282,12 @@ class CacheSet:
             self.uuids[slot] = replace(self.uuids[slot], last_reg=self.sched.wall_s & 0xFFFFFFFF)
             await self.uuid_array.write()
         dev.start_caching(slot)
+        if not self.read_only and not self.io_disabled and dev.has_dirty and dev.sb.state != BdevState.DIRTY:
+            await dev.become_dirty()
         if self.io_disabled:
             # It failed while we waited, when this device was none of those that `CacheSet._leave` finds.
             await dev.leave_failed_set()
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
-        if not self.read_only and dev.has_dirty and dev.sb.state != BdevState.DIRTY:
-            await dev.become_dirty()
         self.events.emit("bcache_attach", volume=name, slot=slot)
 
     async def _refuse_too_small(self, dev: CachedDev, slot: int) -> None:

@@ -606,3 +606,36 @@ def test_a_volume_whose_removal_fails_is_not_said_to_be_removed(what: str) -> No
         await w.cset.stop()
 
     w.run(story())
+
+
+def test_a_set_that_fails_while_a_device_that_says_clean_becomes_dirty() -> None:
+    """Power may have failed before its superblock said so; now it is registered, and nobody else knows of it yet.  It
+    would stay attached, and its requests wait for ever."""
+    w = up(ONE_CACHED, "fails at dirty")
+
+    async def write() -> None:
+        await w.tune("bcache0", "writeback_running", "0")
+        await w.write(0, 0, 8, fua=True)
+        await w.cset.stop()
+
+    w.run(write())
+    drain(w)
+    images = [bytearray(disk.now) for disk in w.disks]
+    at = slice(SB_SECTOR * SECTOR, SB_SECTOR * SECTOR + SB_BYTES)
+    raw = bytes(images[1][at])
+    images[1][at] = encode_superblock(decode_superblock(raw).with_state(BdevState.CLEAN), raw)
+    again = World(w.setup, "fails at dirty, again", images=images, oracle=w.oracle)
+    again.is_calm = False
+
+    async def fail() -> None:
+        await again.sleep(200)
+        assert again.cset.running
+        again.cset.fail("for the test")
+
+    async def story() -> None:
+        again.delay = slow(lambda io: io.what == "backing superblock")
+        why, _ = await again.together(refused(again.up()), fail())
+        assert "for the test" in why
+        assert not again.cset.devices
+
+    again.run(story())
