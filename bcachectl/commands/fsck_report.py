@@ -16,7 +16,7 @@ from bcachectl.fsck.check import Check
 from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.owners import Choice
 from bcachectl.fsck.repair import Repair, is_repairable, offers_repair, plan_repair
-from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK
+from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, SECTOR_MASK
 from bcachectl.units import format_sectors, format_uuid
 
 RANGES_SHOWN = 8
@@ -132,7 +132,7 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
     yield f"  dirty data: {good} good, {lost} lost; clean data: {clean} good, {dropped}{more} to drop"
     for finding in check.findings:
         yield ""
-        yield from _finding_lines(finding)
+        yield from _finding_lines(check, finding)
     if files:
         yield ""
         yield from files
@@ -153,7 +153,7 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _finding_lines(finding: Finding) -> Iterator[str]:
+def _finding_lines(check: Check, finding: Finding) -> Iterator[str]:
     device = f"{finding.device}: " if finding.device else ""
     place = f" (sector {finding.sector})" if finding.sector else ""
     yield f"{finding.severity.name.lower()} {finding.code}: {device}{finding.structure}{place}: {finding.why}"
@@ -163,10 +163,26 @@ def _finding_lines(finding: Finding) -> Iterator[str]:
     for loss in finding.losses:
         yield from _loss_lines(loss)
     for start, end in finding.unknown:
-        yield (f"  nothing is known about {start >> INODE_SHIFT}:{start & SECTOR_MASK} to "
-               f"{end >> INODE_SHIFT}:{end & SECTOR_MASK}")
+        yield from _unknown_lines(check, start, end)
     if finding.severity > Severity.NOTE and not finding.losses and not finding.unknown:
         yield "  It costs no data." if finding.is_safe else "  What it costs cannot be told."
+
+
+def _unknown_lines(check: Check, start: int, end: int) -> Iterator[str]:
+    # By volume, as far as there are any in the range; what lies behind the last one has no keys.
+    if (start, end) == (0, MAX_POS):
+        yield "  nothing is known about any data in the cache, dirty or clean"
+        return
+    inodes = {inode for inode, entry in enumerate(check.walk.uuids) if not entry.is_free}
+    for inode in sorted(inodes | {start >> INODE_SHIFT}):
+        base = inode << INODE_SHIFT
+        first, last = max(start - base, 0), min(end - base, SECTOR_MASK)
+        if first >= last:
+            continue
+        offset = check.data_offset(inode)
+        first, last = max(first - offset, 0) << 9, max(last - offset, 0) << 9
+        behind = "its end" if end - base >= SECTOR_MASK else f"byte {last}"
+        yield f"  nothing is known about what the cache has of {check.volume_name(inode)} from byte {first} to {behind}"
 
 
 def _loss_lines(loss: Loss) -> Iterator[str]:

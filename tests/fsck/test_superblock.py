@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from bcachectl import cli
+from bcachectl.commands.fsck_report import lines
 from bcachectl.fsck.check import run
 from bcachectl.fsck.rescue import open_check
 from bcachectl.ondisk.superblock import decode_superblock, judge_csum
 from bcachectl.units import format_uuid
+from tests.damage import cases
 from tests.fsck.image import SB
 from tests.fsck.test_damage import base_image, serious
 
@@ -167,7 +169,7 @@ def test_nothing_but_what_is_given(copy: Callable[[str], Copy], tmp_path: Path) 
     assert f"set {uuid}: DAMAGED" in out
     assert "JOURNAL_EMPTY" in out
     assert "SB_GUESSED" in out
-    assert "nothing is known about 0:0" in out
+    assert "nothing is known about any data in the cache" in out
     for size in ("64k", "256k", "1M"):
         status, out, err = set_.fsck("--bucket-size", size, "--set-uuid", uuid)
         assert (status, out) == (16, "")
@@ -241,3 +243,14 @@ def test_block_of_the_device(golden: Callable[..., Path]) -> None:
     image = base_image(golden("deep_crash"))
     found = run(open_check(image.cache.read, image.cache.size_sectors, logical_block_sectors=8))
     assert serious(found) == ["SB_BLOCK_BELOW_DEVICE"]
+
+
+def test_unknown_ranges_are_told_by_volume(golden: Callable[..., Path]) -> None:
+    """In bytes of the volume, as losses are, and not as positions of keys."""
+    case = next(case for case in cases() if case.name == "child_not_at_start_gen_churn")
+    image = base_image(golden(case.base)).fresh()
+    case.edit(image)
+    found = run(open_check(image.cache.read, image.cache.size_sectors))
+    text = list(lines(found, None, []))
+    assert "  nothing is known about what the cache has of bcache0 from byte 0 to byte 16146432" in text
+    assert not [line for line in text if line.startswith("  nothing is known") and "byte" not in line]
