@@ -521,6 +521,9 @@ def _why_unknown(text: str, there: list[LiveSet], driver: str | None) -> str:
     if not there:
         return f"{text or repr(text)}: {_nothing_runs(driver)}; {_how_to_start(driver)}"
     names = ", ".join(map(_name, there))
+    if 0 < len(text) < MIN_PREFIX and any(live.uuid.startswith(text.lower()) for live in there):
+        return (f"{text}: is too short for a set, which takes {MIN_PREFIX} characters of its uuid or more (sets that "
+                f"run: {names})")
     if os.path.exists(text):
         return f"{text}: no running set uses this device (sets that run: {names})"
     return f"{text or repr(text)}: neither a running set nor one of its volumes (sets that run: {names})"

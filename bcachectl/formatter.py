@@ -189,13 +189,21 @@ def _backing(request: Request, device: BlockDevice, set_uuid: bytes, uuid: bytes
     return _judged(sb.with_cache_mode(request.cache_mode).with_state(BdevState.NONE), device)
 
 
+def _way_out(device: BlockDevice, block_sectors: int) -> str:
+    # The largest buckets that give enough of them; a btree node must have more than one block.
+    largest = 1 << ((device.size_bytes >> 9) // NBUCKETS_MIN_RUN).bit_length() >> 1
+    least = block_sectors * NODE_BLOCKS_MIN
+    if largest < least:
+        return f"use a device of at least {least * NBUCKETS_MIN_RUN // 2} KiB"
+    return f"use --bucket-size {largest // 2}k or less, or a larger device"
+
+
 def _cache(request: Request, device: BlockDevice, set_uuid: bytes, uuid: bytes, block_sectors: int) -> Superblock:
     bucket_sectors = request.bucket_bytes // SECTOR_BYTES
     nbuckets = (device.size_bytes >> 9) // bucket_sectors
     if nbuckets < NBUCKETS_MIN_RUN:
         raise Refused(f"{device.path}: has {nbuckets} buckets of {format_size(request.bucket_bytes)}, and the kernel "
-                      f"runs no cache of fewer than {NBUCKETS_MIN_RUN}; use smaller buckets (--bucket-size) or a "
-                      "larger device")
+                      f"runs no cache of fewer than {NBUCKETS_MIN_RUN}; {_way_out(device, block_sectors)}")
     first_bucket = 23 // bucket_sectors + 1
     geometry = Geometry(block_sectors, bucket_sectors, nbuckets, first_bucket)
     if geometry.node_blocks < NODE_BLOCKS_MIN:

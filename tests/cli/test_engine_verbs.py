@@ -61,6 +61,8 @@ def test_a_day_in_the_life_of_an_engine(cli: Cli, engine: Engine) -> None:
     assert cli("set", uuid, "synchronous=0").status == 3
 
     assert "gc done over" in cli("gc", uuid).out
+    short = cli("gc", uuid[:7].upper())
+    assert (short.status, "is too short for a set, which takes 8 characters" in short.err) == (4, True)
     # A flush is done though writeback is paused.
     assert "bcache0 is clean" in cli("flush", "bcache0").out
     assert cli("get", "bcache0", "state").out == "clean\n"

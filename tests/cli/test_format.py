@@ -393,3 +393,21 @@ def test_sparse_tebibyte_is_quick(cli: Cli, tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
     assert image.stat().st_blocks * 512 < MIB
     assert superblock(image).nbuckets == 1 << 21
+
+
+@pytest.mark.parametrize(("size_kib", "said"), [
+    (1024, "use a device of at least 4104 KiB"), (4103, "use a device of at least 4104 KiB"),
+    (4104, "use --bucket-size 8k or less"), (40 << 10, "use --bucket-size 64k or less"),
+    (250 << 10, "use --bucket-size 256k or less")])
+def test_a_device_too_small_for_its_buckets(cli: Cli, tmp_path: Path, size_kib: int, said: str) -> None:
+    """The refusal names buckets that fit, and they do."""
+    cache = tmp_path / "cache.img"
+    cache.touch()
+    os.truncate(cache, size_kib << 10)
+    refused = cli("format", "--cache", cache)
+    assert refused.status == 3
+    assert said in refused.err
+    if "--bucket-size" in said:
+        size = said.split()[2]
+        assert cli("format", "--cache", cache, "--bucket-size", f"{int(size[:-1]) * 2}k").status == 3
+        assert cli("format", "--cache", cache, "--bucket-size", size).status == 0
