@@ -58,7 +58,9 @@ def dump(structure: StructureArgument, device: DeviceArgument, output: FormatOpt
 
     Damage is reported on stderr, one line each, and the rest is printed. The exit status is then 1.
     """
-    if output is Format.KERNEL and (structure is not Structure.BTREE or as_json):
+    if output is Format.KERNEL and as_json:
+        raise UsageError("--format=kernel and --json exclude each other; give one of them")
+    if output is Format.KERNEL and structure is not Structure.BTREE:
         raise UsageError("--format=kernel is for `dump btree` alone; the kernel has no such text for anything else")
     if structure is Structure.SUPERBLOCK:
         return _dump_superblock(device, as_json)

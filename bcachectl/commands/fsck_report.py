@@ -93,7 +93,7 @@ def _choice_lines(choice: Choice) -> Iterator[str]:
     for each in choice.evidence:
         told = "is too small, or its data starts later" if not each.fits else "is large enough" + (
             f"; {each.equal} of {each.compared} clean extents agree with it" if each.compared
-            else "; there is no clean data to compare")
+            else "; there is no clean data, or only zeros, to compare")
         yield f"  {each.device} ({format_uuid(each.uuid)}) {told}"
     if choice.outcome:
         yield f"  A repair has it {choice.outcome}."

@@ -50,7 +50,9 @@ def list_devices(devices: DevicesOption = None, watch: WatchOption = False, as_j
         "others": [_node(probe.node) for probe in probes[len(found):]
                    if probe.superblock is None and probe.problem is None],
     }
-    if as_json:
+    if as_json and watch:
+        json_line("list", body)
+    elif as_json:
         print_json("list", body)
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -73,7 +75,7 @@ def _print_events(as_json: bool) -> None:
         probe = Probe(node) if action == "remove" else discovery.probe(node)
         shown = _node(node) if probe.superblock is None else _describe(probe)
         if as_json:
-            json_line("event", {"action": action, **shown, "problem": probe.problem})
+            json_line("event", {"action": action, "device": shown | {"problem": probe.problem}})
         else:
             print(listing.event(action, shown, probe.problem))
         sys.stdout.flush()

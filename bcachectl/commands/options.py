@@ -110,12 +110,14 @@ def driver(kernel: bool | None) -> str | None:
 
 def print_json(kind: str, body: dict[str, Any]) -> None:
     """Print ``body`` as one JSON document that names its schema and its ``kind`` (the verb that made it)."""
+    assert not {"schema", "kind"} & set(body)
     json.dump({"schema": JSON_SCHEMA, "kind": kind, **body}, sys.stdout, indent=2, ensure_ascii=False)
     print()
 
 
 def json_line(kind: str, body: dict[str, Any]) -> None:
     """Print ``body`` as one line of JSON, for outputs that go on."""
+    assert not {"schema", "kind"} & set(body)
     print(json.dumps({"schema": JSON_SCHEMA, "kind": kind, **body}, ensure_ascii=False))
 
 

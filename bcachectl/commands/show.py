@@ -13,6 +13,7 @@ import typer
 from bcachectl import describe, offline
 from bcachectl.blockdev import open_device
 from bcachectl.commands.options import DeviceArgument, Json, print_json
+from bcachectl.errors import UsageError
 from bcachectl.views import superblock, table
 
 
@@ -31,6 +32,8 @@ def show(device: DeviceArgument, output: FormatOption = Format.TEXT, as_json: Js
 
     A damaged superblock is printed as well. The exit status is 0 if the kernel would take it, 1 if not.
     """
+    if output is Format.SUPER_SHOW and as_json:
+        raise UsageError("--format=bcache-super-show and --json exclude each other; give one of them")
     with open_device(device) as opened:
         found = offline.read_superblock(opened)
         if output is Format.SUPER_SHOW:

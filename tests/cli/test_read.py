@@ -8,10 +8,12 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bcachectl.discovery import named
 from tests.cli.conftest import Result
 
 Cli = Callable[..., Result]
@@ -169,3 +171,28 @@ def test_status_of_a_device_that_does_not_run_says_where_to_look(cli: Cli, golde
     assert (result.status, result.out, result.err.count("\n")) == (4, "", 1)
     assert f"`bcachectl monitor --once {cache}`" in result.err
     assert "monitor" not in cli("status", "bcache0").err
+
+
+def test_one_format_at_a_time(cli: Cli, golden: Golden) -> None:
+    cache = golden("dirty_crash") / "cache.img"
+    for words in (["show", "--format=bcache-super-show"], ["dump", "btree", "--format=kernel"]):
+        assert cli(*words, cache).status == 0
+        refused = cli(*words, cache, "--json")
+        assert (refused.status, refused.out) == (2, "")
+        assert "and --json exclude each other" in refused.err
+
+
+def test_watching_tells_what_comes_and_goes(cli: Cli, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For programs a document a line, each saying what it is."""
+    backing = golden("dirty_crash") / "back0.img"
+    node = replace(named(str(backing)), kind="loop")
+    monkeypatch.setattr("bcachectl.discovery.enumerate_devices", list)
+    monkeypatch.setattr("bcachectl.discovery.watch", lambda: iter([("add", node), ("remove", node)]))
+    text = cli("list", "--watch").out.splitlines()
+    assert text[1].startswith(f"add {backing} (loop, 96 MiB: backing device of set 0167b536")
+    assert text[2] == f"remove {backing} (loop, 96 MiB)"
+    first, *events = map(json.loads, cli("list", "--watch", "--json").out.splitlines())
+    assert (first["kind"], first["devices"]) == ("list", [])
+    assert [(each["kind"], each["action"], each["device"]["kind"]) for each in events] == [
+        ("event", "add", "loop"), ("event", "remove", "loop")]
+    assert events[0]["device"]["state"] == "dirty"
