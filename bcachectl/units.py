@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Sizes and uuids as people type and read them, and the kernel's own ways of parsing and printing numbers.
+"""Sizes, dates and uuids as people type and read them, and the kernel's own ways of parsing and printing numbers.
 
 Sizes are IEC (1 KiB = 1024 bytes) in both directions.  The kernel's sysfs knows two more forms, kept apart because they
 are lossy: `parse_human` (util.c, strtoi_h) and `hprint` (util.c, bch_hprint).
@@ -8,6 +8,7 @@ are lossy: `parse_human` (util.c, strtoi_h) and `hprint` (util.c, bch_hprint).
 from __future__ import annotations
 
 import uuid
+from datetime import UTC, datetime
 
 from bcachectl.errors import UsageError
 
@@ -50,6 +51,16 @@ def format_size(size_bytes: int) -> str:
 def format_sectors(sectors: int | None) -> str:
     """A number of sectors as a size for people; ``-`` for what is not known."""
     return "-" if sectors is None else format_size(sectors * SECTOR_BYTES)
+
+
+def format_time(seconds: int) -> str:
+    """A moment in seconds since 1970, as devices store them, in UTC; empty for 0, the number for what is no date."""
+    if not seconds:
+        return ""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):
+        return str(seconds)
 
 
 def hprint(value: int) -> str:

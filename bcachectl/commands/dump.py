@@ -21,6 +21,7 @@ from bcachectl.fsck.walk import Damage, JournalEntry, Walk
 from bcachectl.offline import Walked
 from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK, decode_keys, ptr_gen, ptr_sector
 from bcachectl.ondisk.prio import PrioSet
+from bcachectl.units import format_time
 from bcachectl.views import superblock, table
 from bcachectl.views.table import Cell
 
@@ -147,7 +148,8 @@ def _uuid_rows(walk: Walk) -> Iterator[tuple[Cell, ...]]:
         if not entry.is_free:
             shown = describe.uuid_entry(slot, entry)
             yield (names.get(slot), slot, shown["kind"], shown["uuid"], shown["label"] or None,
-                   shown["size_bytes"] or None, shown["first_reg"], shown["last_reg"], shown["invalidated"] or None)
+                   shown["size_bytes"] or None, *(format_time(shown[name]) or None
+                                                  for name in ("first_reg", "last_reg", "invalidated")))
 
 
 def _prio_rows(walked: Walked) -> Iterator[tuple[int, int, int, int]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from bcachectl.fsck.writeback import Copy, Dirty, Source, sectors_of, source, wr
 from bcachectl.fsck.writeback_target import Orphan, orphans
 from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.superblock import BDEV_DATA_START_DEFAULT, BdevState
-from bcachectl.units import format_sectors
+from bcachectl.units import format_sectors, format_time
 from bcachectl.views import table
 
 HAZARD_OVERWRITE = "overwrite"
@@ -202,21 +201,17 @@ def _show(found: list[Orphan], as_json: bool) -> None:
             {"slot": orphan.inode, "state": orphan.state, "extents": orphan.extents,
              "dirty_bytes": orphan.dirty_sectors << 9, "end_bytes": orphan.end_sector << 9,
              "label": orphan.entry.label_text if orphan.entry is not None else None,
-             "first_registered": _time(orphan.entry.first_reg if orphan.entry is not None else 0) or None,
-             "detached": _time(orphan.entry.invalidated if orphan.entry is not None else 0) or None,
+             "first_registered": format_time(orphan.entry.first_reg if orphan.entry is not None else 0) or None,
+             "detached": format_time(orphan.entry.invalidated if orphan.entry is not None else 0) or None,
              "likely_devices": list(orphan.likely)} for orphan in found]})
         return
     if not found:
         print("No orphans: all dirty data belongs to devices that the set knows.")
         return
     rows = ((orphan.inode, orphan.state, format_sectors(orphan.dirty_sectors), orphan.extents,
-             format_sectors(orphan.end_sector), _time(orphan.entry.first_reg if orphan.entry is not None else 0),
-             _time(orphan.entry.invalidated if orphan.entry is not None else 0),
+             format_sectors(orphan.end_sector), format_time(orphan.entry.first_reg if orphan.entry is not None else 0),
+             format_time(orphan.entry.invalidated if orphan.entry is not None else 0),
              orphan.entry.label_text if orphan.entry is not None else "", ", ".join(orphan.likely))
             for orphan in found)
     print("\n".join(table.table(("SLOT", "STATE", "DIRTY", "EXTENTS", "NEEDS", "REGISTERED", "DETACHED", "LABEL",
                                  "LIKELY"), rows, color=table.wants_color(sys.stdout, os.environ))))
-
-
-def _time(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if seconds else ""

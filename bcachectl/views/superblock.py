@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bcachectl.units import format_sectors, format_size
+from bcachectl.units import format_sectors, format_size, format_time
 from bcachectl.views.table import Cell, bold, fields
 
 HIDDEN_IN_VALUES = {"role", "version_text", "magic_good", "csum_expected", "csum_good", "flags_text", "features_text"}
@@ -46,6 +46,8 @@ def _value(name: str, value: Any, superblock: Mapping[str, Any]) -> Cell:
         return f"{value} ({format_sectors(value)})"
     if name.endswith("_bytes"):
         return f"{value} ({format_size(value)})"
+    if name == "last_mount" and value:
+        return f"{value} ({format_time(value)})"
     if name == "journal_buckets":
         return _range(value)
     if isinstance(value, bool):
