@@ -70,6 +70,7 @@ bench: setup-dev ## figures beside their targets: two million buckets, NBD besid
 	$(BIN)/python -m bench.tick
 	$(BIN)/python -m bench.fsck
 	$(BIN)/python -m bench.vm
+	$(BIN)/python -m bench.kernel
 
 docs: setup-dev ## write the manual pages anew from the program's help
 	COLUMNS=100 $(BIN)/python man/generate.py
