@@ -46,7 +46,7 @@ from bcachectl.signatures import Signature, ask_blkid, find_signatures
 from bcachectl.units import SECTOR_BYTES, format_label, format_size, format_uuid
 from bcachectl.writeplan import Plan, Write
 
-HAZARDS = ("bcache", "signature")
+HAZARDS = ("bcache", "signature", "dirty")
 """What ``--force`` overrides."""
 
 BUCKET_BYTES_DEFAULT = 512 << 10
@@ -89,7 +89,7 @@ def check_request(request: Request) -> None:
                       "mirrored before; join them with md or LVM first, or make two sets")
     unknown = sorted(request.force - set(HAZARDS))
     if unknown:
-        raise UsageError(f"--force={unknown[0]} overrides nothing here; it takes {' or '.join(HAZARDS)}")
+        raise UsageError(f"--force={unknown[0]} overrides nothing here; it takes bcache, signature or dirty")
     if request.label and len(request.backings) != 1:
         raise UsageError("--label needs exactly one --backing device: a label names one volume")
     label = os.fsencode(request.label)

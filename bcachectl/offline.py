@@ -16,7 +16,7 @@ from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.errors import BcachectlError, UsageError, WrongState
 from bcachectl.fsck.walk import Damage, Node, Record, Walk
 from bcachectl.ondisk.magic import BCACHE_MAGIC
-from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, Superblock, parse_superblock
+from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState, Superblock, parse_superblock
 from bcachectl.ondisk.uuids import UuidEntry
 from bcachectl.units import format_uuid, parse_uuid
 
@@ -90,6 +90,30 @@ def walk_cache(path: str) -> Iterator[Walked]:
             raise WrongState(f"{path}: its set never ran, so there is nothing on it but the superblock; "
                              "`bcachectl show` prints that")
         yield Walked(walk, records, nodes, damages)
+
+
+def only_copy(device: BlockDevice) -> str:
+    """What a bcache device has that is nowhere else, in words that follow its name; empty if there is nothing."""
+    if device.size_bytes < (SB_SECTOR << 9) + SB_BYTES:
+        return ""
+    sb = read_superblock(device).superblock
+    if sb.magic != BCACHE_MAGIC:
+        return ""
+    if sb.is_backing:
+        return (f"the cache of set {format_uuid(sb.set_uuid)} holds data that this device lacks; write it back first "
+                "(`bcachectl writeback`), or detach it" if sb.state is BdevState.DIRTY else "")
+    if not sb.cache_sync:
+        return ""
+    way_out = ("data that its volumes have nowhere else; write it back first (`bcachectl writeback`, after which its "
+               "keys still say dirty), or detach them")
+    try:
+        with walk_cache(device.path) as walked:
+            if any(not damage.is_harmless for damage in walked.damages):
+                return f"is damaged, and may hold {way_out}"
+            is_dirty = any(bool(extents.dirty.any()) for _slot, extents in walked.walk.leaf_extents())
+    except BcachectlError:
+        return f"is damaged, and may hold {way_out}"
+    return f"holds {way_out}" if is_dirty else ""
 
 
 def volumes(walk: Walk) -> list[Slot]:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from bcachectl import describe, formatter, writeplan
+from bcachectl import describe, formatter, offline, writeplan
+from bcachectl.blockdev import BlockDevice
 from bcachectl.claim import claim
 from bcachectl.commands.options import Backup, DryRun, Force, Json, complete_device, print_json
-from bcachectl.errors import UsageError
+from bcachectl.errors import Refused, UsageError
 from bcachectl.ondisk.superblock import CacheMode, Replacement, encode_superblock
 from bcachectl.units import SECTOR_BYTES, parse_size, parse_uuid
 
@@ -75,7 +76,8 @@ def format_devices(
 
     Devices formatted together belong to the same set and attach by themselves when they are registered. Refused: what
     the kernel would refuse, a device in use, and a device that holds anything else: --force=bcache overwrites a bcache
-    superblock, --force=signature any other. What is overwritten is kept in an undo file.
+    superblock, with --force=dirty one that vouches for data which is nowhere else, and --force=signature anything
+    else's. What is overwritten is kept in an undo file.
     """
     mode = _mode(cache_mode, writeback)
     if not backing and (mode is not None or label or data_offset != "16"):
@@ -92,6 +94,8 @@ def format_devices(
         force=frozenset(force or ()) | (frozenset(["bcache"]) if wipe_bcache else frozenset()))
     formatter.check_request(request)
     with claim([*request.caches, *request.backings], write=not dry_run) as devices:
+        if "bcache" in request.force and "dirty" not in request.force:
+            _refuse_dirty(devices)
         plan, superblocks = formatter.plan_format(request, devices, lambda: uuids.uuid4().bytes)
         undo = None
         if not dry_run:
@@ -110,6 +114,13 @@ def format_devices(
             print("\n".join(formatter.report(path, sb)))
         if undo is not None:
             print(f"What was overwritten is kept; `bcachectl undo {undo}` takes the format back.")
+
+
+def _refuse_dirty(devices: dict[str, BlockDevice]) -> None:
+    for device in devices.values():
+        reason = offline.only_copy(device)
+        if reason:
+            raise Refused(f"{device.path}: {reason}", hazard="dirty")
 
 
 def _mode(cache_mode: Mode | None, writeback: bool) -> CacheMode | None:

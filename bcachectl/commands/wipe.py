@@ -10,8 +10,7 @@ from bcachectl.blockdev import BlockDevice
 from bcachectl.claim import claim
 from bcachectl.commands.options import Backup, DevicesArgument, DryRun, Force, Json, print_json
 from bcachectl.errors import Refused, UsageError
-from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState
-from bcachectl.units import format_uuid
+from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR
 from bcachectl.writeplan import Plan, Write
 
 HAZARDS = ("dirty",)
@@ -50,16 +49,6 @@ def wipe(devices: DevicesArgument, backup: Backup = None, force: Force = None, d
 def _check(device: BlockDevice, *, force_dirty: bool) -> None:
     found = offline.read_superblock(device)
     offline.require_magic(device, found)
-    sb = found.superblock
-    if force_dirty:
-        return
-    if sb.is_backing and sb.state is BdevState.DIRTY:
-        raise Refused(f"{device.path}: the cache of set {format_uuid(sb.set_uuid)} holds data that this device lacks; "
-                      "detach it first", hazard="dirty")
-    if sb.is_cache and sb.cache_sync:
-        with offline.walk_cache(device.path) as walked:
-            is_damaged = any(not damage.is_harmless for damage in walked.damages)
-            if is_damaged or any(bool(extents.dirty.any()) for _slot, extents in walked.walk.leaf_extents()):
-                reason = "is damaged, and may hold" if is_damaged else "holds"
-                raise Refused(f"{device.path}: {reason} data that its volumes have nowhere else; detach them first",
-                              hazard="dirty")
+    reason = "" if force_dirty else offline.only_copy(device)
+    if reason:
+        raise Refused(f"{device.path}: {reason}", hazard="dirty")

@@ -155,7 +155,7 @@ def test_4k_buckets_with_4k_blocks_are_refused(cli: Cli, cache: Path) -> None:
     (["--bucket-size", "big"], 2, "not a size"), (["--block-size", "8k"], 2, "4 KiB, the page size"),
     (["--block-size", "3k"], 2, "power of two"), (["--block-size", "256"], 2, "512 bytes"),
     (["--set-uuid", "x"], 2, "not a uuid"), (["--set-uuid", "0" * 32], 2, "zero"),
-    (["--force=all"], 2, "bcache or signature"),
+    (["--force=all"], 2, "bcache, signature or dirty"),
     (["--writeback"], 2, "--backing"), (["--label", "x"], 2, "--backing"), (["-o", "32"], 2, "--backing"),
     (["--replacement", "mru"], 2, "mru")])
 def test_wrong_options_for_a_cache(cli: Cli, cache: Path, words: list[str], status: int, why: str) -> None:
@@ -312,7 +312,8 @@ def test_t10_reused_set_uuid_finds_no_old_journal(cli: Cli, golden: Callable[...
     old = superblock(image)
     assert jset_magic(old.set_uuid).to_bytes(8, "little") in image.read_bytes()
     uuid_text = old.set_uuid.hex()
-    made = cli("format", "--cache", image, "--set-uuid", uuid_text, "--bucket-size", "64k", "--force=bcache")
+    made = cli("format", "--cache", image, "--set-uuid", uuid_text, "--bucket-size", "64k", "--force=bcache",
+               "--force=dirty")
     assert made.status == 0, made.err
     data = image.read_bytes()
     sb = superblock(image)
@@ -411,3 +412,32 @@ def test_a_device_too_small_for_its_buckets(cli: Cli, tmp_path: Path, size_kib: 
         size = said.split()[2]
         assert cli("format", "--cache", cache, "--bucket-size", f"{int(size[:-1]) * 2}k").status == 3
         assert cli("format", "--cache", cache, "--bucket-size", size).status == 0
+
+
+@pytest.mark.parametrize("name", ["cache.img", "back0.img"])
+def test_data_that_is_nowhere_else_takes_a_word_of_its_own(cli: Cli, golden: Callable[..., Path], name: str) -> None:
+    """A superblock alone can be put back, and what --discard takes cannot."""
+    images = golden("dirty_crash", writable=True)
+    device = images / name
+    option = "--cache" if name == "cache.img" else "--backing"
+    more = ["--bucket-size", "64k", *(["--discard"] if option == "--cache" else [])]
+    before = digest(device)
+    for force in (["--force=bcache"], ["--wipe-bcache"], ["--wipe-bcache", "--dry-run"]):
+        refused = cli("format", option, device, *more, *force)
+        assert (refused.status, refused.out, refused.err.count("\n")) == (3, "", 1)
+        assert "--force=dirty overrides this check" in refused.err
+        assert "`bcachectl writeback`" in refused.err
+    assert cli("format", option, device, *more, "--force=dirty").status == 3
+    assert digest(device) == before
+    assert cli("format", option, device, *more, "--force=bcache", "--force=dirty").status == 0
+
+
+def test_a_damaged_cache_device_may_hold_the_only_copy(cli: Cli, golden: Callable[..., Path]) -> None:
+    cache = golden("dirty_crash", writable=True) / "cache.img"
+    with cache.open("r+b") as file:
+        file.seek(4096 + 80)
+        file.write(b"x")
+    for words in (["wipe", cache], ["format", "--cache", cache, "--bucket-size", "64k", "--force=bcache"]):
+        refused = cli(*words)
+        assert (refused.status, refused.out) == (3, "")
+        assert "is damaged, and may hold data that its volumes have nowhere else" in refused.err

@@ -144,7 +144,8 @@ def test_p1_devices_that_refuse_writes(cli: Cli, golden: Golden, loop_device: Ca
     assert [cli("dump", structure, cache).status for structure in STRUCTURES] == [0] * len(STRUCTURES)
     assert cli("where", backing, 0, 5000, "--cache", cache).status == 0
     assert {cache, backing} <= {entry["device"] for entry in json.loads(cli("list", "--json").out)["devices"]}
-    for words in (("wipe", backing, "--force=dirty"), ("format", "--backing", backing, "--force=bcache")):
+    for words in (("wipe", backing, "--force=dirty"),
+                  ("format", "--backing", backing, "--force=bcache", "--force=dirty")):
         assert cli(*words, "--dry-run").status == 0
         assert "read-only" in cli(*words).err
 

@@ -222,8 +222,8 @@ def test_devices_in_use(golden: Callable[..., Path], tmp_path: Path, loop_device
     with Engine(tmp_path, *words):
         second = tmp_path / "second"
         second.mkdir()
-        refuse(second, words, FAILED, "cache.img", "in use")
-        refuse(second, [*words, "--read-only"], FAILED, "cache.img", "in use")
+        refuse(second, words, REFUSED, "cache.img", "in use")
+        refuse(second, [*words, "--read-only"], REFUSED, "cache.img", "in use")
         text = run("format", "--cache", directory / "cache.img", "--force=bcache", status=REFUSED)
         assert "in use" in text
     plain = tmp_path / "plain.img"
@@ -232,7 +232,7 @@ def test_devices_in_use(golden: Callable[..., Path], tmp_path: Path, loop_device
     device = loop_device(plain)
     subprocess.run([require_tool("mkfs.ext4"), "-q", device], check=True)
     with mounted(device, tmp_path / "point"):
-        refuse(second, [*options(directory / "cache.img", Path(device)), "--export", "nbd"], FAILED, device, "in use")
+        refuse(second, [*options(directory / "cache.img", Path(device)), "--export", "nbd"], REFUSED, device, "in use")
         text = run("format", "--backing", device, "--force=signature", status=REFUSED)
         assert device in text
         assert "in use" in text or "mounted" in text
