@@ -387,8 +387,10 @@ class Btree:
             position = part.end
         return True
 
-    async def leaf_with_room(self, position: int) -> Node | None:
-        """A leaf for an insert at ``position``: in memory, not frozen, with room; None if the set failed."""
+    async def leaf_with_room(self, position: int, *, wait: bool = True) -> Node | None:
+        """A leaf for an insert at ``position``: in memory, not frozen, with room; None if the set failed, or (without
+        ``wait``) if there are no buckets for a split.
+        """
         cset = self.cset
         while not cset.io_disabled:
             leaf = await self.leaf(position)
@@ -396,20 +398,26 @@ class Btree:
                 await self.changed.wait()
             elif cset.read_only or leaf.has_room(3, cset.geometry):
                 return leaf
+            elif not wait and not cset.splitter.has_reserve(leaf.level):
+                return None
             else:
-                await cset.splitter.split(leaf)
+                await cset.splitter.split(leaf, wait=wait)
         return None
 
-    async def replace(self, old: Extent, new: Extent) -> int:
+    async def replace(self, old: Extent, new: Extent, *, is_move: bool = False) -> int:
         """Replace what is left of ``old`` by the corresponding parts of ``new``; returns the sectors replaced.
 
         The caller has copied the data of ``old`` somewhere; parts that were overwritten since are not touched.  Not
         journaled: a lost replacement only means that the copy is made again (btree.c, bch_btree_insert with a replace
-        key)."""
+        key).
+
+        A move of dirty data is journaled (`_journal_move`).  It never waits for buckets or for room in the journal;
+        what would have to is not replaced.
+        """
         replaced = 0
         position = old.start
         while position < old.end:
-            leaf = await self.leaf_with_room(position)
+            leaf = await self.leaf_with_room(position, wait=not is_move)
             if leaf is None:
                 return replaced
             stop = min(old.end, leaf.end)
@@ -421,12 +429,27 @@ class Btree:
                     # The node became full half-way: go on from here in the node that replaces it.
                     stop = part.start
                     break
-                self.insert_into(leaf, new.cut(part.start, part.end), None)
+                here, pin = new.cut(part.start, part.end), None
+                if is_move and here.flags & DIRTY:
+                    pin = self._journal_move(here)
+                    if pin is None:
+                        continue
+                self.insert_into(leaf, here, pin)
+                self.cset.journal.unpin(pin)
                 replaced += part.end - part.start
             if stop == position:
-                await self.cset.splitter.split(leaf)
+                await self.cset.splitter.split(leaf, wait=not is_move)
             position = stop
         return replaced
+
+    def _journal_move(self, new: Extent) -> JournalPin | None:
+        # The entry that the old place is in may live longer than its bucket, if something else in it waits for the
+        # btree all the while.  A replay would put that key, stale by then, over the moved one; so the new place comes
+        # after it.  Not after the key of a write that is between journal and btree: that one is newer.
+        cset = self.cset
+        if cset.is_being_written(new.start, new.end):
+            return None
+        return cset.journal.add_nowait(pack_key(new.end, new.end - new.start, True, new.ptr))
 
     # Write.
 

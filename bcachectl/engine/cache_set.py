@@ -458,6 +458,18 @@ class CacheSet:
         """Whether a slot is a flash-only volume's."""
         return slot < len(self.uuids) and self.uuids[slot].is_flash_only
 
+    def is_being_written(self, start: int, end: int) -> bool:
+        """Whether a write to the positions [start, end) has begun and is not over."""
+        slot = start >> INODE_SHIFT
+        for dev in self.devices:
+            if dev.slot == slot:
+                return dev.ranges.writing(start - dev.base, end - dev.base)
+        for volume in self.flash:
+            if volume.slot == slot:
+                return volume.ranges.writing(start, end)
+        # A flash-only volume that is being removed is none of those any more.
+        return self.is_flash(slot)
+
     def flash_dirty_sectors(self) -> int:
         """Sectors that flash-only volumes take."""
         return sum(volume.dirty_sectors for volume in self.flash)

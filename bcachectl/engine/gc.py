@@ -6,8 +6,8 @@ A run:
 1. New `Marks` are begun; the marks in force stay in force until the end.
 2. From left to right each leaf is visited: its pointers are marked, it is rewritten if too much of it is stale,
    neighbours that fit together are put together, and if it is dirty it is written.  All these writes are awaited
-   before the end: the marks say that a bucket is clean or empty only if the disk says so too (un-dirtied and moved
-   keys are not journaled).
+   before the end: the marks say that a bucket is clean or empty only if the disk says so too (un-dirtied keys
+   are not journaled).
 3. The interior nodes, all in memory, are marked at one moment.
 4. The new marks are put in force, a range of buckets at a time (`Buckets.put_in_force`): each bucket's marks are true
    before and after, so it does not matter which of them have changed already.

@@ -3,7 +3,8 @@
 
 Only with ``copy_gc_enabled``.  A copy is put in the map by `Btree.replace`, which does nothing where a write came
 first.  The old bucket cannot be reused before the next gc, which writes every dirty leaf before its marks count; so a
-move that is lost in a crash loses nothing."""
+move that is lost in a crash loses nothing.  The keys of dirty data are journaled all the same
+(docs/decisions/0028)."""
 
 from __future__ import annotations
 
@@ -125,7 +126,7 @@ class MovingGc:
         position, done = extent.start, 0
         while not error and position < extent.end:
             flash = cset.is_flash(extent.start >> INODE_SHIFT)
-            # Never waits for a bucket: it is gc that would have to make one, and gc waits for this.
+            # Never waits for a bucket, nor for those of a split: gc would have to make them, and gc waits for this.
             piece = cset.sectors.alloc_nowait(
                 position, extent.end - position, write_point=0, flash=flash, reserve=Reserve.MOVINGGC
             )
@@ -138,7 +139,7 @@ class MovingGc:
             data = memoryview(buf)[done << 9 : (done + piece.nsectors) << 9]
             error = await cset.cache.write((piece.ptr >> 8) & ((1 << 43) - 1), data, 0, "moving gc")
             if not error:
-                moved = await cset.btree.replace(part, part._replace(ptr=piece.ptr))
+                moved = await cset.btree.replace(part, part._replace(ptr=piece.ptr), is_move=True)
                 self.moved_sectors += moved
                 self.collisions += moved == 0
             buckets.unpin(bucket)

@@ -59,13 +59,17 @@ class Splitter:
 
     # The operations.
 
-    async def split(self, leaf: Node) -> None:
-        """Make room for inserts where ``leaf`` is: compact it, and divide it if that is not enough."""
+    async def split(self, leaf: Node, *, wait: bool = True) -> None:
+        """Make room for inserts where ``leaf`` is: compact it, and divide it if that is not enough.  Without ``wait``
+        nothing is done if there are no buckets for it.
+        """
         cset = self.cset
         while not cset.io_disabled:
             if leaf.gone or leaf.frozen or leaf.has_room(3, cset.geometry):
                 return
             if not self.has_reserve(leaf.level):
+                if not wait:
+                    return
                 await cset.alloc.bucket_wait.wait()
                 continue
             async with cset.btree.structure:
