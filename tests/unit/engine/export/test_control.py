@@ -304,8 +304,8 @@ def test_what_a_person_may_call_a_running_set(served: Served) -> None:
     found = served.during(lambda: find_volume(served.uuid))
     assert found.target == "bcache0"
     found.live.close()
-    for text in (served.uuid[:7], "bcache5"):
-        with pytest.raises(WrongState, match="neither a running set"):
+    for text, words in ((served.uuid[:7], "is too short for a set"), ("bcache5", "neither a running set")):
+        with pytest.raises(WrongState, match=words):
             served.during(lambda text=text: find(text))
 
 
