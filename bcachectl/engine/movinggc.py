@@ -73,6 +73,9 @@ class MovingGc:
 
     async def _run(self) -> None:
         cset = self.cset
+        if not cset.running:
+            # The replay is not over: a move would be journaled after keys that are newer and not in the map yet.
+            return
         if not self.enabled or cset.io_disabled or cset.stopping or not await self.choose_sources():
             return
         position = looked_at = 0

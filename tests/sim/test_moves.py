@@ -180,3 +180,22 @@ def test_a_move_leaves_a_write_that_is_under_way_alone() -> None:
         assert w.cset.journal.seq == seq
 
     w.run(story())
+
+
+def test_nothing_moves_before_the_replay_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer keys of what would move may not be in the map yet, and their entries are older than that of the move."""
+    scene = Scene("moves and replay", monkeypatch)
+
+    async def story() -> None:
+        await scene.set_up()
+        cset = scene.world.cset
+        cset.running = False
+        await cset.run_gc()
+        await scene.world.sleep(100)
+        assert not cset.movinggc.moved_keys
+        cset.running = True
+        await scene.move()
+        await scene.go_on()
+        await cset.stop()
+
+    scene.world.run(story())
