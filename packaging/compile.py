@@ -15,7 +15,6 @@ from pathlib import Path
 MODULES = (
     "bcachectl.engine.node",
     "bcachectl.engine.read_batch",
-    "bcachectl.engine.streams",
     "bcachectl.engine.write_batch",
     "bcachectl.engine.io.completions",
     "bcachectl.engine.export.ublk_reads",

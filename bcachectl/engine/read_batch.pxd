@@ -21,3 +21,10 @@ cpdef list place_reads(dev, list reads)
     cutoff_bytes=cython.longlong,
 )
 cdef _count(dev, list hits)
+
+@cython.locals(
+    recent=dict, since_ns=cython.longlong, count=cython.longlong, sectors=cython.longlong, run=cython.longlong,
+    average=cython.longlong, sector=cython.longlong, nsectors=cython.longlong, start=cython.longlong,
+    nbytes=cython.longlong, found=tuple,
+)
+cdef tuple _note_all(streams, list hits, long long data_offset, long long cutoff_bytes, long long now_ns)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
 from bcachectl.engine.front import NOT_NOW
 from bcachectl.engine.node import HAS_PTR, SIZE_MASK, Node
+from bcachectl.engine.streams import RECENT_IO, RECENT_NS, Streams
 from bcachectl.ondisk.superblock import CacheMode
 
 try:
@@ -79,9 +80,7 @@ def _count(dev: CachedDev, hits: list[tuple[int, int]]) -> None:
         passed = passed_sectors = 0
         cutoff_bytes = dev.sequential_cutoff >> 9 << 9
         if cutoff_bytes:
-            passed, passed_sectors = dev.streams.note_all(
-                hits, dev.data_offset, cutoff_bytes, stream=0, now_ns=cset.sched.now_ns
-            )
+            passed, passed_sectors = _note_all(dev.streams, hits, dev.data_offset, cutoff_bytes, cset.sched.now_ns)
     stats.cache_bypass_hits += passed
     stats.bypassed_sectors += passed_sectors
     stats.cache_hits += count - passed
@@ -89,3 +88,31 @@ def _count(dev: CachedDev, hits: list[tuple[int, int]]) -> None:
     buckets.rescale_sectors -= nsectors - passed_sectors
     while buckets.rescale_sectors < 0:
         cset.alloc.rescale(0)
+
+
+def _note_all(
+    streams: Streams, hits: list[tuple[int, int]], data_offset: int, cutoff_bytes: int, now_ns: int
+) -> tuple[int, int]:
+    # `Streams.note` for each of them, as stream 0; how many reach the cutoff, and how many sectors those have.
+    recent, since_ns = streams.recent, now_ns - RECENT_NS
+    count = sectors = 0
+    run, average = streams.lengths.get(0, (0, 0))
+    for sector, nsectors in hits:
+        start = sector + data_offset
+        nbytes = nsectors << 9
+        found = recent.pop(start, None)
+        if found is not None and found[1] > since_ns:
+            nbytes += found[0]
+        else:
+            average = (average * 7 + run) >> 3
+            if len(recent) >= RECENT_IO:
+                del recent[next(iter(recent))]
+        recent[start + nsectors] = (nbytes, now_ns)
+        run = nbytes
+        if nbytes >= cutoff_bytes or average >= cutoff_bytes:
+            count += 1
+            sectors += nsectors
+    if len(streams.lengths) > 4 * RECENT_IO:
+        del streams.lengths[next(iter(streams.lengths))]
+    streams.lengths[0] = (run, average)
+    return count, sectors

@@ -54,34 +54,6 @@ class Streams:
         return max(nbytes, average) >> 9
 
 
-    def note_all(self, requests: list[tuple[int, int]], offset: int, cutoff_bytes: int, *, stream: int,
-                 now_ns: int) -> tuple[int, int]:
-        """`note` for each (sector, nsectors), the sectors moved by ``offset``; how many reach the cutoff, and how many
-        sectors those have.
-        """
-        recent, count, sectors = self.recent, 0, 0
-        run, average = self.lengths.get(stream, (0, 0))
-        for start, nsectors in requests:
-            start += offset
-            nbytes = nsectors << 9
-            found = recent.pop(start, None)
-            if found is not None and now_ns - found[1] < RECENT_NS:
-                nbytes += found[0]
-            else:
-                average = (average * 7 + run) >> 3
-                if len(recent) >= RECENT_IO:
-                    del recent[next(iter(recent))]
-            recent[start + nsectors] = (nbytes, now_ns)
-            run = nbytes
-            if nbytes >= cutoff_bytes or average >= cutoff_bytes:
-                count += 1
-                sectors += nsectors
-        if len(self.lengths) > 4 * RECENT_IO:
-            del self.lengths[next(iter(self.lengths))]
-        self.lengths[stream] = (run, average)
-        return count, sectors
-
-
 class Congestion:
     """How slow the cache device has been lately: 0 or below; the lower, the slower (io.c, bch_bbio_count_io_errors)."""
 

@@ -50,11 +50,8 @@ HAND_OVER_READS = 8
 """How many reads a client of the ring gathers before the kernel may begin with them.  A device that is handed all 32 of
 a turn at once has nothing to do while the next 32 are looked up: then it reaches three quarters of what it does with
 this."""
-MAX_QUIET_READS = 4
-"""So many completions of quiet reads are waited for beside one of another kind, at most: the next request of a client
-who has one in flight comes with the end of his last read, and wakes us once instead of twice; with many in flight the
-device must not run dry."""
 QUIET_WAIT_S = 0.001
+"""For so long at most completions of quiet reads are left unheard."""
 MIN_SHARED_SLOTS = 128
 """Slots that `Ring.reserve` leaves to Ios."""
 
@@ -361,9 +358,10 @@ class RingBackend:
         if self.done:
             self.ring.wait(0)
         elif self.quiet_reads and timeout_s:
-            # Their completions alone wake nobody, but for long none is left unheard.
+            # The next request of a client who has one in flight comes with the end of his last read, and wakes us once
+            # instead of twice.  With many in flight every second is waited for: the device must not run dry.
             limit_s = QUIET_WAIT_S if timeout_s < 0 else min(timeout_s, QUIET_WAIT_S)
-            self.ring.wait(limit_s, 1 + min(self.quiet_reads, MAX_QUIET_READS))
+            self.ring.wait(limit_s, 1 + (self.quiet_reads + 1 >> 1))
         else:
             self.ring.wait(timeout_s)
         self._collect()
