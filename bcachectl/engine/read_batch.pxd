@@ -27,4 +27,4 @@ cdef _count(dev, list hits)
     average=cython.longlong, sector=cython.longlong, nsectors=cython.longlong, start=cython.longlong,
     nbytes=cython.longlong, found=tuple,
 )
-cdef tuple _note_all(streams, list hits, long long data_offset, long long cutoff_bytes, long long now_ns)
+cpdef tuple _note_all(streams, list hits, long long data_offset, long long cutoff_bytes, long long now_ns)

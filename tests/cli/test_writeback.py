@@ -37,6 +37,20 @@ def volume_digest(story: Path, number: int = 0) -> str:
     return found
 
 
+def writes_end(patch: pytest.MonkeyPatch, left: int, error: BaseException) -> None:
+    """Devices take ``left`` more writes; those after them raise the error."""
+    real = BlockDevice.write
+
+    def write(self: BlockDevice, offset_bytes: int, data: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise error
+        real(self, offset_bytes, data)
+
+    patch.setattr(BlockDevice, "write", write)
+
+
 @pytest.mark.parametrize("name", ["dirty_crash", "thrash_crash", "two_backing", "flash_volume"])
 def test_write_back(cli: Cli, golden: Callable[..., Path], tmp_path: Path, name: str) -> None:
     images = golden(name, writable=True)
@@ -125,17 +139,8 @@ def test_interrupted(cli: Cli, golden: Callable[..., Path], tmp_path: Path, monk
     """Control-C after some writes: the map is kept, and the same command goes on from there."""
     images = golden("dirty_crash", writable=True)
     words = ["writeback", images / "cache.img", images / "back0.img", "--map", tmp_path / "map"]
-    real, left = BlockDevice.write, 5
-
-    def write(self: BlockDevice, offset_bytes: int, data: bytes) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        real(self, offset_bytes, data)
-
     with monkeypatch.context() as patch:
-        patch.setattr(BlockDevice, "write", write)
+        writes_end(patch, 5, KeyboardInterrupt())
         result = cli(*words)
     assert result.status == 130
     assert "goes on from there" in result.err
@@ -234,17 +239,8 @@ def test_orphans_resumed(cli: Cli, golden: Callable[..., Path], tmp_path: Path,
     whole, target = tmp_path / "whole.img", tmp_path / "saved.img"
     assert "is empty" in cli("writeback", cache, "--slot", 1, "--to", whole).out
     words = ["writeback", cache, "--slot", 1, "--to", target, "--map", tmp_path / "map"]
-    real, left = BlockDevice.write, 3
-
-    def write(self: BlockDevice, offset_bytes: int, data: bytes) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        real(self, offset_bytes, data)
-
     with monkeypatch.context() as patch:
-        patch.setattr(BlockDevice, "write", write)
+        writes_end(patch, 3, KeyboardInterrupt())
         assert cli(*words).status == 130
     assert cli("writeback", cache, "--slot", 1, "--to", target).status == 3
     assert cli(*words).status == 0
@@ -361,16 +357,7 @@ def test_what_is_half_written_is_not_left(cli: Cli, golden: Callable[..., Path],
                                           has_map: bool) -> None:
     """A new image without a map looks as if it were complete."""
     cache, target = golden("dirty_crash") / "cache.img", tmp_path / "saved.img"
-    real, left = BlockDevice.write, 3
-
-    def write(self: BlockDevice, offset_bytes: int, data: bytes) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise error
-        real(self, offset_bytes, data)
-
-    monkeypatch.setattr(BlockDevice, "write", write)
+    writes_end(monkeypatch, 3, error)
     result = cli("writeback", cache, "--slot", 0, "--to", target, *(["--map", tmp_path / "map"] if has_map else []))
     assert (result.status, result.out) == (status, "")
     assert target.exists() == has_map

@@ -44,11 +44,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def new_device(directory: Path) -> Path:
+    """A file that is to be attached later."""
+    path = directory / "second.img"
+    with path.open("wb") as file:
+        file.truncate(16 << 20)
+    return path
+
+
 def test_over_nbd(tmp_path: Path) -> None:
     options = make_set(tmp_path)
-    second = tmp_path / "second.img"
-    with second.open("wb") as file:
-        file.truncate(16 << 20)
+    second = new_device(tmp_path)
     with Engine(tmp_path, *options, "--export", "nbd") as engine:
         uuid = Path(engine.socket()).stem
         run(engine, "volume", "create", uuid, "8M")
@@ -80,9 +86,7 @@ def test_over_nbd(tmp_path: Path) -> None:
 def test_a_device_that_was_refused_can_be_attached_later(tmp_path: Path) -> None:
     """And a device whose node has gone meanwhile, as a disk's that was pulled, keeps nobody from being attached."""
     options = make_set(tmp_path)
-    second = tmp_path / "second.img"
-    with second.open("wb") as file:
-        file.truncate(16 << 20)
+    second = new_device(tmp_path)
     with Engine(tmp_path, *options, "--export", "nbd") as engine:
         uuid = Path(engine.socket()).stem
         run(engine, "format", "--backing", second)
@@ -102,9 +106,7 @@ def test_a_device_of_larger_blocks_is_attached(tmp_path: Path, monkeypatch: pyte
     """Its clients are told what it can do; those that are here already go on with what they were told.  A request that
     is smaller than a block would be an error of the device, and after 64 of those it is disabled."""
     words = [str(word) for word in make_set(tmp_path)]
-    second = tmp_path / "second.img"
-    with second.open("wb") as file:
-        file.truncate(16 << 20)
+    second = new_device(tmp_path)
     with hosted(HostOptions(cache=words[1], backings=(words[3],))) as running, NbdClient(running.socket) as before:
         def bcachectl(*words: str) -> None:
             done = subprocess.run([sys.executable, "-m", "bcachectl", *words], capture_output=True, text=True, cwd=ROOT,

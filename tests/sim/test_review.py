@@ -26,6 +26,7 @@ from bcachectl.ondisk.superblock import (
     SB_SECTOR,
     BdevState,
     CacheMode,
+    Superblock,
     decode_superblock,
     encode_superblock,
 )
@@ -59,6 +60,26 @@ def fail_next(world: World, device: int, wanted: Callable[[Io], bool]) -> None:
             world.disks[device].fail_ios[world.disks[device].serial + 1] = EIO
 
     world.on_io = on_io
+
+
+def stop_while_dirty(world: World) -> None:
+    """Eight sectors of the first device stay dirty when the set stops."""
+    async def story() -> None:
+        await world.tune("bcache0", "writeback_running", "0")
+        await world.write(0, 0, 8, fua=True)
+        await world.cset.stop()
+
+    world.run(story())
+    drain(world)
+
+
+def with_superblock(world: World, device: int, change: Callable[[Superblock], Superblock]) -> list[bytearray]:
+    """What the disks hold, with another superblock on one of them."""
+    images = [bytearray(disk.now) for disk in world.disks]
+    at = slice(SB_SECTOR * SECTOR, SB_SECTOR * SECTOR + SB_BYTES)
+    raw = bytes(images[device][at])
+    images[device][at] = encode_superblock(change(decode_superblock(raw)), raw)
+    return images
 
 
 async def refused(coro: Any) -> str:
@@ -561,17 +582,8 @@ def test_what_is_dirty_in_a_set_of_the_old_large_buckets_is_written_back() -> No
     ever."""
     w = up(ONE_CACHED, "old buckets")
 
-    async def write() -> None:
-        await w.tune("bcache0", "writeback_running", "0")
-        await w.write(0, 0, 8, fua=True)
-        await w.cset.stop()
-
-    w.run(write())
-    drain(w)
-    images = [bytearray(disk.now) for disk in w.disks]
-    at = slice(SB_SECTOR * SECTOR, SB_SECTOR * SECTOR + SB_BYTES)
-    raw = bytes(images[0][at])
-    images[0][at] = encode_superblock(replace(decode_superblock(raw), version=5, feature_incompat=1), raw)
+    stop_while_dirty(w)
+    images = with_superblock(w, 0, lambda sb: replace(sb, version=5, feature_incompat=1))
     after = World(w.setup, "old buckets, after", images=images, oracle=w.oracle)
     after.run(after.up())
     after.is_calm = False
@@ -613,17 +625,8 @@ def test_a_set_that_fails_while_a_device_that_says_clean_becomes_dirty() -> None
     would stay attached, and its requests wait for ever."""
     w = up(ONE_CACHED, "fails at dirty")
 
-    async def write() -> None:
-        await w.tune("bcache0", "writeback_running", "0")
-        await w.write(0, 0, 8, fua=True)
-        await w.cset.stop()
-
-    w.run(write())
-    drain(w)
-    images = [bytearray(disk.now) for disk in w.disks]
-    at = slice(SB_SECTOR * SECTOR, SB_SECTOR * SECTOR + SB_BYTES)
-    raw = bytes(images[1][at])
-    images[1][at] = encode_superblock(decode_superblock(raw).with_state(BdevState.CLEAN), raw)
+    stop_while_dirty(w)
+    images = with_superblock(w, 1, lambda sb: sb.with_state(BdevState.CLEAN))
     again = World(w.setup, "fails at dirty, again", images=images, oracle=w.oracle)
     again.is_calm = False
 

@@ -48,8 +48,7 @@ RING_ENTRIES = 256
 """Entries of the submission ring; more Ios than the completion ring holds wait in a queue."""
 HAND_OVER_READS = 8
 """How many reads a client of the ring gathers before the kernel may begin with them.  A device that is handed all 32 of
-a turn at once has nothing to do while the next 32 are looked up: then it reaches three quarters of what it does with
-this."""
+a turn at once has nothing to do while the next 32 are looked up (docs/decisions/0021)."""
 QUIET_WAIT_S = 0.001
 """For so long at most completions of quiet reads are left unheard."""
 MIN_SHARED_SLOTS = 128
