@@ -18,9 +18,7 @@ import sys
 from types import FrameType
 from typing import TextIO
 
-EXIT_INTERRUPTED = 130
-EXIT_CANCELLED = 32
-"""fsck(8) has its own number."""
+from bcachectl.errors import EXIT_CANCELLED, EXIT_INTERRUPTED
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 

@@ -27,13 +27,12 @@ import typer
 from typer.completion import get_completion_inspect_parameters
 
 from bcachectl import __version__
-from bcachectl.errors import BcachectlError
+from bcachectl.errors import EXIT_CANCELLED, EXIT_INTERRUPTED, BcachectlError
 
 PROGRAM = "bcachectl"
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a file system without room says.  Where a file was named the error has its name; what has none is stdout."""
@@ -94,7 +93,7 @@ SEVERAL = {
 }
 """Options that take every word up to the next option, as in ``--backing A B``; their verbs have no arguments."""
 
-OWN_STATUS = {"fsck": {EXIT_FAILED: 8, EXIT_USAGE: 16, EXIT_INTERRUPTED: 32}}
+OWN_STATUS = {"fsck": {EXIT_FAILED: 8, EXIT_USAGE: 16, EXIT_INTERRUPTED: EXIT_CANCELLED}}
 """Verbs with exit statuses of their own: what those of a command that raised are for them."""
 
 OVERVIEW = """Administer Linux bcache, and run cache sets in user space.

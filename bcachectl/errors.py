@@ -13,6 +13,11 @@ from __future__ import annotations
 
 import os
 
+EXIT_INTERRUPTED = 130
+"""Control-C, SIGTERM or SIGHUP ended a command."""
+EXIT_CANCELLED = 32
+"""The same of fsck, which has the numbers of fsck(8)."""
+
 
 class BcachectlError(Exception):
     """Anything that ends a command with one sentence on stderr."""

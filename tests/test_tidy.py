@@ -73,7 +73,7 @@ LAYERS: dict[str, Layer] = {
                                      "control"), third_party=("numpy",)),
     "commands": Layer(internal=("",), third_party=("typer", "rich", "numpy", "pyudev", "construct")),
     "cli": Layer(internal=("", *BASE, "commands"), third_party=("typer", "click", "rich")),
-    "__main__": Layer(internal=("cli",)),
+    "__main__": Layer(internal=("cli", "errors")),
 }
 
 # Words in `backticks` that are no names of the package, but of the world it lives in.

@@ -18,7 +18,7 @@ from bcachectl.claim import claim, refuse_twice
 from bcachectl.commands import fsck_copy, fsck_files, fsck_report
 from bcachectl.commands.options import DryRun, Json, complete_device, print_json
 from bcachectl.commands.superblock_options import check_given, parse_bucket_size, parse_set_uuid
-from bcachectl.errors import BcachectlError, Refused, UsageError
+from bcachectl.errors import EXIT_CANCELLED, BcachectlError, Refused, UsageError
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
 from bcachectl.fsck.findings import Severity
@@ -32,7 +32,6 @@ EXIT_CORRECTED = 1
 EXIT_UNCORRECTED = 4
 EXIT_OPERATIONAL = 8
 EXIT_USAGE = 16
-EXIT_CANCELLED = 32
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", autocompletion=complete_device, show_default=False,
                                               help="The cache device, or a file that holds an image of it.")]
