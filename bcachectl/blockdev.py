@@ -13,7 +13,8 @@ it is refused wherever something is to be written or a set is to be run.
 
 Offsets and lengths are bytes.  Every failure is a `DeviceError` with the errno; the engine's own Ios go to ``fd``
 directly (`bcachectl.engine.io`) or to the methods `read_into`, `write_from` and so on, which raise OSError instead.
-With O_DIRECT, buffers that are not aligned are copied through an aligned one here.
+With O_DIRECT, buffers that are not aligned are copied through an aligned one here.  What "aligned" is says a block
+device's logical block, and for a file its file system: a file that takes only whole 4 KiB is a device of such blocks.
 """
 
 from __future__ import annotations
@@ -43,9 +44,15 @@ _ZERO_CHUNK_BYTES = 1 << 20
 
 _FILE_BLOCK_BYTES = 512
 """Logical block of an image file: what tears at power loss is whatever the file system under it does with a sector."""
+_MAX_ALIGN_BYTES = 4096
+"""More than this no file system asks of direct I/O, and no logical block of bcache could be as large."""
+
+_AT_EMPTY_PATH, _STATX_DIOALIGN = 0x1000, 0x2000
+_STATX_BYTES, _STATX_DIO_AT = 256, 152      # struct statx: mask u32 ... | memory alignment u32 | offset alignment u32
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 
 
 def _fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> None:
@@ -86,7 +93,7 @@ class BlockDevice:
             self.can_zero = not read_only and _queue_limit(status.st_rdev, "write_zeroes_max_bytes") > 0
         else:
             self.size_bytes = status.st_size
-            self.logical_block_bytes = _FILE_BLOCK_BYTES
+            self.logical_block_bytes = _direct_align_bytes(fd) if direct else _FILE_BLOCK_BYTES
             self.optimal_io_bytes = 0
             self.partial_stripes_expensive = False
             self.can_discard = self.can_zero = not read_only
@@ -317,7 +324,7 @@ def _not_opened(path: str, error: OSError) -> DeviceError:
         errno.EROFS: "is read-only",
         errno.ENXIO: "no such device (its driver has no device behind this node)",
         errno.ENOMEDIUM: "has no medium",
-        errno.EINVAL: "does not take direct I/O",
+        errno.EINVAL: "does not take direct I/O, as some file systems do not",
     }.get(code, error.strerror)
     return DeviceError(f"{path}: {why}", errno=code)
 
@@ -334,6 +341,31 @@ def _ioctl_number(fd: int, request: int, kind: str) -> int:
     raw = fcntl.ioctl(fd, request, bytes(struct.calcsize(kind)))
     value: int = struct.unpack(kind, raw)[0]
     return value
+
+
+def _direct_align_bytes(fd: int) -> int:
+    # What offsets, lengths and memory must be multiples of in direct I/O on a plain file.  OSError EINVAL if there is
+    # none.  Kernels before 6.1, and some file systems, do not tell; then the smallest read that succeeds does.
+    buf = ctypes.create_string_buffer(_STATX_BYTES)
+    if not _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buf):
+        mask: int = struct.unpack_from("=I", buf)[0]
+        memory_bytes: int
+        offset_bytes: int
+        memory_bytes, offset_bytes = struct.unpack_from("=II", buf, _STATX_DIO_AT)
+        if mask & _STATX_DIOALIGN:
+            if not 0 < offset_bytes <= _MAX_ALIGN_BYTES or memory_bytes > _MAX_ALIGN_BYTES:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return max(memory_bytes, offset_bytes, _FILE_BLOCK_BYTES)
+    nbytes = _FILE_BLOCK_BYTES
+    with mmap.mmap(-1, 2 * _MAX_ALIGN_BYTES) as memory, memoryview(memory) as view:
+        while True:
+            try:
+                os.preadv(fd, [view[nbytes:2 * nbytes]], nbytes)
+                return nbytes
+            except OSError as error:
+                if error.errno != errno.EINVAL or nbytes == _MAX_ALIGN_BYTES:
+                    raise
+            nbytes *= 2
 
 
 def _nowait_flag(fd: int) -> int:

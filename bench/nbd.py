@@ -8,7 +8,8 @@ largest behind it.  Each server has image files of its own, written in full, all
 cache holds the whole volume, so that every read is a hit, and its mode is writeback.  A sequential write passes the
 cache by after the first 4 MiB, as it does by default; so that workload comes last.
 
-With ``--direct`` the engine and ``qemu-nbd --cache=none`` each serve a loop device that goes past the page cache.
+With ``--direct`` the engine and ``qemu-nbd --cache=none`` serve the same files past the page cache; with ``--direct
+--loop`` each serves a loop device on them, whose driver then does as much as the server above it.
 
 The engine is one thread and nbdkit sixteen, so a busy machine gives nbdkit the larger share of its cores and the ratios
 say nothing; ``chrt -r 5 python -m bench.nbd`` puts client and servers before everything else for as long as it takes.
@@ -113,18 +114,19 @@ def loop_device(image: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def engine(directory: Path, *, direct: bool = False) -> Iterator[Server]:
+def engine(directory: Path, *, direct: bool = False, loop: bool = False) -> Iterator[Server]:
     """``engine run`` in writeback mode, the whole volume in its cache and clean."""
     with contextlib.ExitStack() as stack:
         paths = []
         for name, size_bytes in (("cache.img", CACHE_BYTES), ("back0.img", SIZE_BYTES + (1 << 20))):
             zeros(directory / name, size_bytes)
-            paths.append(stack.enter_context(loop_device(directory / name)) if direct else directory / name)
+            paths.append(stack.enter_context(loop_device(directory / name)) if loop else directory / name)
         cache, backing = map(str, paths)
         subprocess.run([sys.executable, "-m", "bcachectl", "format", "--cache", cache, "--backing", backing,
                         "--bucket-size", "512k"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         words = ["--cache", cache, "--backing", backing, "--export", "nbd", "--set", "sequential_cutoff=0",
-                 "--set", "cutoff_writeback=70"]
+                 "--set", "cutoff_writeback=70", "--set", "congested_write_threshold_us=0"]
+        words += ["--direct"] if direct else []
         running = stack.enter_context(Engine(directory, *words))
         path = running.volumes[0]["uri"].partition("socket=")[2]
         with NbdClient(path) as client:
@@ -134,6 +136,8 @@ def engine(directory: Path, *, direct: bool = False) -> Iterator[Server]:
         environment = {**os.environ, "XDG_RUNTIME_DIR": running.runtime.name}
         subprocess.run([sys.executable, "-m", "bcachectl", "set", backing, "cache_mode=writeback",
                         "sequential_cutoff=4194304"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment)
+        subprocess.run([sys.executable, "-m", "bcachectl", "set", cache, "congested_write_threshold_us=20000"],
+                       check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment)
         yield Server(running.process.pid, running.volumes[0]["uri"])
 
 
@@ -185,17 +189,17 @@ def report(servers: dict[str, Server], workload: str, targets: dict[tuple[str, s
     return ratios
 
 
-def servers_of(stack: contextlib.ExitStack, directory: Path, *, direct: bool) -> dict[str, Server]:
+def servers_of(stack: contextlib.ExitStack, directory: Path, *, direct: bool, loop: bool) -> dict[str, Server]:
     """The servers to compare, running."""
     places = {name: directory / str(index) for index, name in enumerate((ENGINE, PLAIN, FILTER, QEMU))}
     for place in places.values():
         place.mkdir()
-    servers = {ENGINE: stack.enter_context(engine(places[ENGINE], direct=direct))}
+    servers = {ENGINE: stack.enter_context(engine(places[ENGINE], direct=direct, loop=loop))}
     image = places[QEMU] / "image"
     fill(image)
     if direct:
-        device = stack.enter_context(loop_device(image))
-        servers[QEMU] = stack.enter_context(qemu_nbd(places[QEMU], device, "none"))
+        path = stack.enter_context(loop_device(image)) if loop else image
+        servers[QEMU] = stack.enter_context(qemu_nbd(places[QEMU], path, "none"))
         return servers
     servers[PLAIN] = stack.enter_context(nbdkit(places[PLAIN]))
     servers[FILTER] = stack.enter_context(nbdkit(places[FILTER], "--filter=cache"))
@@ -209,7 +213,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--only", default="", help="workloads whose name contains one of these, separated by commas")
-    parser.add_argument("--direct", action="store_true", help="past the page cache, beside qemu-nbd; needs root")
+    parser.add_argument("--direct", action="store_true", help="past the page cache, beside qemu-nbd")
+    parser.add_argument("--loop", action="store_true", help="with --direct, on loop devices; needs root")
     parser.add_argument("--directory", help="where the image files are made")
     parser.add_argument("--json", type=Path, help="keep the ratios in this file")
     asked = parser.parse_args()
@@ -217,7 +222,7 @@ def main() -> None:
     ratios: list[Ratio] = []
     with tempfile.TemporaryDirectory(prefix="bcachectl-bench-", dir=asked.directory) as name, \
             contextlib.ExitStack() as stack:
-        servers = servers_of(stack, Path(name), direct=asked.direct)
+        servers = servers_of(stack, Path(name), direct=asked.direct, loop=asked.loop)
         for workload in WORKLOADS:
             if not any(part in workload for part in asked.only.split(",")):
                 continue
@@ -231,7 +236,8 @@ def main() -> None:
             ratios += report(servers, workload, DIRECT_TARGETS if asked.direct else TARGETS)
         for name, server in servers.items():
             print(f"  memory of {name:<14} {memory_bytes(server.pid) / 2**20:>7.0f} MiB resident")
-    save(asked.json, "NBD, O_DIRECT" if asked.direct else "NBD, files in the page cache", ratios)
+    kind = "NBD, O_DIRECT on loop devices" if asked.loop else "NBD, O_DIRECT"
+    save(asked.json, kind if asked.direct else "NBD, files in the page cache", ratios)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def engine_run(
     overlay: Annotated[str | None, typer.Option("--overlay", metavar="FILE", help="Write to this file instead of the "
                                                 "devices; it can be used again, as long as they do not change.")]
     = None,
+    direct: Annotated[bool, typer.Option("--direct", help="Read and write image files past the page cache (O_DIRECT), "
+                                         "as block devices always are; the file system must know it.")] = False,
     tunables: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a tunable of the set "
                                                        "or of its volumes at the start; may be repeated.")] = None,
     live: Annotated[bool | None, typer.Option("--live/--no-live", show_default=False, help="Show the live view; by "
@@ -78,12 +80,14 @@ def engine_run(
                          "add --export ublk")
     if read_only and overlay is not None:
         raise UsageError("--read-only and --overlay exclude each other: an overlay is there to be written to")
+    if direct and overlay is not None:
+        raise UsageError("--direct and --overlay exclude each other: what an overlay holds lies in the page cache")
     if ready_fd is not None:
         _check_descriptor(ready_fd)
     host = EngineHost(HostOptions(
         cache=cache, backings=tuple(backing or ()), use_loop=export is Export.LOOP, use_ublk=export is Export.UBLK,
         recover=recover, use_nbd=export is Export.NBD or nbd_socket is not None, nbd_socket=nbd_socket,
-        read_only=read_only, overlay=overlay,
+        read_only=read_only, overlay=overlay, direct=direct,
         tunables=tuple(_parse_tunable(text) for text in tunables or ()), trace=trace, debug_checks=debug_checks,
         io_backend=io_backend.value))
     try:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from bcachectl.blockdev import open_device
 from bcachectl.engine.export import ublk_control
+from bcachectl.errors import DeviceError
 from tests.export.engine import ROOT, Engine
 from tests.export.test_golden_serve import digest, options_for
 from tests.export.test_loop import is_left_behind
@@ -172,8 +174,57 @@ def test_options_that_make_no_sense(tmp_path: Path) -> None:
     refused(tmp_path, *options, "--export", "ublk", "--io", "sync", status=2, word="exclude each other")
     refused(tmp_path, *options, "--export", "nbd", "--recover", status=2, word="--recover: only ublk devices")
     refused(tmp_path, *options, "--read-only", "--overlay", "x", status=2, word="exclude each other")
+    refused(tmp_path, *options, "--direct", "--overlay", "x", status=2, word="exclude each other")
     refused(tmp_path, *options, "--set", "cache_mode", status=2, word="cache_mode=writeback")
     refused(tmp_path, *options, "--read-only", "--export", "nbd", status=4, word="never been run")
+
+
+@pytest.fixture
+def _direct_io(tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    probe.write_bytes(bytes(4096))
+    try:
+        open_device(str(probe), direct=True).close()
+    except DeviceError:
+        pytest.skip("not here: a file system with direct I/O below the temporary directory")
+
+
+@pytest.mark.usefixtures("_direct_io")
+@pytest.mark.parametrize("io", ["auto", "sync"])
+@pytest.mark.parametrize("mode", MODES)
+def test_direct_io_on_files(tmp_path: Path, mode: str, io: str) -> None:
+    """Past the page cache, killed in the middle, and then through it again."""
+    options = make_set(tmp_path, mode=mode)
+    draw = random.Random(11)
+    model = bytearray((96 << 20) - 8192)
+    for words in (["--direct"], ["--direct"], []):
+        with Engine(tmp_path, *options, "--export", "nbd", "--io", io, "--debug-checks", *words) as engine:
+            with NbdClient(engine.socket()) as client:
+                for _ in range(200):
+                    length = draw.choice((512, 4096, 4096, 5120, 65536, 1 << 20))
+                    offset = draw.randrange(0, (len(model) - length) // 512) * 512
+                    if draw.random() < 0.5:
+                        model[offset:offset + length] = data = draw.randbytes(length)
+                        client.write(offset, data)
+                    else:
+                        assert client.read(offset, length) == model[offset:offset + length]
+                client.flush()
+                assert client.read_all(1 << 20) == model[:client.size_bytes]
+            engine.kill()
+
+
+def test_a_file_system_without_direct_io(tmp_path: Path) -> None:
+    need_root()
+    need("ramfs" in Path("/proc/filesystems").read_text(), "ramfs")
+    place = tmp_path / "ram"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", str(place)], check=True)
+    try:
+        options = make_set(place)
+        refused(tmp_path, *options, "--direct", "--export", "nbd", status=1,
+                word="does not take direct I/O, as some file systems do not; leave out --direct")
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_foreign_overlay(golden: Callable[..., Path], tmp_path: Path) -> None:

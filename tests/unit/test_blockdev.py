@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
+from bcachectl import blockdev
 from bcachectl.blockdev import is_parity_raid, open_device
 from bcachectl.errors import DeviceError
 
@@ -91,6 +94,44 @@ def test_direct_io_takes_unaligned_buffers(image: Path) -> None:
         assert device.read(4096, 4096) == b"y" * 4096
         with pytest.raises(DeviceError, match="logical block"):
             device.write(4096, b"short")
+
+
+def test_direct_io_is_aligned_as_the_file_system_says(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        with open_device(str(image), write=True, direct=True) as device:
+            told_bytes = device.logical_block_bytes
+    except DeviceError:
+        pytest.skip("this file system has no direct I/O")
+    assert told_bytes in (512, 1024, 2048, 4096)
+    # A kernel that does not tell: the same is found out by reading.
+    monkeypatch.setattr(blockdev, "_STATX_DIOALIGN", 0)
+    with open_device(str(image), write=True, direct=True) as device:
+        assert device.logical_block_bytes == told_bytes
+
+
+@pytest.mark.parametrize(("alignments", "expected_bytes"), [((4, 512), 512), ((512, 4096), 4096), ((4096, 512), 4096),
+                                                            ((0, 0), 0), ((512, 65536), 0)])
+def test_what_a_file_system_says_of_direct_io(image: Path, monkeypatch: pytest.MonkeyPatch,
+                                              alignments: tuple[int, int], expected_bytes: int) -> None:
+    class Libc:
+        @staticmethod
+        def statx(_fd: int, _path: bytes, _flags: int, mask: int, buf: ctypes.Array[ctypes.c_char]) -> int:
+            struct.pack_into("=I", buf, 0, mask)
+            struct.pack_into("=II", buf, 152, *alignments)
+            return 0
+
+    try:
+        open_device(str(image), direct=True).close()
+    except DeviceError:
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(blockdev, "_libc", Libc)
+    if not expected_bytes:
+        with pytest.raises(DeviceError, match="does not take direct I/O"):
+            open_device(str(image), direct=True)
+        return
+    with open_device(str(image), direct=True) as device:
+        assert device.logical_block_bytes == expected_bytes
+        assert device.read(100, 5000) == image.read_bytes()[100:5100]
 
 
 def make_disk(sysfs: Path, name: str, number: int, *, level: str = "", slaves: tuple[str, ...] = ()) -> Path:

@@ -72,6 +72,8 @@ class HostOptions:
     nbd_socket: str | None = None
     read_only: bool = False
     overlay: str | None = None
+    direct: bool = False
+    """Image files past the page cache, as devices that are written to always are."""
     tunables: tuple[tuple[str, str], ...] = ()
     trace: str | None = None
     debug_checks: bool = False
@@ -309,8 +311,10 @@ class EngineHost:
         deadline_s = time.monotonic() + (RELEASE_TIMEOUT_S if self.options.recover else 0)
         while True:
             try:
-                return open_device(path, write=write, exclusive=True)
+                return open_device(path, write=write, exclusive=True, direct=self.options.direct or None)
             except DeviceError as error:
+                if error.errno == errno.EINVAL and self.options.direct:
+                    raise DeviceError(f"{error}; leave out --direct", errno=error.errno) from error
                 if error.errno != errno.EBUSY:
                     raise
                 if time.monotonic() > deadline_s:
