@@ -253,7 +253,7 @@ class Check:
                 losses = self._losses(lost.take(rows))
                 unknown = tuple((max(slot.start, start), min(slot.end, end)) for slot in self.unknown
                                 if slot.start < end and start < slot.end)
-            if finding.code in UNKNOWN_CODES:
+            if finding.code in UNKNOWN_CODES or finding.code == "JOURNAL_IO":
                 unknown = ((0, MAX_POS),)
             is_cause = finding.code in UNKNOWN_CODES or finding.code.startswith("PRIO_")
             if is_cause and finding.severity is Severity.ERROR and is_first_cause:

@@ -103,7 +103,7 @@ CODES: dict[str, Meaning] = {
     "SB_BUCKET_SIZE": Meaning(_E, "The bucket size is one that the kernel refuses."),
     "SB_NBUCKETS": Meaning(_E, "The number of buckets is one that the kernel refuses."),
     "SB_DEVICE_SIZE": Meaning(_E, "The device is smaller than the superblock says; was it, or an image of it, cut "
-                                  "short?"),
+                                  "short?", safe=False),
     "SB_NR_IN_SET": Meaning(_E, "The device's number in its set makes no sense; the kernel refuses it."),
     "SB_JOURNAL_BUCKETS": Meaning(_E, "The list of journal buckets makes no sense; the kernel refuses the device."),
     "SB_FIRST_BUCKET": Meaning(_E, "The first bucket would overwrite the superblock; the kernel refuses the device."),
@@ -135,7 +135,7 @@ CODES: dict[str, Meaning] = {
     # The journal.
     "JOURNAL_TORN": Meaning(_N, "The journal ends in an entry that was not written whole; any power failure leaves "
                                 "that."),
-    "JOURNAL_IO": Meaning(_E, "A journal bucket cannot be read."),
+    "JOURNAL_IO": Meaning(_E, "A journal bucket cannot be read. The newest keys may have stood there.", safe=False),
     "JOURNAL_EMPTY": Meaning(_E, "There is no journal entry, and only the journal knows where everything else is.",
                              safe=False),
     "JOURNAL_GAP": Meaning(_E, "Journal entries that a start must replay are missing; the kernel refuses "

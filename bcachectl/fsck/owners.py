@@ -142,10 +142,12 @@ def slot_plan(check: Check, live: Extents, assign: Mapping[int, bytes]) -> SlotP
     if _is_lost(check) and all(choice.outcome for choice in choices):
         # No data that could be theirs is left: any slot that nothing ever used will do.
         free = [slot for slot, entry in enumerate(entries) if entry.is_free and slot not in used]
-        for (_backing, sb), slot in zip(forgotten, free, strict=False):
+        # One that is dirty lacks data, and would be taken for clean as soon as it has a slot with nothing in it.
+        settled = [each for each in forgotten if each[1].state is BdevState.CLEAN][:len(free)]
+        for (_backing, sb), slot in zip(settled, free, strict=False):
             entries[slot] = UuidEntry(uuid=sb.uuid, label=sb.label)
-        forgotten = forgotten[len(free):]
-    names = tuple(backing.name for backing, _sb in forgotten)
+    owners = {entry.uuid for entry in entries if not entry.is_free}
+    names = tuple(backing.name for backing in check.backings if _superblock(backing)[1].uuid not in owners)
     return SlotPlan(tuple(entries), frozenset(dropped), tuple(sorted(choices)), names)
 
 
@@ -213,7 +215,9 @@ def _array_at(walk: Walk, key: Bkey) -> list[UuidEntry]:
 
 def _attached(backing: Backing) -> tuple[Backing, Superblock] | None:
     sb, _found = read_backing(backing)
-    return (backing, sb) if sb is not None and sb.state in (BdevState.CLEAN, BdevState.DIRTY) else None
+    if sb is None or not any(sb.uuid) or sb.state not in (BdevState.CLEAN, BdevState.DIRTY):
+        return None
+    return backing, sb
 
 
 def _choose(check: Check, inode: int, own: Extents, forgotten: list[tuple[Backing, Superblock]],

@@ -300,10 +300,24 @@ class _Rebuild:
         return max(room // KEY_BYTES * 2 // 3, 4)
 
     def _alloc(self) -> int:
+        # What cannot be read is no place for metadata, and its bytes cannot be kept for an undo.
+        while self.free and not self._can_be_read(self.free[0]):
+            del self.free[0]
+        if not self.free:
+            raise WrongState("a repair needs more free buckets on the cache that can be read; write the dirty data "
+                             "back first, with `bcachectl writeback`")
         bucket = self.free.pop(0)
         self.gens[bucket] += 1
         self.metadata.append(bucket)
         return bucket
+
+    def _can_be_read(self, bucket: int) -> bool:
+        sectors = max(self.geometry.node_sectors, self.geometry.meta_sectors)
+        try:
+            self.walk.read(self.geometry.sector_of(bucket), min(sectors, self.geometry.bucket_size_sectors))
+        except BcachectlError:
+            return False
+        return True
 
     # The btree.
 

@@ -142,8 +142,12 @@ class _Node:
         return None
 
 
-def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list[SalvagedSet]:
-    """Every set of a node, oldest first, damaged ones with the keys that still look like keys."""
+def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int,
+                 unread: Container[int] = ()) -> list[SalvagedSet]:
+    """Every set of a node, oldest first, damaged ones with the keys that still look like keys.
+
+    ``unread`` are blocks that could not be read and are zeros: a set may have begun there.
+    """
     node = _Node(buf, magic, seed, block_bytes)
     node.vote()
     found: list[SalvagedSet] = []
@@ -161,7 +165,8 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int) -> list
             block += node.set_blocks(keys)
             continue
         later = node.next_valid(block)
-        is_member = block == 0 or seq == node.seq or later is not None or node.is_valid(block, seq=node.seq)
+        is_member = (block == 0 or seq == node.seq or later is not None or block in unread
+                     or node.is_valid(block, seq=node.seq))
         if not is_member:
             break
         end = (later or node.blocks) * block_bytes
@@ -219,7 +224,7 @@ def plausible_keys(words: bytes | memoryview) -> KeyColumns:
 def read_sets(walk: Walk, ptr: Ptr, nsectors: int) -> list[SalvagedSet] | None:
     """The sets of the node at ``ptr``; None if none of it can be read."""
     assert walk.superblock is not None
-    buf = _read_what_can_be(walk, ptr.sector, nsectors)
+    buf, unread = _read_what_can_be(walk, ptr.sector, nsectors)
     if buf is None:
         return None
     magic, seed = bset_magic(walk.superblock.set_uuid), ptr_make(ptr.sector, ptr.gen, ptr.dev)
@@ -228,31 +233,36 @@ def read_sets(walk: Walk, ptr: Ptr, nsectors: int) -> list[SalvagedSet] | None:
         sets, written_blocks = decode_node(buf, magic=magic, seed=seed, block_bytes=block_bytes,
                                      node_blocks=len(buf) // block_bytes, where="")
     except Corrupt:
-        found = salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
+        found = salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes, unread=unread)
         if not any(image.is_valid for image in found):
             gen = _real_gen(buf, magic, seed, block_bytes)
             if gen is not None:
-                return salvage_sets(buf, magic=magic, seed=seed & ~0xFF | gen, block_bytes=block_bytes)
+                return salvage_sets(buf, magic=magic, seed=seed & ~0xFF | gen, block_bytes=block_bytes, unread=unread)
         return found
-    if has_lost_set(buf, written_blocks=written_blocks, magic=magic, seed=seed, block_bytes=block_bytes):
-        return salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes)
+    # Zeros look like the end of the log, and the newest keys may have stood there.
+    if written_blocks in unread or has_lost_set(buf, written_blocks=written_blocks, magic=magic, seed=seed,
+                                                block_bytes=block_bytes):
+        return salvage_sets(buf, magic=magic, seed=seed, block_bytes=block_bytes, unread=unread)
     return [SalvagedSet(image.block, image.keys, True) for image in sets]
 
 
-def _read_what_can_be(walk: Walk, sector: int, nsectors: int) -> bytes | None:
-    # Zeros for the blocks that cannot be read: no set has a good checksum with them.  Halves, since a failing device
-    # takes seconds for each request that fails.  None if nothing can be read.
+def _read_what_can_be(walk: Walk, sector: int, nsectors: int) -> tuple[bytes | None, frozenset[int]]:
+    # Zeros for the blocks that cannot be read, and their numbers: no set has a good checksum with them.  Halves, since
+    # a failing device takes seconds for each request that fails.  None if nothing can be read.
+    block_sectors = walk.geometry.block_size_sectors
+    blocks = nsectors // block_sectors
     try:
-        return walk.read(sector, nsectors)
+        return walk.read(sector, nsectors), frozenset()
     except BcachectlError:
-        half = nsectors // 2 // walk.geometry.block_size_sectors * walk.geometry.block_size_sectors
-        if not half:
-            return None
-    first = _read_what_can_be(walk, sector, half)
-    second = _read_what_can_be(walk, sector + half, nsectors - half)
+        if blocks < 2:
+            return None, frozenset(range(blocks))
+    half = blocks // 2
+    first, unread = _read_what_can_be(walk, sector, half * block_sectors)
+    second, others = _read_what_can_be(walk, sector + half * block_sectors, nsectors - half * block_sectors)
+    unread |= {half + block for block in others}
     if first is None and second is None:
-        return None
-    return (first or bytes(half << 9)) + (second or bytes(nsectors - half << 9))
+        return None, unread
+    return (first or bytes(half * block_sectors << 9)) + (second or bytes(nsectors - half * block_sectors << 9)), unread
 
 
 def _real_gen(buf: bytes, magic: int, seed: int, block_bytes: int) -> int | None:
@@ -281,9 +291,9 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
         slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
     if any(slot.leaf is None and slot.lost is None for slot in slots):
         ptrs = [slot.leaf or slot.lost or Ptr(0, 0, 0) for slot in slots]
-        candidates = find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
+        candidates, is_all = find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
         slots = [part for slot in slots
-                 for part in (_fill(slot, candidates) if slot.leaf is slot.lost is None else [slot])]
+                 for part in (_fill(slot, candidates, is_all) if slot.leaf is slot.lost is None else [slot])]
     return slots
 
 
@@ -295,10 +305,10 @@ def _without(slot: Slot, *, start: int, end: int) -> list[Slot]:
     return [*parts, replace(slot, start=end)] if end < slot.end else parts
 
 
-def _fill(slot: Slot, candidates: list[Candidate]) -> list[Slot]:
+def _fill(slot: Slot, candidates: list[Candidate], is_all: bool) -> list[Slot]:
     # The leaves among ``candidates`` whose keys all lie in the range of a lost one.  A leaf that was split stays where
     # it was, and only its parent told that it is no more: of several that overlap the one that the journal knows best
-    # is taken, and is doubtful.
+    # is taken, and is doubtful.  Unless these are all leaves, one more may have stood where they leave a gap.
     fitting = [each for each in candidates if slot.start <= each.slot.start and each.slot.end <= slot.end]
     chosen: list[Slot] = []
     for candidate in sorted(fitting, key=lambda each: -each.known_keys):
@@ -312,6 +322,10 @@ def _fill(slot: Slot, candidates: list[Candidate]) -> list[Slot]:
         return [slot]
     chosen.sort(key=lambda each: each.start)
     starts = [slot.start, *(each.end for each in chosen[:-1])]
+    if not is_all:
+        pairs = [(Slot(start, each.start, None, 0), each) for start, each in zip(starts, chosen, strict=True)]
+        every = [part for pair in pairs for part in pair] + [Slot(chosen[-1].end, slot.end, None, 0)]
+        return [part for part in every if part.start < part.end]
     parts = [replace(each, start=start) for each, start in zip(chosen, starts, strict=True)]
     return [*parts[:-1], replace(parts[-1], end=slot.end)]
 
@@ -338,11 +352,15 @@ class Candidate(NamedTuple):
     known_keys: int
 
 
-def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> list[Candidate]:
-    """Leaves in buckets that nothing claims, by their magic and a checksum that fits the bucket's generation."""
+def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> tuple[list[Candidate], bool]:
+    """Leaves in buckets that nothing claims, by their magic and a checksum that fits the bucket's generation.
+
+    And whether that can be all of them: no such bucket is unreadable, or holds a node whose first set is damaged.
+    """
     assert walk.superblock is not None
     geometry, magic = walk.geometry, bset_magic(walk.superblock.set_uuid)
     found: list[Candidate] = []
+    is_all = True
     recent = extent.overlay(older_keys(walk)[0], walk.journal_map)
     highest = highest_seq(walk)
     told = set(zip(recent.start.tolist(), recent.ptr.tolist(), strict=True))
@@ -353,13 +371,20 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> l
         try:
             if struct.unpack_from("<Q", walk.read(sector, 1), 8)[0] != magic:
                 continue
-            buf = walk.read(sector, geometry.node_sectors)
         except BcachectlError:
+            is_all = False
+            continue
+        buf, _unread = _read_what_can_be(walk, sector, geometry.node_sectors)
+        if buf is None:
+            is_all = False
             continue
         gen = _real_gen(buf, magic, ptr_make(sector, 0), geometry.block_bytes)
         if struct.unpack_from("<Q", buf, 16)[0] == fresh_node_seq(walk, highest, bucket):
             continue
-        if gen is None or (gen != int(walk.gens[bucket]) and validity.gen_after(int(walk.gens[bucket]), gen)):
+        if gen is None:
+            is_all = False
+            continue
+        if gen != int(walk.gens[bucket]) and validity.gen_after(int(walk.gens[bucket]), gen):
             continue
         sets = [image for image in salvage_sets(buf, magic=magic, seed=ptr_make(sector, gen),
                                                 block_bytes=geometry.block_bytes) if image.is_valid]
@@ -374,7 +399,7 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> l
             known_keys = sum(pair in told for image in sets for pair in zip(
                 (image.keys.pos - image.keys.size).tolist(), image.keys.ptr.tolist(), strict=True))
             found.append(Candidate(Slot(first, last, Ptr(0, sector, gen), geometry.node_sectors), known_keys))
-    return sorted(found, key=lambda each: each.slot.start)
+    return sorted(found, key=lambda each: each.slot.start), is_all
 
 
 def _expand(walk: Walk) -> list[Slot]:
@@ -410,22 +435,35 @@ def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
     for pos, minus_number, row in rows:
         image = sets[-minus_number]
         key = interior_key(image.keys, row)
-        if not start < pos <= slot.end or validity.btree_ptr_bad(key, walk.geometry, walk.gens):
+        if not start < pos <= slot.end:
+            continue
+        if validity.btree_ptr_invalid(key, walk.geometry):
+            # Its leaves, if there were any, are not those of the next child.
+            slots.append(Slot(start, pos, None, 0))
+            start = pos
+            continue
+        if validity.btree_ptr_bad(key, walk.geometry, walk.gens):
             continue
         bucket = walk.geometry.bucket_of(key.ptrs[0].sector)
         child = read_sets(walk, key.ptrs[0], key.size)
         is_node = bool(child) and any(each.is_valid for each in child or [])
         if bucket in seen or not (is_node or image.is_valid):
+            slots.append(Slot(start, pos, None, 0))
+            start = pos
             continue
         seen.add(bucket)
+        below = Slot(start, pos, None, key.size, key.ptrs[0], slot.level - 1)
         if not is_whole and slot.level == 1:
             # Another child may have stood before this one.
             first = min((int((each.keys.pos - each.keys.size)[each.keys.size > 0].min()) for each in child or []
                          if each.is_valid and (each.keys.size > 0).any()), default=pos)
             if start < first < pos:
                 slots.append(Slot(start, first, None, 0))
-                start = first
-        slots.extend(_below(walk, Slot(start, pos, None, key.size, key.ptrs[0], slot.level - 1), seen, depth - 1))
+                below = replace(below, start=first)
+        found = _below(walk, below, seen, depth - 1)
+        if not is_whole and slot.level > 1:
+            found = [replace(found[0], is_doubtful=True), *found[1:]]
+        slots.extend(found)
         start = pos
     if start < slot.end:
         slots.append(Slot(start, slot.end, None, 0))

@@ -128,9 +128,10 @@ def find_dirty(check: Check) -> Dirty:
         lost += [part.take(part.dirty) for part in (leaf.kept.take(is_dropped), leaf.lost, leaf.stale_dirty)]
         if leaf.is_unknown or ((slot.leaf is None or len(leaf.lost.start)) and not _is_sound(check, slot)):
             unknown.append((slot.start, slot.end))
+    unknown += [(slot.start, slot.end) for slot in check.unknown]
     if check.is_doubtful:
         unknown = [(0, MAX_POS)]
-    return Dirty(_by_inode(extent.concatenate(kept)), _by_inode(extent.concatenate(lost)), unknown)
+    return Dirty(_by_inode(extent.concatenate(kept)), _by_inode(extent.concatenate(lost)), list(_united(unknown)))
 
 
 def source(dirty: Dirty, inode: int, *, first_sector: int, end_sector: int, shift_sectors: int = 0) -> Source:
@@ -298,6 +299,20 @@ def _is_sound(check: Check, slot: Slot) -> bool:
     ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
     sets = read_sets(check.walk, ptr, slot.nsectors) if ptr is not None else None
     return bool(sets) and all(image.is_valid for image in sets or [])
+
+
+def _united(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    # Any ranges, in order and without overlaps.
+    at: tuple[int, int] | None = None
+    for start, end in sorted(ranges):
+        if at is not None and start <= at[1]:
+            at = at[0], max(at[1], end)
+            continue
+        if at is not None:
+            yield at
+        at = start, end
+    if at is not None:
+        yield at
 
 
 def _by_inode(extents: Extents) -> dict[int, Extents]:

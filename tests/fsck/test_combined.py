@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Several kinds of damage at once, from seeds; and what such a search has found, each by itself."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bcachectl.fsck.check import Check
+from bcachectl.fsck.repair import plan_repair
+from bcachectl.fsck.salvage import leaf_map
+from bcachectl.ondisk.superblock import BdevState
+from tests.damage import cases
+from tests.fsck.combined import MOVING, Truth, bases, damaged, judge, listed, truth_of, wrong_after_writeback
+from tests.fsck.image import Image
+from tests.fsck.test_damage import apply, base_image, check, serious
+
+CASES = {case.name: case for case in cases()}
+BASES = bases()
+SEEDS = int(os.environ.get("BCACHECTL_COMBINED", "4"))
+TRUTHS: dict[str, Truth] = {}
+
+
+def truth(golden: Callable[..., Path], base: str) -> Truth:
+    if base not in TRUTHS:
+        TRUTHS[base] = truth_of(base_image(golden(base)))
+    return TRUTHS[base]
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_combinations(golden: Callable[..., Path], base: str) -> None:
+    """Whatever comes together, nothing is lost in silence."""
+    known = truth(golden, base)
+    for seed in range(SEEDS):
+        dice = random.Random(f"{base} {seed}")
+        image, names = damaged(known, BASES[base], dice)
+        if any(word in name for name in names for word in MOVING):
+            check(image)
+            continue
+        where = f"{base}, seed {seed}: {', '.join(names)}"
+        assert not list(wrong_after_writeback(image, known)), where
+        for safe_only in (True, False):
+            assert not list(judge(image, known, dice, safe_only=safe_only)), f"{where}; safe_only={safe_only}"
+
+
+def one_leaf(checked: Check, image: Image) -> tuple[int, list[int]]:
+    """A leaf with several sets, as the sector it begins at and the sectors its later sets begin at."""
+    block_sectors = checked.walk.geometry.block_size_sectors
+    node = next(node for node in image.nodes if not node.level and len(node.sets) > 2)
+    sector = checked.walk.geometry.sector_of(node.bucket)
+    return sector, [sector + image_set.block * block_sectors for image_set in node.sets[1:]]
+
+
+@pytest.mark.parametrize("base", ["deep_crash", "killed", "thrash_crash"])
+def test_an_unreadable_block_is_not_the_end_of_a_node(golden: Callable[..., Path], base: str) -> None:
+    """Where the newest set of a node begins in a sector that cannot be read, its keys are missed, not forgotten."""
+    known = truth(golden, base)
+    checked = check(known.image.fresh())
+    _sector, sets = one_leaf(checked, known.image)
+    image = known.image.fresh()
+    image.cache.unreadable.add(sets[-1])
+    found = check(image)
+    assert serious(found) == ["BTREE_IO"]
+    slot = next(slot for slot in found.slots if slot.lost is not None)
+    leaf = leaf_map(found.walk, slot, found.journal, known_buckets=found.known_buckets)
+    # The journal of some goes back to the first entry, and tells of all that is dirty.
+    assert leaf.is_unknown or leaf.is_clean_unknown
+    assert listed(found).unknown == ([(slot.start, slot.end)] if leaf.is_unknown else [])
+    assert not plan_repair(found, safe_only=True).steps
+    assert not list(wrong_after_writeback(image, known))
+    assert not list(judge(image, known, random.Random(1), safe_only=False))
+
+
+@pytest.mark.parametrize("name", ["child_twice_deep_crash", "extent_overlap_killed"])
+def test_a_write_back_says_what_fsck_does_not_know(golden: Callable[..., Path], name: str) -> None:
+    known = truth(golden, CASES[name].base)
+    image = known.image.fresh()
+    CASES[name].edit(image)
+    assert not list(wrong_after_writeback(image, known))
+
+
+@pytest.mark.parametrize("names", [("set_magic_first_interior_deep_crash", "child_beyond_deep_crash"),
+                                   ("set_zero_interior_deep_crash", "root_level_200_deep_crash")])
+def test_a_leaf_that_is_lost_twice_is_not_its_neighbour_s(golden: Callable[..., Path], names: tuple[str, ...]) -> None:
+    """Neither its parent nor the device knows it any more: its range is unknown, not part of the next leaf's."""
+    known = truth(golden, "deep_crash")
+    image = known.image.fresh()
+    for name in names:
+        CASES[name].edit(image)
+    if "child_beyond" not in names[1]:
+        leaf = next(node for node in image.nodes if not node.level and node.start)
+        first = image.walk.geometry.sector_of(leaf.bucket)
+        image.cache.unreadable.update(range(first, first + leaf.nsectors))
+        assert listed(check(image)).unknown
+    assert not list(wrong_after_writeback(image, known))
+    assert not list(judge(image, known, random.Random(1), safe_only=False))
+
+
+def test_metadata_is_not_put_where_nothing_can_be_read(golden: Callable[..., Path]) -> None:
+    known = truth(golden, "dirty_crash")
+    image = known.image.fresh()
+    CASES["prio_csum_dirty_crash"].edit(image)
+    places = [write.offset_bytes >> 9 for write in plan_repair(check(image), safe_only=True).steps[0]]
+    image.cache.unreadable.update(place + 7 for place in places)
+    repair = plan_repair(check(image), safe_only=True)
+    assert not {write.offset_bytes >> 9 for write in repair.steps[0]} & set(places)
+    apply(image, repair)
+    assert not serious(check(image))
+
+
+def test_an_unreadable_journal_bucket_may_have_cost_anything(golden: Callable[..., Path]) -> None:
+    image = truth(golden, "dirty_crash").image.fresh()
+    CASES["journal_unreadable"].edit(image)
+    finding = next(finding for finding in check(image).findings if finding.code == "JOURNAL_IO")
+    assert finding.unknown
+    assert not finding.is_safe
+
+
+def test_a_device_without_a_uuid_owns_nothing(golden: Callable[..., Path]) -> None:
+    image = truth(golden, "dirty_crash").image.fresh()
+    for name in ("uuid_array_zero_dirty_crash", "backing_uuid_zero_dirty_crash"):
+        CASES[name].edit(image)
+    before = check(image)
+    repair = plan_repair(before, safe_only=False)
+    assert "BACKING_FORGOTTEN" in {finding.code for finding in repair.left}
+    apply(image, repair)
+    assert set(serious(check(image))) <= {finding.code for finding in repair.left}
+
+
+@pytest.mark.parametrize("state", [BdevState.CLEAN, BdevState.DIRTY])
+def test_a_dirty_device_is_not_given_an_empty_slot(golden: Callable[..., Path], state: BdevState) -> None:
+    """It would look as if nothing were missing on it."""
+    image = truth(golden, "two_backing").image.fresh()
+    for name in ("journal_uuids_beyond_two_backing", "backing_unknown_uuid_two_backing"):
+        CASES[name].edit(image)
+    stranger = image.backings[0]
+    flags = int.from_bytes(stranger.get(4096 + 104, 8), "little")
+    image.sb(104, "Q", flags & ~(3 << 61) | int(state) << 61, device=stranger)
+    left = [finding.device for finding in plan_repair(check(image), safe_only=False).left
+            if finding.code == "BACKING_FORGOTTEN"]
+    assert left == ([stranger.name] if state is BdevState.DIRTY else [])
