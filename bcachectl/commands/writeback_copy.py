@@ -72,29 +72,39 @@ def prepare(cache: Cache, device: BlockDevice, found: Source, owner: Owner, map_
 
     Refused if the device has not got what the map says: it is a copy of the one that was written, or was restored.
     """
+    owner = owner._replace(keys=rescue_map.fingerprint(found.extents))
     earlier = None
     if map_file is not None and map_file.exists():
         earlier = rescue_map.parse(map_file.read_text(encoding="utf-8", errors="replace"), str(map_file), owner)
-        if not _is_there(cache, device, rescue_map.within(found.extents, of_status(earlier, DONE))):
-            raise Refused(f"{map_file}: says that data was written to {device.path} which is not there; the map is of "
-                          "a copy of it, or the device was restored or used since; name a new file for the map")
+        _refuse_another(cache, device, found, of_status(earlier, DONE), map_file)
     return Copy(cache.read, cache.read_sector, Sink(device), found, owner, earlier=earlier, retries=retries,
                 end_sector=device.size_bytes >> 9 if end_sector is None else end_sector)
 
 
-def _is_there(cache: Cache, device: BlockDevice, done: Extents) -> bool:
-    # Samples, spread evenly: of another device about all would differ.  What the cache cannot read any more says
-    # nothing.
+def _refuse_another(cache: Cache, device: BlockDevice, found: Source, done: Extents, map_file: Path) -> None:
+    # Where the keys are doubtful now and were not when the map was made, the device may have newer data than they name;
+    # but of another device about all of it would differ.
+    rows = rescue_map.within(found.extents, done)
+    doubted = rescue_map.within(rows, found.unknown)
+    differing, compared = _differing(cache, device, doubted)
+    if _differing(cache, device, rescue_map.without(rows, found.unknown))[0] or differing * 2 > compared:
+        raise Refused(f"{map_file}: says that data was written to {device.path} which is not there; the map is of "
+                      "a copy of it, or the device was restored or used since; name a new file for the map")
+
+
+def _differing(cache: Cache, device: BlockDevice, done: Extents) -> tuple[int, int]:
+    # How many samples differ, of how many, spread evenly.  What the cache cannot read any more says nothing.
     step = -(-len(done.start) // SAMPLES) or 1
+    differing = compared = 0
     for start, end, ptr in zip(*(column[::step].tolist() for column in (done.start, done.end, done.ptr)), strict=True):
         count = min(end - start, SAMPLE_SECTORS)
         try:
             data = cache.read(PTR_OFFSET.get(ptr), count)
         except DeviceError:
             continue
-        if device.read(start << 9, count << 9) != data:
-            return False
-    return True
+        compared += 1
+        differing += device.read(start << 9, count << 9) != data
+    return differing, compared
 
 
 def run(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool) -> None:

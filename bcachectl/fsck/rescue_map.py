@@ -6,17 +6,20 @@ Positions are bytes on the backing device, the bcache superblock included.  The 
 * ``+`` the data is on the backing device, durably;
 * ``-`` the data is lost: its sectors could not be read, or the key that says where they are is damaged;
 * ``/`` the keys are unknown: a damaged node may have held dirty data here;
+* ``*`` dirty data was written here, but the keys were doubtful: a damaged node may have named newer data;
 * ``?`` everything else: dirty data that is not written back yet, and what was never dirty.
 
 What was never dirty is not marked ``+``, so that a range that a later look at a failing cache finds dirty is not taken
 for written back.  The second comment line says which set and device the map is of, and the number of the newest
-journal entry: a set that ran since has a newer one, and its map is refused (`parse`).
+journal entry: a set that ran since has a newer one, and its map is refused (`parse`).  It also has the `fingerprint` of
+all keys that the run went by.  A failing device may tell others in the next run; then only ``+`` is believed.
 
 A flat map is an `Extents` whose ``csum`` column holds the status.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,17 +32,18 @@ from bcachectl.units import format_uuid
 
 TITLE = "# bcachectl writeback"
 STATUSES = "?*/-+"
-UNTRIED, UNKNOWN, LOST, DONE = (STATUSES.index(status) for status in "?/-+")
+UNTRIED, DOUBTED, UNKNOWN, LOST, DONE = (STATUSES.index(status) for status in "?*/-+")
 _HEAD_FIELDS = 3
 _ROW_FIELDS = 3
 
 
 class Owner(NamedTuple):
-    """Whose map it is: the set, the device, and the newest journal entry that is known."""
+    """Whose map it is: the set, the device, the newest journal entry that is known, the fingerprint of its keys."""
 
     set_uuid: bytes
     uuid: bytes
     journal_seq: int
+    keys: str = ""
 
 
 class RescueMap(NamedTuple):
@@ -49,6 +53,14 @@ class RescueMap(NamedTuple):
     rows: Extents
     at: int
     end: int
+
+
+def fingerprint(extents: Extents) -> str:
+    """Sixteen hexadecimal digits that change with any of the extents, by where they are and where their data is."""
+    digest = hashlib.sha256()
+    for column in (extents.start, extents.end, extents.ptr):
+        digest.update(column.astype("<u8").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def ranges(pairs: list[tuple[int, int]], status: int) -> Extents:
@@ -94,8 +106,9 @@ def render(found: RescueMap) -> Iterator[str]:
     """The lines of the file."""
     owner = found.owner
     yield f"{TITLE}: a mapfile of GNU ddrescue's format, in bytes of the backing device"
-    yield (f"# set {format_uuid(owner.set_uuid)} device {format_uuid(owner.uuid)} journal {owner.journal_seq}")
-    yield "# + written back, - lost, / keys unknown, ? not dirty or not written back yet"
+    yield (f"# set {format_uuid(owner.set_uuid)} device {format_uuid(owner.uuid)} journal {owner.journal_seq}"
+           f"{f' keys {owner.keys}' if owner.keys else ''}")
+    yield "# + written back, * the same by doubtful keys, - lost, / keys unknown, ? not dirty or not written back yet"
     yield "# current_pos  current_status  current_pass"
     is_done = found.at >= found.end
     yield f"0x{found.at << 9:08X}     {'+' if is_done else '?'}               1"
@@ -107,7 +120,10 @@ def render(found: RescueMap) -> Iterator[str]:
 
 
 def parse(text: str, name: str, owner: Owner) -> Extents:
-    """The rows of the file ``name``; refused if it is not of this device, or older than what the set last did."""
+    """The rows of the file ``name``; refused if it is not of this device, or older than what the set last did.
+
+    What was written by doubtful keys counts as done if these are the same keys, and as untried if not.
+    """
     lines = text.splitlines()
     if len(lines) < 2 or not lines[0].startswith(TITLE):
         raise Refused(f"{name}: was not made by `bcachectl writeback`; name a new file for the map")
@@ -115,6 +131,7 @@ def parse(text: str, name: str, owner: Owner) -> Extents:
         words = lines[1].split()
         is_same = words[1:5] == ["set", format_uuid(owner.set_uuid), "device", format_uuid(owner.uuid)]
         journal_seq = int(words[6])
+        keys = words[8] if words[7:8] == ["keys"] else ""
         fields = [line.split() for line in lines if line and not line.startswith("#")]
         if len(fields[0]) != _HEAD_FIELDS or any(len(row) != _ROW_FIELDS for row in fields[1:]):
             raise ValueError("a line has the wrong number of fields")
@@ -132,4 +149,6 @@ def parse(text: str, name: str, owner: Owner) -> Extents:
     if journal_seq < owner.journal_seq:
         raise WrongState(f"{name}: the set has run since this map was made (journal entry {owner.journal_seq}, the map "
                          f"is of {journal_seq}), so what it says is out of date; name a new file for the map")
-    return rows.take(rows.end > rows.start)
+    same_keys = bool(keys) and keys == owner.keys
+    status = np.where(rows.csum == DOUBTED, DONE if same_keys else UNTRIED, rows.csum).astype(np.uint8)
+    return rows._replace(csum=status).take(rows.end > rows.start)

@@ -30,7 +30,7 @@ from bcachectl.fsck import rescue_map
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
-from bcachectl.fsck.rescue_map import DONE, LOST, UNKNOWN, Owner, RescueMap
+from bcachectl.fsck.rescue_map import DONE, DOUBTED, LOST, UNKNOWN, Owner, RescueMap
 from bcachectl.fsck.salvage import leaf_map, read_sets
 from bcachectl.fsck.walk import Read, Slot
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET
@@ -241,8 +241,12 @@ class Copy:
     def rescue_map(self) -> RescueMap:
         """How far it is."""
         done = extent.clip(self.todo, start=0, end=self.at) if self.at else extent.empty()
+        done = extent.overlay(rescue_map.marked(done.start, done.end, DONE),
+                              rescue_map.marked(self.finished.start, self.finished.end, DONE))
+        done = done._replace(nptrs=np.ones(len(done.start), np.uint8))
+        doubted = rescue_map.within(done, self.source.unknown)
         rows = extent.overlay(self.source.unknown, rescue_map.marked(done.start, done.end, DONE))
-        rows = extent.overlay(rows, rescue_map.marked(self.finished.start, self.finished.end, DONE))
+        rows = extent.overlay(rows, rescue_map.marked(doubted.start, doubted.end, DOUBTED))
         return RescueMap(self.owner, extent.overlay(rows, self.lost), self.at, self.end_sector)
 
     # Reading and writing.

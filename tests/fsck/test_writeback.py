@@ -30,6 +30,7 @@ from bcachectl.fsck.writeback_target import member, orphans
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
 from bcachectl.ondisk.magic import INVALID_UUID
 from bcachectl.ondisk.superblock import BdevState
+from tests.damage import cases
 from tests.fsck.image import Image
 
 STORIES = ("attached_clean", "dirty_crash", "deep_crash", "thrash_crash", "killed", "two_backing", "flash_volume",
@@ -394,6 +395,35 @@ def test_map_of_something_else(change: Callable[[str], str], error: type[Bcachec
     text = "\n".join(rescue_map.render(RescueMap(OWNER, rescue_map.ranges([(16, 32)], rescue_map.DONE), 32, 64)))
     with pytest.raises(error, match="map"):
         rescue_map.parse(change(text), "map", OWNER)
+
+
+@pytest.mark.parametrize("name", ["set_csum_last_leaf_killed", "set_csum_last_leaf_deep_crash"])
+def test_what_doubtful_keys_named_is_written_again(golden: Callable[..., Path], name: str) -> None:
+    """A node that could not be read well in the first run, and can be in the second: older data gives way to newer."""
+    [case] = [case for case in cases() if case.name == name]
+    base = load(golden, case.base)
+    damaged = base.fresh()
+    case.edit(damaged)
+    disk = Disk(damaged.backings[0].content())
+    [first] = copies(damaged, [disk])
+    finish(first)
+    assert len(first.unknown.start)
+    rows = first.rescue_map().rows
+    assert sectors(rescue_map.of_status(rows, rescue_map.DOUBTED))
+    assert not sectors(rescue_map.of_status(rows, rescue_map.DONE)) & sectors(first.unknown)
+    [second] = copies(base, [disk], maps=[saved(first)])
+    finish(second)
+    assert bytes(disk.content) == truths_of(golden, case.base)[0]
+
+
+def test_doubtful_keys_that_are_the_same_again() -> None:
+    rows = extent.overlay(rescue_map.ranges([(16, 32)], rescue_map.DONE),
+                          rescue_map.ranges([(40, 48)], rescue_map.DOUBTED))
+    owner = OWNER._replace(keys=rescue_map.fingerprint(rows))
+    text = "\n".join(rescue_map.render(RescueMap(owner, rows, 48, 100)))
+    done = {same: sectors(rescue_map.of_status(rescue_map.parse(text, "map", each), rescue_map.DONE))
+            for same, each in ((True, owner), (False, OWNER._replace(keys="0" * 16)))}
+    assert done == {True: {*range(16, 32), *range(40, 48)}, False: set(range(16, 32))}
 
 
 def test_map_of_a_cache_that_knew_more() -> None:
