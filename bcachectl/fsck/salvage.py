@@ -70,7 +70,7 @@ _ONES = (1 << 64) - 1
 class SalvagedSet(NamedTuple):
     """One set of a node: the block it starts at, its keys as far as they can be read, whether its checksum holds.
 
-    ``is_whole`` says that all keys that its header promises look like keys.
+    ``is_whole`` says that these are all of its keys, as they were written.
     """
 
     block: int
@@ -114,17 +114,27 @@ class _Node:
 
     def is_valid(self, block: int, *, seq: int | None = None, magic: int | None = None) -> bool:
         """The set at ``block`` has a good checksum; with ``seq`` or ``magic`` as if it said that."""
+        return self._difference(block, seq, magic) == 0
+
+    def has_sure_keys(self, block: int) -> bool:
+        """The set at ``block`` has the keys that were written: what is damaged is its header, or one byte of its
+        checksum.  No other damage leaves a checksum that differs in one byte, but for one time in 2^53."""
+        difference = self._difference(block, self.seq, self.magic)
+        return difference is not None and any(not difference & ~(0xFF << shift) for shift in range(0, 64, 8))
+
+    def _difference(self, block: int, seq: int | None, magic: int | None) -> int | None:
+        # Between the checksum that is there and the right one; None if the header makes no sense.
         csum, found_magic, found_seq, version, keys = self.header(block)
         if version > BSET_VERSION or block + self.set_blocks(keys) > self.blocks:
-            return False
+            return None
         if (found_magic if magic is None else magic) != self.magic:
-            return False
+            return None
         start = block * self.block_bytes
         body: bytes | memoryview = self.view[start + 8:start + BSET_HEADER_BYTES + keys * 8]
         if seq is not None or magic is not None:
             head = struct.pack("<QQ", self.magic, found_seq if seq is None else seq)
             body = head + bytes(body[16:])
-        return csum == (crc64_seeded(body, self.seed) if version else crc64(body))
+        return csum ^ (crc64_seeded(body, self.seed) if version else crc64(body))
 
     def vote(self) -> None:
         """Settle which number the node has, if set 0 cannot be believed."""
@@ -180,12 +190,10 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int,
 
 
 def _damaged(node: _Node, block: int, words: memoryview) -> SalvagedSet:
-    # Whole if as many keys are there as the header promises; a header that promises none must look like one.
+    # Keys that merely look like keys may have said something else: more dirty data, or other places.
     keys = plausible_keys(words)
     nr_u64s = 2 * len(keys.pos) + int(keys.nptrs.sum())
-    _csum, magic, seq, _version, promised = node.header(block)
-    is_header = promised > 0 or (magic, seq) == (node.magic, node.seq)
-    return SalvagedSet(block, keys, False, nr_u64s == promised and is_header)
+    return SalvagedSet(block, keys, False, 0 < nr_u64s == node.header(block)[4] and node.has_sure_keys(block))
 
 
 def has_lost_set(buf: bytes, *, written_blocks: int, magic: int, seed: int, block_bytes: int) -> bool:

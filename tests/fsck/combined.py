@@ -36,8 +36,9 @@ from tests.fsck.test_damage import MOVED, apply, check, per_position, per_sector
 from tests.fsck.test_interrupted import interrupted
 from tests.fsck.test_writeback import Disk, check_of, written_back
 
-MOVING = (*MOVED, "short_key", "key_before")
-"""Cases that change a key with its checksum: it no longer says where it was, and nobody can list what that costs."""
+MOVING = (*MOVED, "short_key", "key_before", "note_journal_torn")
+"""Cases that change a key with its checksum: it no longer says where it was, and nobody can list what that costs.  Or
+that take the newest journal entry away as a power failure does: the state is that before it."""
 CASES_MAX = 5
 DEVICES_MAX = 4
 

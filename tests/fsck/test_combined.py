@@ -32,7 +32,7 @@ def truth(golden: Callable[..., Path], base: str) -> Truth:
 
 
 @pytest.mark.parametrize("base", sorted(BASES))
-def test_combinations(golden: Callable[..., Path], base: str) -> None:
+def test_combinations(golden: Callable[..., Path], base: str, record_property: Callable[[str, object], None]) -> None:
     """Whatever comes together, nothing is lost in silence."""
     known = truth(golden, base)
     for seed in range(SEEDS):
@@ -45,6 +45,7 @@ def test_combinations(golden: Callable[..., Path], base: str) -> None:
         assert not list(wrong_after_writeback(image, known)), where
         for safe_only in (True, False):
             assert not list(judge(image, known, dice, safe_only=safe_only)), f"{where}; safe_only={safe_only}"
+    record_property("combined", SEEDS)
 
 
 def one_leaf(checked: Check, image: Image) -> tuple[int, list[int]]:
@@ -72,6 +73,35 @@ def test_an_unreadable_block_is_not_the_end_of_a_node(golden: Callable[..., Path
     assert listed(found).unknown == ([(slot.start, slot.end)] if leaf.is_unknown else [])
     assert not plan_repair(found, safe_only=True).steps
     assert not list(wrong_after_writeback(image, known))
+    assert not list(judge(image, known, random.Random(1), safe_only=False))
+
+
+@pytest.mark.parametrize("field", ["size", "dirty", "position"])
+def test_keys_that_only_look_like_keys(golden: Callable[..., Path], field: str) -> None:
+    """One flipped bit in a key, as bit rot has it: what the set says about itself, even what it costs, is not sure."""
+    known = truth(golden, "killed")
+    image = known.image.fresh()
+    node = next(node for node in image.nodes if not node.level and bool(node.sets[0].keys.dirty.any()))
+    row = int(node.sets[0].keys.dirty.argmax())
+    at = image.set_at(node, 0) + image.key_at(node, 0, row)
+    image.cache.flip(*{"size": (at + 3, 0x10), "dirty": (at + 4, 0x10), "position": (at + 9, 0x04)}[field])
+    found = check(image)
+    assert serious(found) == ["BTREE_CSUM"]
+    assert listed(found).unknown == [(node.start, node.end)]
+    assert not plan_repair(found, safe_only=True).steps
+    assert not list(judge(image, known, random.Random(1), safe_only=False))
+
+
+@pytest.mark.parametrize("part", ["checksum", "magic", "number"])
+def test_keys_that_are_beyond_doubt(golden: Callable[..., Path], part: str) -> None:
+    """Where only the header of a set is damaged, what that costs is known exactly."""
+    known = truth(golden, "killed")
+    image = known.image.fresh()
+    node = next(node for node in image.nodes if not node.level and len(node.sets) > 1)
+    image.cache.flip(image.set_at(node, 0) + {"checksum": 5, "magic": 8, "number": 16}[part])
+    found = check(image)
+    assert len(serious(found)) == 1
+    assert not listed(found).unknown
     assert not list(judge(image, known, random.Random(1), safe_only=False))
 
 
