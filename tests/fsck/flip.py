@@ -62,7 +62,7 @@ def metadata(image: Image) -> Iterator[Byte]:
 
 
 def judge(image: Image, byte: Byte, mask: int, baseline: Sequence[str]) -> str:
-    """Flip one byte, check, and say how it went: found, missed (a failure), quiet."""
+    """Flip one byte, check, and say how it went: covered by a checksum and found, found, missed (a failure), quiet."""
     damaged = image.fresh()
     damaged.cache.flip(byte.offset, mask)
     start_s = time.monotonic()
@@ -70,7 +70,7 @@ def judge(image: Image, byte: Byte, mask: int, baseline: Sequence[str]) -> str:
     assert time.monotonic() - start_s < SECONDS_LIMIT, f"{byte}: took too long"
     found = sorted(finding.code for finding in checked.findings)
     if found != list(baseline):
-        return "found"
+        return "covered" if byte.is_covered else "found"
     return "missed" if byte.is_covered else "quiet"
 
 

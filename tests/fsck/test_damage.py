@@ -22,6 +22,7 @@ from bcachectl.fsck.rescue import open_check
 from bcachectl.fsck.salvage import leaf_map
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
 from tests.damage import Case, cases
+from tests.fsck.conftest import CLEAN, LEFT, NOTHING
 from tests.fsck.image import Image
 
 CASES = cases()
@@ -101,7 +102,7 @@ def per_sector(extents: Extents, *, dirty: bool) -> set[int]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_damage(golden: Callable[..., Path], case: Case) -> None:
+def test_damage(golden: Callable[..., Path], case: Case, record_property: Callable[[str, object], None]) -> None:
     image = base_image(golden(case.base)).fresh()
     case.edit(image)
     before = check(image)
@@ -112,10 +113,12 @@ def test_damage(golden: Callable[..., Path], case: Case) -> None:
     repair = plan_repair(before, safe_only=False)
     if not repair.steps:
         assert repair.left or not case.codes
+        record_property("damage", (list(case.codes), NOTHING))
         return
     apply(image, repair)
     after = check(image)
     assert set(serious(after)) <= {finding.code for finding in repair.left}
+    record_property("damage", (list(case.codes), LEFT if serious(after) else CLEAN))
     if any(word in case.name for word in MOVED):
         return  # A damaged key no longer says where it was; clean extents of an old generation are no loss.
     judge_cost(before, truth_of(golden(case.base)), after)

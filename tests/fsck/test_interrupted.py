@@ -118,19 +118,21 @@ def judge(base: Image, case: Case, points: set[int] | None = None) -> int:
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(EXTRA)) if ALL else SCENARIOS)
-def test_every_write(golden: Callable[..., Path], name: str) -> None:
+def test_every_write(golden: Callable[..., Path], name: str, record_property: Callable[[str, object], None]) -> None:
     count = judge(base_image(golden(CASES[name].base)), CASES[name])
+    if count:
+        record_property("interrupted", count)
     assert count >= 3 or name not in SCENARIOS
 
 
 @pytest.mark.parametrize("name", EXTRA)
-def test_some_writes(golden: Callable[..., Path], name: str) -> None:
+def test_some_writes(golden: Callable[..., Path], name: str, record_property: Callable[[str, object], None]) -> None:
     base = base_image(golden(CASES[name].base))
     image = base.fresh()
     CASES[name].edit(image)
     total = 3 * sum(len(step) for step in plan_repair(check(image), safe_only=False).steps)
     points = None if ALL else {total - 1, *random.Random(name).sample(range(total), min(EXTRA_POINTS, total))}
-    judge(base, CASES[name], points)
+    record_property("interrupted", judge(base, CASES[name], points))
 
 
 @pytest.mark.parametrize("name", ["prio_csum_dirty_crash", "uuid_array_zero_dirty_crash", "backing_clean_dirty"])
