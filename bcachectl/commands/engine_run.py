@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -11,11 +12,12 @@ from typing import Annotated
 
 import typer
 
+from bcachectl.blockdev import open_device
 from bcachectl.commands.options import complete_device
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.ublk_control import is_available
 from bcachectl.engine.sched import NS_PER_MS, NS_PER_S
-from bcachectl.errors import UsageError
+from bcachectl.errors import BcachectlError, UsageError, WrongState
 
 IN_USE_POLL_NS = 500 * NS_PER_MS
 """How often a stopping engine looks whether a device has been let go."""
@@ -84,6 +86,8 @@ def engine_run(
         raise UsageError("--direct and --overlay exclude each other: what an overlay holds lies in the page cache")
     if ready_fd is not None:
         _check_descriptor(ready_fd)
+    if overlay is None:
+        _refuse_small(cache, backing or [])
     host = EngineHost(HostOptions(
         cache=cache, backings=tuple(backing or ()), use_loop=export is Export.LOOP, use_ublk=export is Export.UBLK,
         recover=recover, use_nbd=export is Export.NBD or nbd_socket is not None, nbd_socket=nbd_socket,
@@ -168,6 +172,33 @@ async def _wait_until_unused(host: EngineHost) -> None:
             print(f"bcachectl: {device} is in use (mounted?); waiting for it; a second signal stops the engine anyway",
                   file=sys.stderr, flush=True)
         await host.loop.signal_wait.wait(deadline_ns=host.sched.now_ns + IN_USE_POLL_NS)
+
+
+def _refuse_small(cache: str, backings: list[str]) -> None:
+    # The engine finds this out as well, once the set has started, which writes to the cache device.  What cannot be
+    # opened or is damaged is the engine's to refuse.
+    from bcachectl.fsck.check import Check, run
+    from bcachectl.fsck.check_backing import slot_of
+    from bcachectl.ondisk.bkey import INODE_SHIFT
+    from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, parse_superblock
+
+    small: list[str] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            device, *members = [stack.enter_context(open_device(path)) for path in (cache, *backings)]
+            if not members:
+                return
+            check = run(Check(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9))
+            superblocks = [parse_superblock(member.read(SB_SECTOR << 9, SB_BYTES)) for member in members]
+        except BcachectlError:
+            return
+        for member, sb in zip(members, superblocks, strict=True):
+            slot = slot_of(check.walk, sb.uuid) if sb.is_backing else None
+            if slot is not None and slot in check.dirty:
+                if check.dirty[slot].end - (slot << INODE_SHIFT) > member.size_bytes >> 9:
+                    small.append(member.path)
+    if small:
+        raise WrongState(f"{small[0]} is smaller than the dirty data that its cache holds for it (truncated?)")
 
 
 def _complain(why: str) -> None:
