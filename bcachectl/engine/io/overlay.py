@@ -8,11 +8,14 @@ All devices of a set share one file.  It is sparse: as long as the largest devic
     byte 0      header, 4096 bytes, little-endian:
                   magic 16 | version u32 | block size u32 (4096) | devices u32 | reserved u32
                   per device, 32 bytes: size u64 | fingerprint u64 | bitmap at byte u64 | data at byte u64
+                  from byte 2080 on, per device: when it was changed last, in ns since 1970, u64; 0 of a block device
     bitmaps     one bit per 4 KiB block of the device, least significant first: 1 = the block is in the overlay
     data        block n of a device at data + n * 4096
 
 The fingerprint is the CRC-32 of a device's first 8 KiB, superblock included, when the overlay was made: an overlay over
-devices that ran elsewhere since would be a mix of two histories, and is refused.
+devices that ran elsewhere since would be a mix of two histories, and is refused.  So is one over a file that was
+changed in any way, by the file's own word.  A block device has none: who writes past the superblock of one by hand
+gets that mix.
 
 An overlay behaves as a device with a volatile cache.  A block's bit is set in memory when it is written; `sync` makes
 the data durable first, then the bits.  So a bit on disk always has its data, whatever power loss takes.
@@ -38,6 +41,8 @@ _MAGIC = b"bcachectl-cow\0\0\0"
 _VERSION = 1
 _HEADER = struct.Struct("<16sIIII")
 _ENTRY = struct.Struct("<QQQQ")
+_CHANGED = struct.Struct("<Q")
+_CHANGED_BYTES = _HEADER.size + MAX_OVERLAY_DEVICES * _ENTRY.size
 _HEADER_BYTES = 4096
 _FINGERPRINT_BYTES = 8192
 _BITMAP_PAGE_BYTES = 4096
@@ -193,6 +198,10 @@ class Overlay:
             if size_bytes != base.size_bytes or fingerprint != _fingerprint(base):
                 raise WrongState(f"{self.path}: was made over another device than {base.path}, or that device was "
                                  "written since; name a new file")
+            changed_ns = _CHANGED.unpack_from(header, _CHANGED_BYTES + index * _CHANGED.size)[0]
+            if changed_ns and changed_ns != _changed_ns(base):
+                raise WrongState(f"{self.path}: {base.path} was changed since (by the file's date), so both "
+                                 "together would be a mix; name a new file")
             devices.append(OverlayDevice(self._file.fd, base, bitmap_bytes=bitmap_bytes, data_bytes=data_bytes))
         return devices
 
@@ -205,7 +214,8 @@ def _make(path: str, bases: list[BlockDevice]) -> None:
         data_bytes = position + _bitmap_length(base.size_bytes)
         entries += _ENTRY.pack(base.size_bytes, _fingerprint(base), position, data_bytes)
         position = data_bytes + (base.size_bytes + OVERLAY_BLOCK_BYTES - 1) // OVERLAY_BLOCK_BYTES * OVERLAY_BLOCK_BYTES
-    header = _HEADER.pack(_MAGIC, _VERSION, OVERLAY_BLOCK_BYTES, len(bases), 0) + entries
+    header = (_HEADER.pack(_MAGIC, _VERSION, OVERLAY_BLOCK_BYTES, len(bases), 0) + entries).ljust(_CHANGED_BYTES, b"\0")
+    header += b"".join(_CHANGED.pack(_changed_ns(base)) for base in bases)
     new = f"{path}.new"
     with open(new, "wb") as file:
         file.write(header.ljust(_HEADER_BYTES, b"\0"))
@@ -222,6 +232,10 @@ def _bitmap_length(size_bytes: int) -> int:
 
 def _fingerprint(base: BlockDevice) -> int:
     return zlib.crc32(base.read(0, min(_FINGERPRINT_BYTES, base.size_bytes)))
+
+
+def _changed_ns(base: BlockDevice) -> int:
+    return 0 if base.is_block else os.fstat(base.fd).st_mtime_ns
 
 
 def _pread_all(fd: int, buf: memoryview, offset_bytes: int) -> None:

@@ -155,6 +155,20 @@ def overlaid(path: Path, image: Path) -> tuple[Overlay, Backend, BlockDevice]:
     return overlay, make_backend(media), base
 
 
+def test_an_overlay_over_a_file_that_was_changed_is_refused(tmp_path: Path, image: Path) -> None:
+    """Far behind the superblock, where no fingerprint looks."""
+    overlay, backend, base = overlaid(tmp_path / "overlay", image)
+    for each in (backend, overlay, base):
+        each.close()
+    with image.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(WrongState, match="was changed since"):
+        overlaid(tmp_path / "overlay", image)
+
+
 def test_an_overlay_takes_all_writes_and_can_be_opened_again(tmp_path: Path, image: Path) -> None:
     before = hashlib.sha256(image.read_bytes()).digest()
     models = [bytearray(image.read_bytes()) for _ in range(2)]
