@@ -309,6 +309,16 @@ class EventSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class AbsentSnapshot:
+    """A backing device that the set knows and that is not here, and the dirty data that the cache keeps for it."""
+
+    slot: int
+    uuid: str
+    label: str
+    dirty_sectors: int
+
+
+@dataclass(frozen=True, slots=True)
 class SetSnapshot:
     """A whole cache set.  ``source`` says who knows it: ``engine``, ``kernel`` or ``offline``.
 
@@ -344,11 +354,14 @@ class SetSnapshot:
     damages: int = 0
     writeback_keys_done: int | None = None
     writeback_keys_failed: int | None = None
+    absent: tuple[AbsentSnapshot, ...] = ()
+    """Backing devices with dirty data that are not here; an engine knows them, the kernel's sysfs does not tell."""
 
     @property
     def dirty_sectors(self) -> int:
         """What exists only in the cache, as far as it is known."""
-        return sum(volume.dirty_sectors or 0 for volume in self.volumes)
+        return (sum(volume.dirty_sectors or 0 for volume in self.volumes)
+                + sum(device.dirty_sectors for device in self.absent))
 
 
 def to_json(record: Any) -> Any:

@@ -10,6 +10,7 @@ A snapshot looks and changes nothing of the set.  What is said about all buckets
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.flash_dev import FlashVolume
 from bcachectl.engine.sched import NS_PER_S
 from bcachectl.snapshot import (
+    AbsentSnapshot,
     AllocatorSnapshot,
     AllocCounters,
     BtreeSnapshot,
@@ -181,7 +183,18 @@ def snapshot(cset: CacheSet, cells: int) -> SetSnapshot:
         cache_io_errors=cset.io_errors_seen, cache_read_races=cset.cache_read_races,
         congested=cset.congestion.value, written_sectors=cset.sectors.sectors_written,
         btree_written_sectors=cset.btree.sectors_written, metadata_written_sectors=cset.meta_sectors_written,
-        read_only=cset.read_only)
+        read_only=cset.read_only, absent=tuple(_absent(cset)))
+
+
+def _absent(cset: CacheSet) -> Iterator[AbsentSnapshot]:
+    # Live slots with dirty data and without a device.
+    here = {volume.slot for volume in cset.volumes}
+    for slot, sectors in sorted(cset.dirty_by_inode.items()):
+        if not sectors or slot in here or slot >= len(cset.uuid_array.entries):
+            continue
+        entry = cset.uuid_array.entries[slot]
+        if not entry.is_free and not entry.is_retired:
+            yield AbsentSnapshot(slot, format_uuid(entry.uuid), entry.label_text, sectors)
 
 
 def allocator_snapshot(cset: CacheSet, cells: int) -> tuple[AllocatorSnapshot, MapSnapshot | None]:

@@ -36,6 +36,9 @@ def alerts(snapshot: SetSnapshot) -> list[Alert]:
                                   "tells what that costs"))
     for volume in snapshot.volumes:
         found += _volume_alerts(volume)
+    for device in snapshot.absent:
+        found.append(Alert("warn", f"{format_sectors(device.dirty_sectors)} in the cache belong to a backing device "
+                                   f"that is not here ({device.label or device.uuid}); they are kept for it"))
     if snapshot.cache_io_errors:
         found.append(Alert("warn", f"{snapshot.cache_io_errors} I/O errors of the cache device {snapshot.cache_path}"))
     found += _allocator_alerts(snapshot)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from bcachectl.snapshot import SetSnapshot, VolumeSnapshot, WindowSnapshot
+from bcachectl.snapshot import AbsentSnapshot, SetSnapshot, VolumeSnapshot, WindowSnapshot
 from bcachectl.units import format_sectors, format_size
 from bcachectl.views.panels import LABEL, bucket_share, format_duration, gc_took, verdict
 
@@ -28,6 +28,8 @@ def status_page(snapshot: SetSnapshot, *, only_volume: str = "") -> Text:
             lines += _volume(volume)
     if not snapshot.volumes:
         lines.append(_row("Volumes", "none: no backing device is attached"))
+    if not only_volume:
+        lines += [line for device in snapshot.absent for line in _absent(device)]
     return Text("\n").join(lines)
 
 
@@ -113,6 +115,15 @@ def _volume(volume: VolumeSnapshot) -> list[Text]:
         if more:
             lines.append(_row("", f"  {', '.join(more)}"))
     return lines
+
+
+def _absent(device: AbsentSnapshot) -> list[Text]:
+    label = f", label {device.label}" if device.label else ""
+    return [Text(), _row("Absent", f"backing device {device.uuid}{label}"),
+            _row("", f"{format_sectors(device.dirty_sectors)} of its data exist only in the cache"),
+            _row("", "It is not here. Nothing is lost: the cache keeps the data for it."),
+            _row("", "`bcachectl attach` brings it back; of one that died, `bcachectl"),
+            _row("", "forget-backing --export` saves the data, once the set has stopped.")]
 
 
 def _window(window: WindowSnapshot) -> str:

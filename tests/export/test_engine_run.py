@@ -433,3 +433,34 @@ def test_every_io_backend(tmp_path: Path, backend: str) -> None:
         assert client.read(0, len(data) + (1 << 20)) == data + bytes(1 << 20)
         assert client.read(65 << 20, 1 << 20) == bytes(1 << 20)
     assert (engine.status, engine.errors) == (0, "")
+
+
+def test_a_device_that_was_cut_short_is_refused_before_anything_is_written(golden: Callable[..., Path],
+                                                                          tmp_path: Path) -> None:
+    story = golden("dirty_crash", writable=True)
+    cache, backing = story / "cache.img", story / "back0.img"
+    with backing.open("r+b") as file:
+        file.truncate(8 << 20)
+    before = [hashlib.sha256(path.read_bytes()).digest() for path in (cache, backing)]
+    with Engine(tmp_path, "--cache", cache, "--backing", backing, "--export", "nbd", expect_failure=True) as engine:
+        assert engine.status == 4
+        assert engine.errors.count("\n") == 1
+        assert "back0.img is smaller than the dirty data that its cache holds for it" in engine.errors
+    assert [hashlib.sha256(path.read_bytes()).digest() for path in (cache, backing)] == before
+
+
+def test_dirty_data_of_a_device_that_is_not_here(golden: Callable[..., Path], tmp_path: Path) -> None:
+    """The engine goes on without it, and says how much waits for it."""
+    story = golden("two_backing", writable=True)
+    words: list[str | Path] = ["--cache", story / "cache.img", "--backing", story / "back0.img", "--export", "nbd"]
+    with Engine(tmp_path, *words) as engine:
+        environment = {**os.environ, "XDG_RUNTIME_DIR": engine.runtime.name, "PYTHONPATH": str(ROOT)}
+        status = [sys.executable, "-m", "bcachectl", "status"]
+        page = subprocess.run(status, env=environment, capture_output=True, text=True, check=True).stdout
+        found = json.loads(subprocess.run([*status, "--json"], env=environment, capture_output=True, check=True).stdout)
+    [absent] = found["absent"]
+    assert absent["slot"] == 1
+    assert absent["dirty_sectors"] > 0
+    assert f"Absent      backing device {absent['uuid']}" in page
+    assert "Nothing is lost" in page
+    assert max(map(len, page.splitlines())) < 200
