@@ -18,6 +18,7 @@ MODULES = (
     "bcachectl.engine.write_batch",
     "bcachectl.engine.io.completions",
     "bcachectl.engine.export.ublk_reads",
+    "bcachectl.fsck.scan",
 )
 DIRECTIVES = {
     "language_level": 3,

@@ -64,7 +64,7 @@ LAYERS: dict[str, Layer] = {
                     banned_stdlib=("os", "time", "random", "socket", "threading", "asyncio", "logging")),
     "views": Layer(internal=(*BASE, "views"), third_party=("rich",),
                    banned_stdlib=("os", "time", "random", "socket", "threading", "asyncio")),
-    "fsck": Layer(internal=(*BASE, "census", "ondisk", "fsck"), third_party=("numpy",),
+    "fsck": Layer(internal=(*BASE, "census", "ondisk", "fsck"), third_party=("numpy", "cython"),
                   banned_stdlib=("socket", "threading", "asyncio")),
     "engine": Layer(internal=(*BASE, "census", "ondisk", "engine"), third_party=("numpy", "cython"),
                     banned_stdlib=CORE_BANNED),

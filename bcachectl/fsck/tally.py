@@ -14,6 +14,8 @@ whenever those would make one.
 4. Rows that follow each other on the cache device, in one bucket, are one *run*.  Generations are looked up by run, and
    the runs (`Tally.taken`) are what is kept, to see whether two extents use the same sectors.
 
+Where `bcachectl.fsck.scan` is compiled, it is asked first, and does 2 to 4 at once.  It declines more than this does.
+
 A tally holds for the generations it was made with.  `Tally.marks` are the pointers whose generation is another than
 their bucket's, in order; if they, or whatever comes later, raise a generation, the leaf has to be tallied again.
 """
@@ -21,6 +23,7 @@ their bucket's, in order; if they, or whatever comes later, raise a generation, 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +33,7 @@ import numpy.typing as npt
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.extents import GEN_BITS, U64, Extents
+from bcachectl.fsck.scan import IS_COMPILED, Scan
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
     HIGH_ONE,
@@ -142,6 +146,7 @@ class Tallier:
         self._bucket_end = bucket_sectors << GEN_BITS
         self._ptr_min = geometry.first_bucket * bucket_sectors << GEN_BITS
         self._ptr_limit = min(geometry.nbuckets * bucket_sectors << GEN_BITS, 1 << PTR_DEV.offset)
+        self.scan = Scan(geometry, gens, journal) if IS_COMPILED and sys.byteorder == "little" else None
 
     def tally(self, place: Place) -> Tally | None:
         """What the leaf holds; None if it takes more than counting to tell."""
@@ -154,6 +159,10 @@ class Tallier:
         log = self.log(view, place)
         if not log:
             return None
+        scan = self.scan
+        if scan is not None and place.nsectors == scan.node_sectors and scan.leaf(view.cast("Q"), log, place.start,
+                                                                                  place.end):
+            return _scanned(scan)
         words = np.frombuffer(view, "<u8")
         at, count = log[0]
         rows, marks = self.base(words[at:at + count], place), _NONE
@@ -343,6 +352,13 @@ class Tallier:
             if runs is not None and is_counted:
                 tallies.append(_tally_rows(part, runs))
         return _sum(tallies, marks)
+
+
+def _scanned(scan: Scan) -> Tally:
+    # What the scan found.
+    dirty = {inode: Spread(sectors, start, end) for inode, sectors, start, end in scan.spreads()}
+    return Tally(scan.extents, scan.dirty_sectors, scan.sectors - scan.dirty_sectors, dirty,
+                 np.frombuffer(scan.taken(), np.uint64), np.frombuffer(scan.marks(), np.uint64))
 
 
 def _is_too_stale(behind: npt.NDArray[np.uint8]) -> bool:

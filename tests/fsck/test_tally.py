@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Leaves that are counted in columns: the counts are those of the maps, and what cannot be counted is declined."""
+"""Leaves that are counted in columns: the counts are those of the maps, and what cannot be counted is declined.
+
+So it is where the keys are scanned one by one (`bcachectl.fsck.scan`), which is done here compiled or not.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl.fsck import fanout
+from bcachectl.fsck import fanout, tally
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.salvage import journal_map, leaf_map
+from bcachectl.fsck.scan import IS_COMPILED
 from bcachectl.fsck.walk import Damage, PlainLeaf, Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS
 from tests.fsck.image import Image
@@ -29,6 +33,13 @@ def base_image(cache: Path) -> Image:
     return Image(cache.read_bytes(), [])
 
 
+@pytest.fixture(params=["columns", "scan"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How leaves are tallied."""
+    monkeypatch.setattr(tally, "IS_COMPILED", request.param == "scan")
+    return str(request.param)
+
+
 def report(image: Image, processes: int) -> list[str]:
     """All that a check says, with leaves tallied by so many processes; 0 for none tallied."""
     check = Check(image.cache.read, image.cache.size_sectors)
@@ -39,7 +50,10 @@ def report(image: Image, processes: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_tally_is_the_map(golden: Callable[..., Path], name: str) -> None:
+def test_tally_is_the_map(golden: Callable[..., Path], name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned: list[tally.Tally] = []
+    plain = tally._scanned
+    monkeypatch.setattr(tally, "_scanned", lambda scan: scanned.append(plain(scan)) or scanned[-1])
     image = base_image(golden(name) / "cache.img")
     walk = Walk(image.cache.read, image.cache.size_sectors, processes=1)
     found = [item.value for item in walk.structures() if not isinstance(item, Damage)]
@@ -48,16 +62,18 @@ def test_tally_is_the_map(golden: Callable[..., Path], name: str) -> None:
     journal, places = journal_map(walk), [leaf.place for leaf in leaves.values()]
     tallied = dict(zip(leaves, walk.tallies(places), strict=True))
     for slot in walk.slots:
-        tally = tallied.get(slot.leaf.sector) if slot.leaf is not None else None
-        if tally is None:
+        found_here = tallied.get(slot.leaf.sector) if slot.leaf is not None else None
+        if found_here is None:
             continue
         kept = leaf_map(walk, slot, journal, known_buckets=walk.geometry.nbuckets).kept
-        assert tally.extents == len(kept.start)
-        assert tally.dirty_sectors == int(kept.size[kept.dirty].sum())
-        assert tally.clean_sectors == int(kept.size[~kept.dirty].sum())
-        for inode, spread in tally.dirty.items():
+        assert found_here.extents == len(kept.start)
+        assert found_here.dirty_sectors == int(kept.size[kept.dirty].sum())
+        assert found_here.clean_sectors == int(kept.size[~kept.dirty].sum())
+        for inode, spread in found_here.dirty.items():
             rows = kept.take(kept.dirty & (kept.start >> INODE_SHIFT == inode))
             assert spread == (int(rows.size.sum()), int(rows.start.min()), int(rows.end.max()))
+    # Each leaf was asked about twice.
+    assert len(scanned) > 1.8 * len(leaves) if way == "scan" else not scanned
 
 
 def change_key(image: Image, dice: random.Random) -> None:
@@ -97,9 +113,10 @@ def change_key(image: Image, dice: random.Random) -> None:
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_nothing_else_is_found(golden: Callable[..., Path], name: str) -> None:
+def test_nothing_else_is_found(golden: Callable[..., Path], name: str, way: str) -> None:
     base = base_image(golden(name) / "cache.img")
-    for number in range(MUTANTS):
+    # As plain Python, the scan is slow.
+    for number in range(MUTANTS if way == "columns" or IS_COMPILED else MUTANTS // 8):
         dice = random.Random(f"{name}/{number}")
         image = base.fresh()
         for _ in range(dice.choice([1, 1, 2, 5])):
@@ -107,6 +124,7 @@ def test_nothing_else_is_found(golden: Callable[..., Path], name: str) -> None:
         assert report(image, 1) == report(image, 0), f"mutant {number}"
 
 
+@pytest.mark.usefixtures("way")
 def test_the_last_device_number(golden: Callable[..., Path]) -> None:
     image = base_image(golden("gen_churn") / "cache.img").fresh()
     node = next(node for node in reversed(image.nodes) if not node.level and node.end == MAX_POS)
@@ -118,6 +136,7 @@ def test_the_last_device_number(golden: Callable[..., Path]) -> None:
     assert any("EXTENT_INODE" in line for line in report(image, 1))
 
 
+@pytest.mark.usefixtures("way")
 def test_a_bit_that_nobody_looks_at(golden: Callable[..., Path]) -> None:
     base = base_image(golden("deep_crash") / "cache.img")
     for number in range(2):
