@@ -60,7 +60,7 @@ def remove_left_over(target: str, *, dry_run: bool) -> bool:
                 print(f"would remove {device}, left by an engine that was killed")
                 continue
             control.stop(info.dev_id)
-            control.delete(info.dev_id, wait=False)
+            control.delete(info.dev_id)
             print(f"removed {device}, left by an engine that was killed")
         if not dry_run:
             delete_dead(control, uuid)

@@ -86,6 +86,11 @@ until grep -q "ublkb0 is in use (mounted?)" /job/errors; do sleep 0.2; done
 umount /run/mnt
 wait $engine || fail "the engine's status is $?"
 nothing_left
+begin
+exec 7<$device
+finish
+say "whoever has the device open, but not as his own, does not keep the engine from its end"
+exec 7<&-
 """, tmp_path)
 
 

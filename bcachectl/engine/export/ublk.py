@@ -175,7 +175,7 @@ class UblkExport:
             while self._ended < self._tag_count:
                 await self.ended_wait.wait()
             self.abort()
-            await self.loop.call_in_thread(lambda: self.control.delete(dev_id, wait=wait))
+            await self.loop.call_in_thread(lambda: self.control.delete(dev_id))
 
     def abort(self) -> None:
         """Let go of the device and leave it to the driver, for an engine that takes it over."""

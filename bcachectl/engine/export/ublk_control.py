@@ -35,6 +35,8 @@ CONTROL_PATH = "/dev/ublk-control"
 RECOVERY_TIMEOUT_S = 30.0
 """How long the driver may take to notice that the engine before has died."""
 RECOVERY_POLL_S = 0.02
+DELETE_TIMEOUT_S = 2.0
+"""How long an older driver may wait until nobody has a device open that it has taken away."""
 
 _ENOTSUPP = 524                         # the kernel's own number, without a name out here
 _WANTED_FLAGS = wire.F_USER_RECOVERY | wire.F_USER_RECOVERY_REISSUE
@@ -122,18 +124,17 @@ class UblkControl:
         """Take the block device away.  From a thread."""
         self._command(wire.STOP_DEV, dev_id)
 
-    def delete(self, dev_id: int, *, wait: bool = True) -> None:
-        """Forget the device; waits until nobody has it open, or leaves that to the driver.  From a thread."""
-        if not wait:
-            try:
-                self._command(wire.DEL_DEV_ASYNC, dev_id)
-            except OSError as error:
-                # Before 6.9 there is no such command: the device's number stays taken until the machine restarts.
-                # ENODEV: it has gone by itself.
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, _ENOTSUPP):
-                    raise
-        else:
-            self._command(wire.DEL_DEV, dev_id)
+    def delete(self, dev_id: int) -> None:
+        """Forget the device.  Who still has it open keeps nobody waiting; its number is free when he closes it."""
+        try:
+            self._command(wire.DEL_DEV_ASYNC, dev_id)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return                          # it has gone by itself
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, _ENOTSUPP):
+                raise
+            # Before 6.9 there is no such command.  The other one takes the device away as well, then waits for him.
+            self._command(wire.DEL_DEV, dev_id, limit_s=DELETE_TIMEOUT_S)
 
     def begin_recovery(self, dev_id: int) -> None:
         """Take a device whose engine has died; waits until the driver has noticed that.  From a thread."""
@@ -166,8 +167,9 @@ class UblkControl:
                 continue                        # gone meanwhile
         return present
 
-    def _command(self, command: int, dev_id: int, *, data: int = 0, buffer: bytearray | None = None) -> int:
-        # One command on a ring of its own; its result, or an OSError.
+    def _command(self, command: int, dev_id: int, *, data: int = 0, buffer: bytearray | None = None,
+                 limit_s: float | None = None) -> int:
+        # One command on a ring of its own; its result, or an OSError.  After ``limit_s`` it is given up: 0.
         address = length = 0
         if buffer is not None:
             address, length = ctypes.addressof(ctypes.c_char.from_buffer(buffer)), len(buffer)
@@ -178,8 +180,10 @@ class UblkControl:
                       offset=wire.encoded(command) if self.is_encoded else command)
             completions: dict[int, list[tuple[int, int]]] = {}
             while not completions:
-                ring.enter(min_complete=1)
+                ring.wait(-1 if limit_s is None else limit_s)
                 completions = ring.reap()
+                if limit_s is not None and not completions:
+                    return 0
         finally:
             ring.close()
         ((_, result),) = completions[0]
@@ -207,7 +211,7 @@ def delete_dead(control: UblkControl, set_uuid: bytes) -> None:
     """Forget the devices of this set that never started, or had stopped: an engine was killed while it did that."""
     for info in _of_set(control, set_uuid):
         if info.state == wire.STATE_DEAD:
-            control.delete(info.dev_id, wait=False)
+            control.delete(info.dev_id)
 
 
 def _of_set(control: UblkControl, set_uuid: bytes) -> list[wire.DevInfo]:

@@ -18,6 +18,7 @@ from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.export import ublk, ublk_control
 from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.ublk import UblkExport
+from bcachectl.engine.export.ublk_control import UblkControl
 from bcachectl.engine.front import (
     NOT_NOW,
     REQ_DISCARD,
@@ -114,6 +115,26 @@ def test_something_else_at_its_place_is_refused(monkeypatch: pytest.MonkeyPatch,
 DEV_ID = 3
 
 
+@pytest.mark.parametrize(("answer", "waits"), [(0, False), (errno.ENODEV, False), (errno.EOPNOTSUPP, True)])
+def test_a_device_is_forgotten_without_waiting_for_who_has_it_open(answer: int, waits: bool) -> None:
+    asked = []
+
+    class Control(UblkControl):
+        def __init__(self) -> None:
+            self.fd = -1
+
+        def _command(self, command: int, dev_id: int, *, data: int = 0, buffer: bytearray | None = None,
+                     limit_s: float | None = None) -> int:
+            asked.append((command, limit_s))
+            if answer and command == wire.DEL_DEV_ASYNC:
+                raise OSError(answer, os.strerror(answer))
+            return 0
+
+    Control().delete(0)
+    assert asked[0] == (wire.DEL_DEV_ASYNC, None)
+    assert asked[1:] == ([(wire.DEL_DEV, ublk_control.DELETE_TIMEOUT_S)] if waits else [])
+
+
 class FakeVolume:
     """A volume that says where its sectors are, and keeps what it is asked."""
 
@@ -158,7 +179,7 @@ class FakeControl:
         """As `UblkControl.stop`."""
         self.asked.append("stop")
 
-    def delete(self, _dev_id: int, *, wait: bool) -> None:
+    def delete(self, _dev_id: int) -> None:
         """As `UblkControl.delete`."""
         self.asked.append("delete")
 
