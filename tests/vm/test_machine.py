@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,21 @@ def test_a_bad_set_fails_the_job(golden: Callable[..., Path], tmp_path: Path) ->
     assert done.complaints()
     with pytest.raises(AssertionError, match="job ended with 1"):
         done.check()
+
+
+SORTS = """
+import numpy as np
+for count in (10, 1000, 100000):
+    drawn = np.random.default_rng(count).integers(0, 1 << 62, count, dtype=np.uint64)
+    found = drawn[np.argsort(drawn)]
+    assert (found[1:] >= found[:-1]).all(), count
+    assert found.tolist() == sorted(drawn.tolist()), count
+"""
+
+
+def test_numpy_sorts_as_it_should(tmp_path: Path) -> None:
+    """An emulated processor may have flaws that no other has, and the engine in there sorts with numpy."""
+    machine.run(f"host {sys.executable} -c '{SORTS}'", [], tmp_path / "job", timeout_s=200, host=True).check()
 
 
 def test_complaints_tell_news_from_alarms() -> None:
