@@ -24,6 +24,7 @@ from typing import Any
 from bench.nbd import fill, loop_device, zeros
 from bench.process import cpu_s, machine, memory_bytes
 from bench.results import Ratio, ratio_of, save
+from bench.verify import verify
 from tests.export.engine import ROOT, Engine
 
 SIZE_BYTES = 256 << 20
@@ -87,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--verify", action="store_true", help="have fio verify the engine's volume afterwards")
     parser.add_argument("--directory", help="where the image files are made")
     parser.add_argument("--json", type=Path, help="keep the ratios in this file")
     asked = parser.parse_args()
@@ -119,6 +121,8 @@ def main() -> None:
                   f"{statistics.median(mine.p99_us[workload]):>6.0f} us  {statistics.median(mine.cpu_us):>6.1f} us CPU"
                   f"   loop {statistics.median(loop.iops[workload]):>8.0f}/s   engine / loop: {ratios[-1]}"
                   + (f", target {target}" if target else ""), flush=True)
+        if asked.verify:
+            verify("engine", "--ioengine=io_uring", "--direct=1", f"--filename={mine.path}", size_bytes=SIZE_BYTES)
         print(f"  memory of the engine {memory_bytes(pid) / 2**20:.0f} MiB resident")
     save(asked.json, "loop over FUSE", ratios)
 

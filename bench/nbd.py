@@ -36,6 +36,7 @@ from typing import Any
 
 from bench.process import cpu_s, machine, memory_bytes
 from bench.results import Ratio, ratio_of, save
+from bench.verify import verify
 from tests.export.engine import ROOT, Engine
 from tests.nbd_client import NbdClient
 
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="workloads whose name contains one of these, separated by commas")
     parser.add_argument("--direct", action="store_true", help="past the page cache, beside qemu-nbd")
     parser.add_argument("--loop", action="store_true", help="with --direct, on loop devices; needs root")
+    parser.add_argument("--verify", action="store_true", help="have fio verify the engine's volume afterwards")
     parser.add_argument("--directory", help="where the image files are made")
     parser.add_argument("--json", type=Path, help="keep the ratios in this file")
     asked = parser.parse_args()
@@ -234,6 +236,8 @@ def main() -> None:
                 for server in servers.values():
                     measure(server, workload, asked.seconds)
             ratios += report(servers, workload, DIRECT_TARGETS if asked.direct else TARGETS)
+        if asked.verify:
+            verify(ENGINE, "--ioengine=nbd", f"--uri={servers[ENGINE].uri}", size_bytes=SIZE_BYTES)
         for name, server in servers.items():
             print(f"  memory of {name:<14} {memory_bytes(server.pid) / 2**20:>7.0f} MiB resident")
     kind = "NBD, O_DIRECT on loop devices" if asked.loop else "NBD, O_DIRECT"

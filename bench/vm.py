@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,11 +26,12 @@ from typing import Any
 
 from bench.process import machine as machine_line
 from bench.results import Ratio, ratio_of, save
+from bench.verify import OPTIONS
 from tests.export.engine import ROOT
 from tests.vm import machine
 
 MIB = 1 << 20
-VOLUME_MIB, CACHE_MIB, HOT_MIB, MISS_MIB = 160, 192, 32, 4
+VOLUME_MIB, CACHE_MIB, HOT_MIB, MISS_MIB, VERIFY_MIB = 160, 192, 32, 4, 16
 ENGINE, BCACHE, DM_CACHE, LOOP, DISK = "engine ublk", "kernel bcache", "dm-cache", "loop", "disk"
 
 WORKLOADS = {
@@ -96,6 +98,11 @@ host env PYTHONPATH=ROOT XDG_RUNTIME_DIR=/run PYTHON -m bcachectl set --engine b
     fail "set"
 """
 
+VERIFY = """
+host fio FIO_VERIFY --ioengine=io_uring --direct=1 --thread --filename=/dev/$engine --size=VERIFY_MIBm \\
+    >/job/verify 2>&1 || fail "fio --verify in mode MODE: $(cat /job/verify)"
+"""
+
 FINISH = """
 host env DM_DISABLE_UDEV=1 dmsetup status cached >/job/dm-cache.status
 cat /proc/$pid_of_engine/status >/job/engine.status
@@ -124,9 +131,10 @@ def targets() -> dict[str, Target]:
             "dm": Target(DM_CACHE, "dm-2"), "loop": Target(LOOP, "loop0"), "disk": Target(DISK, "vdh")}
 
 
-def script(rounds: int, seconds: float, only: str) -> str:
+def script(rounds: int, seconds: float, only: str, *, verifies: bool) -> str:
     """What the machine does."""
     words = {"PYTHON": sys.executable, "ROOT": str(ROOT), "HOT_MIB": str(HOT_MIB),
+             "FIO_VERIFY": shlex.join(OPTIONS), "VERIFY_MIB": str(VERIFY_MIB),
              "CACHE_SECTORS": str(CACHE_MIB << 11), "VOLUME_SECTORS": str(VOLUME_MIB << 11)}
     lines = [PREPARE]
     for workload, options in WORKLOADS.items():
@@ -139,6 +147,8 @@ def script(rounds: int, seconds: float, only: str) -> str:
             for name, target in targets().items():
                 place = f" --size={MISS_MIB}m --offset={HOT_MIB + 8 + number * MISS_MIB}m" if "miss" in workload else ""
                 lines.append(f"turn {name} {target.device} {label(workload, name, number)} {options}{place}")
+    for mode in ("writeback", "writethrough") if verifies else ():
+        lines += [MODES.replace("MODE", mode), VERIFY.replace("MODE", mode)]
     text = "\n".join([*lines, FINISH])
     for word, value in words.items():
         text = text.replace(word, value)
@@ -204,6 +214,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--verify", action="store_true", help="have fio verify the engine's volume afterwards")
     parser.add_argument("--series", default=machine.DEFAULT_SERIES, help="the kernel")
     parser.add_argument("--json", type=Path, help="keep the ratios in this file")
     asked = parser.parse_args()
@@ -219,13 +230,15 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "bcachectl", "format", "--cache", str(cache), "--backing",
                             str(backing), "--bucket-size", "128k", "--block-size", "4k"], check=True, cwd=ROOT,
                            stdout=subprocess.DEVNULL, env={**os.environ, "XDG_STATE_HOME": name})
-        vm = machine.start(script(asked.rounds, asked.seconds, asked.only), disks, home / "job", series=asked.series,
-                           host=True, memory_mib=1536, processors=2)
+        job = script(asked.rounds, asked.seconds, asked.only, verifies=asked.verify)
+        vm = machine.start(job, disks, home / "job", series=asked.series, host=True, memory_mib=1536, processors=2)
         done = vm.wait(600 + asked.rounds * 5 * len(WORKLOADS) * (asked.seconds + 6))
         if done.status != 0:
             errors = "".join(path.read_text() for path in sorted((home / "job").glob("*.err")))
             sys.exit(f"the machine ended with {done.status}\n{done.stdout}\n{errors}\n{done.console[-3000:]}")
         ratios = report(collect(home / "job", asked.rounds, asked.only))
+        if asked.verify:
+            print(f"  {ENGINE}: fio --verify=crc32c is content with {VERIFY_MIB} MiB in writeback and in writethrough")
         print(f"  dm-cache at the end: {(home / 'job' / 'dm-cache.status').read_text().strip()}")
         for line in (home / "job" / "engine.status").read_text().splitlines():
             if line.startswith("VmRSS"):
