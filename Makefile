@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest
 WORKERS ?= 2
 KERNEL ?=
+RESULTS ?=
 SEED ?=
 SHARD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden sim crash damage flips nofalse vm campaign system bench docs compiled plain clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash damage flips nofalse vm over-ublk campaign system bench docs compiled plain clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +49,9 @@ flips: setup-dev ## every byte of all metadata flipped (40 minutes of processor 
 nofalse: setup-dev ## fsck finds nothing on thousands of images from the simulator
 	BCACHECTL_NOFALSE_EVERY=10 $(PYTEST) -n $(WORKERS) tests/fsck/test_no_false.py
 
+over-ublk: setup-dev ## the tests of engines over ublk, in the virtual machine (two hours); RESULTS=file to go on
+	$(BIN)/python -m tests.vm.over_ublk $(if $(RESULTS),--results $(RESULTS))
+
 system: setup-dev ## engines as processes: fio, ext4, SIGKILL, dying devices, damaged images
 	$(PYTEST) -n $(WORKERS) -m system
 
@@ -60,16 +64,16 @@ campaign: setup-dev ## sets of every shape that a kernel makes, judged by every 
 bench: setup-dev ## figures beside their targets: two million buckets, NBD beside nbdkit, the ring beside fio, gc, what grows, a tick
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.hot
-	$(BIN)/python -m bench.nbd
-	$(BIN)/python -m bench.nbd --direct
-	$(BIN)/python -m bench.fuse
+	$(BIN)/python -m bench.nbd --verify
+	$(BIN)/python -m bench.nbd --direct --verify
+	$(BIN)/python -m bench.fuse --verify
 	$(BIN)/python -m bench.ring
 	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.gc
 	$(BIN)/python -m bench.hours
 	$(BIN)/python -m bench.tick
 	$(BIN)/python -m bench.fsck
-	$(BIN)/python -m bench.vm
+	$(BIN)/python -m bench.vm --verify
 	$(BIN)/python -m bench.kernel
 
 docs: setup-dev ## write the manual pages anew from the program's help

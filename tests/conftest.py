@@ -13,13 +13,14 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-from tests.require import all_required, need, need_root, need_tool
+from tests import over
+from tests.require import all_required, need, need_root, need_tool, patience
 
 # A shell that starts the tests in the background has them ignore SIGINT, and whatever they start inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -51,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             group = item.path.relative_to(TESTS).parts[0]
         except ValueError:
             continue
+        for mark in item.iter_markers("timeout"):
+            item.add_marker(pytest.mark.timeout(patience(mark.args[0])), append=False)
         if group in GROUPS:
             item.add_marker(group)
         elif group == "test_tidy.py":
@@ -66,6 +69,15 @@ def pytest_runtest_makereport(item: pytest.Item,
         report.outcome = "failed"
         report.longrepr = f"{reason}\nBCACHECTL_REQUIRE=all: nothing may be left out"
     return report
+
+
+@pytest.fixture(autouse=bool(over.EXPORT))
+def _no_device_is_left() -> Iterator[None]:
+    """Only an engine that a test has killed may leave a device, which is then removed."""
+    yield
+    dead = over.left_by_the_dead()
+    over.remove(dead)
+    assert [info for info in over.devices() if info not in dead] == []
 
 
 @pytest.fixture

@@ -42,3 +42,9 @@ def need_tool(name: str) -> str:
 def need_root() -> None:
     """Go on only as root."""
     need(os.geteuid() == 0, "root")
+
+
+def patience(seconds: float) -> float:
+    """How long to wait for what takes so many seconds at most on a usual machine; BCACHECTL_SLOWNESS says how many
+    times slower this one is."""
+    return seconds * float(os.environ.get("BCACHECTL_SLOWNESS", "1"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`write_plan` carries out a plan of `tests.stamps` over NBD, with several requests in flight.
+"""`write_plan` carries out a plan of `tests.stamps` on a volume, with several requests in flight.
 
 It tells an `Acceptance` of each request and each acknowledgement, so that whatever moment the server is killed at,
 the judge knows what had to survive.
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from tests.acceptance import Acceptance
-from tests.nbd_client import CMD_FLUSH, CMD_READ, CMD_WRITE, FLAG_FUA, NbdClient
+from tests.nbd_client import CMD_FLUSH, CMD_READ, CMD_WRITE, FLAG_FUA
+from tests.over import Client
 from tests.stamps import Op, content, tag
 
 
-def write_plan(client: NbdClient, plan: Iterable[Op], acceptance: Acceptance, *, seed: int, depth: int = 8,
+def write_plan(client: Client, plan: Iterable[Op], acceptance: Acceptance, *, seed: int, depth: int = 8,
                fua: float = 0.0, stop_after: int | None = None, on_write: Callable[[], None] | None = None) -> bool:
     """Carry out a plan with ``depth`` requests in flight; True if it came to its end, False if the server went away.
 

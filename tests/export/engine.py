@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`Engine`: ``bcachectl engine run`` as a process of its own, as a user has it."""
+"""`Engine`: ``bcachectl engine run`` as a process of its own, as a user has it; `tests.over` says over which export."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import program
+from tests.block_client import BlockClient
+from tests.nbd_client import NbdClient
+from tests.over import EXPORT, Client, exported, only
+from tests.program import ROOT as ROOT
+from tests.require import patience
+
 READY_TIMEOUT_S = 60
 
 
@@ -31,13 +36,13 @@ class Engine:
         read_fd, write_fd = os.pipe()
         self.errors_path = directory / "engine.stderr"
         with self.errors_path.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "bcachectl", "engine", "run", "--no-live", "--ready-fd", str(write_fd),
-                 *map(str, options)],
-                stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[write_fd], env=environment, cwd=ROOT)
+            self.process = program.start(
+                ["engine", "run", "--no-live", "--ready-fd", str(write_fd), *exported(options)],
+                environment=environment, errors=errors, pass_fds=[write_fd])
         os.close(write_fd)
         try:
-            self.is_ready = bool(select.select([read_fd], [], [], READY_TIMEOUT_S)[0]) and os.read(read_fd, 1) == b"\n"
+            readable, _, _ = select.select([read_fd], [], [], patience(READY_TIMEOUT_S))
+            self.is_ready = bool(readable) and os.read(read_fd, 1) == b"\n"
         finally:
             os.close(read_fd)
         if self.is_ready:
@@ -64,15 +69,35 @@ class Engine:
         self.runtime.cleanup()
         if kind is not None:
             print(self.errors)
+        elif EXPORT and self.status != -signal.SIGKILL:
+            assert [device for device in self.devices() if os.path.exists(device)] == []
+
+    def devices(self) -> list[str]:
+        """The block devices that it made at its start."""
+        return [volume["device"] for volume in self.volumes if volume["device"] is not None]
 
     @property
     def errors(self) -> str:
         """What it said on stderr so far."""
         return self.errors_path.read_text(encoding="utf-8")
 
-    def socket(self, index: int = 0) -> str:
-        """The NBD socket."""
-        return str(self.volumes[index]["uri"]).partition("socket=")[2]
+    def client(self, volume: str = "") -> Client:
+        """A client of a volume, the first one if it is not named; the caller closes it."""
+        if EXPORT:
+            names = [place["volume"] for place in self.volumes]
+            return BlockClient(self.volumes[names.index(volume) if volume else 0]["device"], self.process)
+        return NbdClient(self.place(), volume)
+
+    def place(self) -> str:
+        """The path under which a client finds the first volume: a socket, or a block device."""
+        if EXPORT:
+            return str(self.volumes[0]["device"])
+        return str(self.volumes[0]["uri"]).partition("socket=")[2]
+
+    def socket(self) -> str:
+        """The NBD socket, for a test that is about NBD."""
+        only("nbd", "several volumes on one socket")
+        return self.place()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signal it and wait."""
@@ -82,7 +107,7 @@ class Engine:
     def wait(self) -> int:
         """Wait for its end."""
         try:
-            self.status = self.process.wait(60)
+            self.status = self.process.wait(patience(60))
         except subprocess.TimeoutExpired:
             self.kill()
             raise
@@ -93,6 +118,6 @@ class Engine:
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()
-        self.status = self.process.wait(10)
+        self.status = self.process.wait(patience(10))
         if self.process.stdout is not None:
             self.process.stdout.close()

@@ -12,13 +12,18 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from bcachectl.engine.export.host import EngineHost, HostOptions
+from bcachectl.engine.export.nbd import NbdServer
 from bcachectl.engine.io.medium import Medium
+from tests.block_client import BlockClient
 from tests.export.served import Stopper
+from tests.nbd_client import NbdClient
+from tests.over import EXPORT, Client, only
+from tests.require import patience
 
 ALL = (0, 1 << 62)
 
@@ -94,7 +99,26 @@ class Hosted:
     def __init__(self, host: EngineHost, faults: list[Faults]) -> None:
         self.host = host
         self.faults = faults
-        self.socket = ""
+
+    def client(self, volume: str = "bcache0") -> Client:
+        """A client of a volume; the caller closes it."""
+        place = next(place for place in self.host.ready() if place.volume == volume)
+        if EXPORT:
+            assert place.device is not None
+            return BlockClient(place.device)
+        return NbdClient(self.socket, volume)
+
+    @property
+    def socket(self) -> str:
+        """The NBD socket, for a test that is about NBD."""
+        return self.nbd.path
+
+    @property
+    def nbd(self) -> NbdServer:
+        """The NBD server, for a test that is about NBD."""
+        only("nbd", "what its server does")
+        assert self.host.nbd is not None
+        return self.host.nbd
 
 
 @contextmanager
@@ -102,25 +126,31 @@ def hosted(options: HostOptions, make_faults: Callable[[int], Faults] = lambda _
     """Run an engine whose every device is faulty as ``make_faults`` says; orderly stop at the end."""
     with tempfile.TemporaryDirectory(prefix="bcachectl-") as runtime, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", runtime)
-        host = EngineHost(options)
-        faults = [make_faults(index) for index in range(len(host.media))]
-        host.media[:] = [FaultyMedium(medium, fault) for medium, fault in zip(host.media, faults, strict=True)]
-        stopper = Stopper(host.loop)
-        running = Hosted(host, faults)
+        if EXPORT:
+            options = replace(options, use_ublk=True, use_nbd=False)
+        made: list[tuple[Hosted, Stopper]] = []
         ready = threading.Event()
         failures: list[BaseException] = []
 
-        async def main() -> None:
+        async def main(host: EngineHost, stopper: Stopper) -> None:
             await host.start()
-            running.socket = str(host.ready()[0].uri).partition("socket=")[2]
             ready.set()
             while not stopper.stopped:
                 await stopper.wait.wait()
             await host.stop()
 
         def run() -> None:
+            # All in one thread: a ring that is slept in belongs to the one that made it.
             try:
-                host.loop.run(main())
+                host = EngineHost(options)
+                faults = [make_faults(index) for index in range(len(host.media))]
+                host.media[:] = [FaultyMedium(medium, fault) for medium, fault in zip(host.media, faults, strict=True)]
+                stopper = Stopper(host.loop)
+                made.append((Hosted(host, faults), stopper))
+                try:
+                    host.loop.run(main(host, stopper))
+                finally:
+                    host.close()
             except BaseException as error:
                 failures.append(error)
             finally:
@@ -129,15 +159,16 @@ def hosted(options: HostOptions, make_faults: Callable[[int], Faults] = lambda _
         thread = threading.Thread(target=run)
         thread.start()
         try:
-            ready.wait(60)
+            ready.wait(patience(60))
             if not failures:
-                yield running
+                yield made[0][0]
         finally:
-            os.write(stopper.write_fd, b"x")
-            thread.join(60)
+            for _, stopper in made:
+                os.write(stopper.write_fd, b"x")
+            thread.join(patience(60))
             assert not thread.is_alive(), "the engine did not stop"
-            host.close()
-            os.close(stopper.read_fd)
-            os.close(stopper.write_fd)
+            for _, stopper in made:
+                os.close(stopper.read_fd)
+                os.close(stopper.write_fd)
         if failures:
             raise failures[0]

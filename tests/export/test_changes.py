@@ -16,17 +16,19 @@ from bcachectl import blockdev
 from bcachectl.engine.export.host import HostOptions
 from bcachectl.engine.front import Volume
 from bcachectl.errors import DeviceError
+from tests import program
 from tests.export.engine import ROOT, Engine
 from tests.export.faulty import hosted
 from tests.export.test_engine_run import make_set
 from tests.export.test_loop import is_left_behind
 from tests.nbd_client import NbdClient, list_exports
-from tests.require import need, need_root
+from tests.over import need_block_export
+from tests.require import patience
 
 
 def run(engine: Engine, *words: str | Path) -> str:
-    done = subprocess.run([sys.executable, "-m", "bcachectl", *map(str, words)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "XDG_RUNTIME_DIR": engine.runtime.name}, timeout=60)
+    done = program.run([*map(str, words)], environment={**os.environ, "XDG_RUNTIME_DIR": engine.runtime.name},
+                       timeout_s=patience(60))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,7 +40,7 @@ def refused(engine: Engine, *words: str | Path) -> str:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -110,7 +112,7 @@ def test_a_device_of_larger_blocks_is_attached(tmp_path: Path, monkeypatch: pyte
     with hosted(HostOptions(cache=words[1], backings=(words[3],))) as running, NbdClient(running.socket) as before:
         def bcachectl(*words: str) -> None:
             done = subprocess.run([sys.executable, "-m", "bcachectl", *words], capture_output=True, text=True, cwd=ROOT,
-                                  timeout=60)
+                                  timeout=patience(60))
             assert done.returncode == 0, done.stderr
 
         bcachectl("format", "--backing", str(second), "--block", "4k")
@@ -136,41 +138,39 @@ def test_a_volume_that_gets_no_block_device_is_served_otherwise(
 
         monkeypatch.setattr(running.host, "_start_block_export", fails)
         done = subprocess.run([sys.executable, "-m", "bcachectl", "volume", "create", Path(running.socket).stem, "8M"],
-                              capture_output=True, text=True, cwd=ROOT, timeout=60)
+                              capture_output=True, text=True, cwd=ROOT, timeout=patience(60))
         assert done.returncode == 0, done.stderr
         wait_until(lambda: bool(running.host.warnings))
         assert "bcache1: has no block device: no device for bcache1" in running.host.warnings
-        with NbdClient(running.socket, "bcache1") as client:
+        with running.client("bcache1") as client:
             client.write(0, b"f" * 4096, fua=True)
 
 
-def test_as_loop_devices(tmp_path: Path) -> None:
-    need_root()
-    need(os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"), "FUSE and loop devices")
+def test_as_block_devices(tmp_path: Path) -> None:
+    need_block_export()
     options = make_set(tmp_path, backings=2)
     with Engine(tmp_path, *options, "--export", "loop") as engine:
         runtime = Path(engine.runtime.name)
         assert len({volume["device"] for volume in engine.volumes}) == 2
 
-        def loops() -> int:
-            return len([left for left in is_left_behind(runtime) if left.startswith("loop")])
+        def made() -> int:
+            return len([left for left in is_left_behind(runtime) if left.startswith(("loop", "ublk"))])
 
         (uuid,) = (path.stem for path in runtime.rglob("*.sock"))
         run(engine, "volume", "create", uuid, "8M")
-        wait_until(lambda: loops() == 3)
+        wait_until(lambda: made() == 3)
         run(engine, "volume", "remove", "bcache2", "--force=data")
-        wait_until(lambda: loops() == 2)
+        wait_until(lambda: made() == 2)
         assert engine.stop() == 0
         assert engine.errors == ""
         assert is_left_behind(runtime) == [str(runtime / "bcachectl")]
 
 
 def test_engine_stop_removes_what_a_killed_engine_left(tmp_path: Path) -> None:
-    need_root()
-    need(os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"), "FUSE and loop devices")
+    need_block_export()
     with Engine(tmp_path, *make_set(tmp_path), "--export", "loop") as engine:
         runtime = Path(engine.runtime.name)
         engine.kill()
-        assert [left for left in is_left_behind(runtime) if left.startswith("loop")] != []
+        assert [left for left in is_left_behind(runtime) if left.startswith(("loop", "ublk"))] != []
         assert "left by an engine that was killed" in run(engine, "engine", "stop")
         assert is_left_behind(runtime) == [str(runtime / "bcachectl")]

@@ -18,7 +18,6 @@ from tests.export.engine import Engine
 from tests.export.faulty import ALL, Faults, FaultyMedium, hosted
 from tests.export.test_engine_run import make_set
 from tests.export.test_golden_serve import options_for
-from tests.nbd_client import NbdClient
 from tests.require import need_root
 
 
@@ -35,7 +34,7 @@ def refuses_writes(_index: int) -> Faults:
 @pytest.mark.parametrize("story", ["dirty_crash", "deep_crash", "two_backing", "flash_volume"])
 def test_a_read_only_engine_never_tries_to_write(story: str, golden: Callable[..., Path]) -> None:
     with hosted(options_of(golden(story), read_only=True), refuses_writes) as running:
-        with NbdClient(running.socket) as client:
+        with running.client() as client:
             client.read_all()
             with pytest.raises(OSError) as caught:
                 client.write(0, bytes(4096))
@@ -60,7 +59,7 @@ def test_devices_are_opened_for_reading_only(option: str, golden: Callable[..., 
 def test_clean_data_survives_a_dying_cache_device(tmp_path: Path) -> None:
     make_set(tmp_path)
     data = random.Random(1).randbytes(8 << 20)
-    with hosted(options_of(tmp_path)) as running, NbdClient(running.socket) as client:
+    with hosted(options_of(tmp_path)) as running, running.client() as client:
         for offset in range(0, len(data), 65536):
             client.write(offset, data[offset:offset + 65536])
         running.faults[0].read = running.faults[0].write = ALL
@@ -77,7 +76,7 @@ def test_clean_data_survives_a_dying_cache_device(tmp_path: Path) -> None:
 
 def test_dirty_data_that_cannot_be_read_is_an_error_and_never_old_data(tmp_path: Path) -> None:
     make_set(tmp_path, mode="writeback")
-    with hosted(options_of(tmp_path)) as running, NbdClient(running.socket) as client:
+    with hosted(options_of(tmp_path)) as running, running.client() as client:
         client.write(0, b"d" * 65536)
         running.faults[0].read = ALL
         with pytest.raises(OSError) as caught:
@@ -87,7 +86,7 @@ def test_dirty_data_that_cannot_be_read_is_an_error_and_never_old_data(tmp_path:
 
 def test_a_failing_backing_device_is_reported_to_the_client(tmp_path: Path) -> None:
     make_set(tmp_path)
-    with hosted(options_of(tmp_path)) as running, NbdClient(running.socket) as client:
+    with hosted(options_of(tmp_path)) as running, running.client() as client:
         client.write(0, b"1" * 65536)
         running.faults[1].write = ALL
         with pytest.raises(OSError) as caught:
@@ -126,7 +125,7 @@ def test_a_full_disk_under_the_cache_image(tmp_path: Path, require_tool: Callabl
         data = random.Random(2).randbytes(24 << 20)
         with Engine(tmp_path, "--cache", small / "cache.img", *options[2:], "--export", "nbd",
                     "--set", "sequential_cutoff=0") as engine:
-            with NbdClient(engine.socket()) as client:
+            with engine.client() as client:
                 for offset in range(0, len(data), 65536):
                     client.write(offset, data[offset:offset + 65536])
                 client.flush()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from bcachectl.ondisk.superblock import BDEV_WITH_FEATURES, SB_BYTES, SB_SECTOR, decode_superblock, encode_superblock
+from tests.over import exported
+from tests.require import patience
 
 OFFSET = SB_SECTOR << 9
 
@@ -30,8 +32,8 @@ def test_p6_unknown_features_of_a_backing_device(golden: Callable[..., Path], wo
         file.write(encode_superblock(replace(sb, version=BDEV_WITH_FEATURES, **{word: 1 << 7})))
     before = cache.read_bytes(), backing.read_bytes()
     command = [sys.executable, "-m", "bcachectl", "engine", "run", "--cache", str(cache), "--backing", str(backing),
-               "--export", "nbd", "--nbd-socket", str(story / "s"), "--no-live"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+               *exported(["--export", "nbd"]), "--no-live"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=patience(60), check=False)
     assert ended.returncode == 1
     assert text in ended.stderr
     assert str(backing) in ended.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 
 from tests.export.engine import Engine
-from tests.nbd_client import NbdClient
-from tests.require import need, need_root
+from tests.over import need_block_export
 
 STORIES = ("attached_clean", "dirty_crash", "deep_crash", "thrash_crash", "two_backing", "flash_volume",
            "fifo_discard", "gen_churn")
@@ -39,7 +37,7 @@ def truths(directory: Path) -> list[dict[str, Any]]:
 def check_content(engine: Engine, expected: list[dict[str, Any]]) -> None:
     assert [volume["volume"] for volume in engine.volumes] == [f"bcache{index}" for index in range(len(expected))]
     for index, truth in enumerate(expected):
-        with NbdClient(engine.socket(), f"bcache{index}") as client:
+        with engine.client(f"bcache{index}") as client:
             assert client.size_bytes == truth["device_bytes"] == engine.volumes[index]["size"]
             # Twice: the second pass finds every node in memory, and hits are answered the quick way.
             for piece_bytes in (1 << 20, 64 << 10):
@@ -59,9 +57,8 @@ def test_read_only(story: str, golden: Callable[..., Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("story", ["dirty_crash", "flash_volume"])
-def test_read_only_as_loop_devices(story: str, golden: Callable[..., Path], tmp_path: Path) -> None:
-    need_root()
-    need(os.path.exists("/dev/fuse") and os.path.exists("/dev/loop-control"), "FUSE and loop devices")
+def test_read_only_as_block_devices(story: str, golden: Callable[..., Path], tmp_path: Path) -> None:
+    need_block_export()
     directory = golden(story)
     images = sorted(directory.glob("*.img"))
     before = [digest(image) for image in images]
@@ -83,11 +80,11 @@ def test_overlay(story: str, golden: Callable[..., Path], tmp_path: Path) -> Non
     data = b"overlay!" * 8192
     with Engine(tmp_path, *options) as engine:
         check_content(engine, expected)
-        with NbdClient(engine.socket(), "bcache0") as client:
+        with engine.client("bcache0") as client:
             client.write(1 << 20, data)
             client.flush()
     assert (engine.status, engine.errors) == (0, "")
-    with Engine(tmp_path, *options) as engine, NbdClient(engine.socket(), "bcache0") as client:
+    with Engine(tmp_path, *options) as engine, engine.client("bcache0") as client:
         assert client.read(1 << 20, len(data)) == data
     assert engine.status == 0
     assert [digest(image) for image in images] == before
@@ -98,7 +95,7 @@ def test_an_overlay_survives_sigkill(golden: Callable[..., Path], tmp_path: Path
     options = [*options_for(directory), "--overlay", tmp_path / "overlay", "--export", "nbd"]
     model = bytearray()
     for number in range(3):
-        with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+        with Engine(tmp_path, *options) as engine, engine.client() as client:
             model = model or bytearray(client.read_all())
             assert client.read_all() == model
             for index in range(200):

@@ -19,7 +19,9 @@ import pytest
 
 from bcachectl.engine.export import loopdev
 from bcachectl.engine.front import REQ_FLUSH, REQ_WRITE_ZEROES
+from tests import over
 from tests.export.served import serve
+from tests.over import EXPORT
 from tests.require import need, need_root
 
 SIZE_BYTES = 64 << 20
@@ -44,6 +46,8 @@ def is_left_behind(directory: Path) -> list[str]:
     mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
     devices = [entry.name for entry in Path("/sys/block").glob("loop*")
                if (loopdev.backing_file(entry.name) or "").startswith(str(directory))]
+    if EXPORT:
+        devices += [f"ublkb{info.dev_id}" for info in over.devices()]
     return devices + [line for line in mounts.splitlines() if str(directory) in line] \
         + [str(path) for path in directory.glob("*")]
 
@@ -132,7 +136,9 @@ def test_a_read_only_volume_is_a_read_only_device(image: Path, tmp_path: Path) -
 _KILLED = """
 import sys, time
 from pathlib import Path
+from tests import over
 from tests.export.served import serve
+from tests.over import EXPORT
 with serve([Path(sys.argv[1])], Path(sys.argv[2]), loop_directory=Path(sys.argv[3])) as served:
     print(served.devices[0], flush=True)
     time.sleep(60)

@@ -16,6 +16,7 @@ from tests.export.engine import Engine
 from tests.export.faulty import Hosted, hosted
 from tests.export.test_engine_run import make_set
 from tests.nbd_client import CMD_READ, CMD_WRITE, FLAG_FUA, NbdClient
+from tests.over import Client
 
 SIZE_BYTES = 8 << 20
 
@@ -29,9 +30,8 @@ def running(tmp_path: Path) -> Iterator[Hosted]:
                                     ("congested_read_threshold_us", "0"), ("congested_write_threshold_us", "0")))
     with hosted(options) as engine:
         fd = os.open(tmp_path / "cache.img", os.O_RDWR)
-        assert engine.host.nbd is not None
-        engine.host.nbd.quick_write_fd = fd
-        with NbdClient(engine.socket) as client:
+        engine.nbd.quick_write_fd = fd
+        with engine.client() as client:
             client.write(0, bytes(SIZE_BYTES))
         yield engine
     os.close(fd)
@@ -51,7 +51,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def send_many(client: NbdClient, image: bytearray, dice: random.Random, count: int) -> None:
+def send_many(client: Client, image: bytearray, dice: random.Random, count: int) -> None:
     """Writes of all sizes that do not overlap, many at once, with reads and FUA writes among them."""
     position = 0
     for _ in range(count):
@@ -74,7 +74,7 @@ def send_many(client: NbdClient, image: bytearray, dice: random.Random, count: i
 def test_what_was_acknowledged_is_there(running: Hosted, taken: list[int]) -> None:
     dice = random.Random(1)
     image = bytearray(SIZE_BYTES)
-    with NbdClient(running.socket) as client:
+    with running.client() as client:
         for _ in range(4):
             send_many(client, image, dice, 250)
             assert client.read_all() == image
@@ -85,10 +85,9 @@ def test_what_was_acknowledged_is_there(running: Hosted, taken: list[int]) -> No
 def test_a_write_that_fails_begins_anew(running: Hosted, taken: list[int], tmp_path: Path) -> None:
     dice = random.Random(2)
     image = bytearray(SIZE_BYTES)
-    server = running.host.nbd
-    assert server is not None
+    server = running.nbd
     good, server.quick_write_fd = server.quick_write_fd, os.open(tmp_path / "cache.img", os.O_RDONLY)
-    with NbdClient(running.socket) as client:
+    with running.client() as client:
         send_many(client, image, dice, 200)
         assert client.read_all() == image
         assert not sum(taken)
@@ -126,11 +125,11 @@ def test_after_a_kill(tmp_path: Path) -> None:
              "--set", "cache_mode=writeback"]
     image = bytearray(SIZE_BYTES)
     with Engine(tmp_path, *words) as engine:
-        with NbdClient(engine.socket()) as client:
+        with engine.client() as client:
             client.write(0, bytes(SIZE_BYTES))
             for seed in range(3):
                 send_many(client, image, random.Random(seed), 250)
             client.flush()
             engine.kill()
-    with Engine(tmp_path, *words) as engine, NbdClient(engine.socket()) as client:
+    with Engine(tmp_path, *words) as engine, engine.client() as client:
         assert client.read_all() == image

@@ -12,7 +12,6 @@ import pytest
 
 from bcachectl import cli
 from tests.export.engine import Engine
-from tests.nbd_client import NbdClient
 
 
 @pytest.mark.parametrize("story", ["dirty_crash", "two_backing", "flash_volume"])
@@ -26,7 +25,7 @@ def test_engine_after_writeback(story: str, golden: Callable[..., Path], tmp_pat
     for _start in range(2):
         with Engine(tmp_path, *options, "--export", "nbd", "--debug-checks") as engine:
             for number, truth in enumerate(truths):
-                with NbdClient(engine.socket(), f"bcache{number}") as client:
+                with engine.client(f"bcache{number}") as client:
                     assert sha256(client.read_all(1 << 20)).hexdigest() == truth["sha256"]
         assert engine.status == 0
     assert cli.run(["fsck", str(images / "cache.img"), *backings]) == 0

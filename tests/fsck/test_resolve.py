@@ -18,7 +18,6 @@ from tests.export.engine import Engine
 from tests.fsck.image import Image
 from tests.fsck.test_damage import check, live
 from tests.fsck.test_forget import put_back, run, volume_digest
-from tests.nbd_client import NbdClient
 
 SB, DATA_BYTES = 4096, 16 << 9
 MARK = b"written without the cache".ljust(512, b".")
@@ -178,7 +177,7 @@ def test_an_engine_goes_on_with_what_was_resolved(golden: Callable[..., Path], t
     assert run(capsys, "resolve", story.backing, "--cache", story.cache, "--keep-dirty", "--force=inconsistent",
                "--backup", tmp_path / "undo")[0] == 0
     with Engine(tmp_path, "--cache", story.cache, "--backing", story.backing, "--export", "nbd") as running:
-        with NbdClient(running.socket()) as client:
+        with running.client() as client:
             assert client.read_all() == expected
 
 
@@ -351,7 +350,7 @@ def test_writeback_of_an_inconsistent_device_detaches_it(golden: Callable[..., P
     assert (status, "no cache" in out) == (0, True)
     assert state_of(story.backing) == (BdevState.NONE, False)
     with Engine(tmp_path, "--cache", story.cache, "--backing", story.backing, "--export", "nbd") as running:
-        with NbdClient(running.socket()) as client:
+        with running.client() as client:
             assert client.read_all() == expected
 
 

@@ -12,7 +12,6 @@ from tests.damage import cases
 from tests.export.engine import Engine
 from tests.fsck.test_damage import base_image
 from tests.fsck.test_forget import run
-from tests.nbd_client import NbdClient
 
 STORIES = ("attached_clean", "dirty_crash", "deep_crash", "gen_churn", "thrash_crash", "flash_volume", "fifo_discard")
 
@@ -20,7 +19,7 @@ STORIES = ("attached_clean", "dirty_crash", "deep_crash", "gen_churn", "thrash_c
 def run_set(tmp_path: Path, cache: Path, backing: Path) -> None:
     """Start, write a little, stop in good order."""
     with Engine(tmp_path, "--cache", cache, "--backing", backing, "--export", "nbd") as running:
-        with NbdClient(running.socket()) as client:
+        with running.client() as client:
             client.write(1 << 20, b"new" * 1000 + bytes(1096))
             client.flush()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from tests.acceptance import Acceptance, acceptance_of_run
 from tests.export.engine import Engine
 from tests.export.test_golden_serve import digest, options_for
-from tests.nbd_client import NbdClient
 from tests.stamps import draw
 
 
@@ -26,7 +25,7 @@ def test_t8_killed_story_is_accepted(golden: Callable[..., Path], tmp_path: Path
     assert acceptance.completed_flushes() > 10
     before = [digest(story / name) for name in ("cache.img", "back0.img")]
     options = [*options_for(story), "--export", "nbd", "--read-only"]
-    with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+    with Engine(tmp_path, *options) as engine, engine.client() as client:
         content = client.read_all()
     assert acceptance.judge(content) == []
     assert acceptance.judge((story / "back0.img").read_bytes()[8192:]), "the backing device alone would not do"

@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests import program
 from tests.export.engine import ROOT, Engine
-from tests.require import need, need_root
+from tests.require import need, need_root, patience
 
 MODES = ("writethrough", "writeback", "writearound", "none")
 
@@ -56,8 +56,7 @@ def run(*words: str | Path, engine: Engine | None = None, status: int = 0) -> st
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if engine is not None:
         environment["XDG_RUNTIME_DIR"] = engine.runtime.name
-    done = subprocess.run([sys.executable, "-m", "bcachectl", *map(str, words)], capture_output=True, text=True,
-                          cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, timeout=120)
+    done = program.run([*map(str, words)], environment=environment, timeout_s=patience(120))
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == status, f"bcachectl {words}: {done.returncode}\n{done.stdout}{done.stderr}"
     if status == 0:

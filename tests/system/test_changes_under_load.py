@@ -15,7 +15,7 @@ import pytest
 
 from tests.acceptance import Acceptance
 from tests.export.engine import Engine
-from tests.nbd_client import NbdClient
+from tests.require import patience
 from tests.stamps import Op, draw
 from tests.system.sets import make_set, run, status_of
 from tests.writer import write_plan
@@ -26,9 +26,9 @@ SIZE_BYTES = 64 << 20
 class Load(threading.Thread):
     """A client that writes plans until it is told to stop; what went wrong is raised by `finish`."""
 
-    def __init__(self, socket: str) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(daemon=True)
-        self.socket = socket
+        self.engine = engine
         self.acceptance = Acceptance(SIZE_BYTES)
         self.is_over = threading.Event()
         self.error: BaseException | None = None
@@ -41,7 +41,7 @@ class Load(threading.Thread):
 
     def run(self) -> None:
         try:
-            with NbdClient(self.socket) as client:
+            with self.engine.client() as client:
                 assert write_plan(client, self.plan(), self.acceptance, seed=9, fua=0.02)
                 flush = self.acceptance.send_flush()
                 client.flush()
@@ -52,7 +52,7 @@ class Load(threading.Thread):
     def finish(self) -> Acceptance:
         """Stop, wait, and give the judge."""
         self.is_over.set()
-        self.join(60)
+        self.join(patience(60))
         assert not self.is_alive(), "a request was not answered"
         if self.error is not None:
             raise self.error
@@ -65,7 +65,7 @@ def test_changes_under_load(tmp_path: Path) -> None:
                "--export", "nbd", "--set", "writeback_delay=0", "--debug-checks"]
     cache, backing = options[1], options[3]
     with Engine(tmp_path, *options) as engine:
-        load = Load(engine.socket())
+        load = Load(engine)
         for mode, policy in (("writethrough", "fifo"), ("writeback", "random"), ("none", "fifo"), ("writeback", "lru"),
                              ("writearound", "fifo"), ("writeback", "lru")):
             run("set", backing, f"cache_mode={mode}", engine=engine)
@@ -86,7 +86,7 @@ def test_changes_under_load(tmp_path: Path) -> None:
         acceptance = load.finish()
         assert engine.stop() == 0
         assert engine.errors == ""
-    with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+    with Engine(tmp_path, *options) as engine, engine.client() as client:
         assert acceptance.judge(client.read_all()) == []
         assert engine.stop() == 0
         assert engine.errors == ""

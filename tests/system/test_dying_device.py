@@ -20,7 +20,7 @@ import pytest
 from bcachectl.ondisk.superblock import SB_BYTES, BdevState, decode_superblock
 from tests.acceptance import Acceptance
 from tests.export.engine import ROOT, Engine
-from tests.nbd_client import NbdClient
+from tests.over import Client
 from tests.require import need_root
 from tests.stamps import content, draw, tag
 from tests.system.sets import MODES, make_set, need_loop_export, options, sentence
@@ -75,7 +75,7 @@ class Story:
         self.seed = 0
         self.refused = 0
 
-    def go(self, client: NbdClient, ops: int) -> None:
+    def go(self, client: Client, ops: int) -> None:
         """Write, read and flush; errors are counted, wrong data is a failure."""
         self.seed += 1
         for op in draw(seed=self.seed, ops=ops, size_bytes=SIZE_BYTES, max_kib=64, flushes=0.05):
@@ -96,7 +96,7 @@ class Story:
                     raise
                 self.refused += 1
 
-    def flush(self, client: NbdClient) -> None:
+    def flush(self, client: Client) -> None:
         flush = self.acceptance.send_flush()
         client.flush()
         self.acceptance.acknowledge_flush(flush)
@@ -116,7 +116,7 @@ def test_a_clean_cache_dies_and_nobody_notices(mode: str, tmp_path: Path) -> Non
     story = Story()
     with mortal(cache, tmp_path / "fuse") as (device, kill):
         with Engine(tmp_path, *options(device, backing), "--export", "nbd") as engine, \
-                NbdClient(engine.socket()) as client:
+                engine.client() as client:
             story.go(client, 400)
             kill()
             story.go(client, 400)
@@ -139,7 +139,7 @@ def test_a_dirty_cache_dies_and_its_volume_is_stopped(tmp_path: Path) -> None:
     story = Story()
     with mortal(cache, tmp_path / "fuse") as (device, kill):
         with Engine(tmp_path, *options(device, backing), "--export", "nbd") as engine, \
-                NbdClient(engine.socket()) as client:
+                engine.client() as client:
             story.go(client, 200)
             kill()
             story.go(client, 300)
@@ -157,7 +157,7 @@ def test_a_dirty_cache_dies_and_its_volume_is_stopped(tmp_path: Path) -> None:
         assert "belongs to set" in sentence(engine.errors)
         assert engine.status == 4
     # Plugged in again, all is there.
-    with Engine(tmp_path, *options(cache, backing), "--export", "nbd") as engine, NbdClient(engine.socket()) as client:
+    with Engine(tmp_path, *options(cache, backing), "--export", "nbd") as engine, engine.client() as client:
         assert story.acceptance.judge(client.read_all()) == []
         assert engine.stop() == 0
         assert engine.errors == ""
@@ -171,7 +171,7 @@ def test_the_backing_device_dies(mode: str, tmp_path: Path) -> None:
     story = Story()
     with mortal(backing, tmp_path / "fuse") as (device, kill):
         with Engine(tmp_path, *options(cache, device), "--export", "nbd") as engine, \
-                NbdClient(engine.socket()) as client:
+                engine.client() as client:
             story.go(client, 200)
             kill()
             story.go(client, 300)
@@ -179,7 +179,7 @@ def test_the_backing_device_dies(mode: str, tmp_path: Path) -> None:
             engine.stop()
             assert len(engine.errors.splitlines()) <= 1
             assert "Traceback" not in engine.errors
-    with Engine(tmp_path, *options(cache, backing), "--export", "nbd") as engine, NbdClient(engine.socket()) as client:
+    with Engine(tmp_path, *options(cache, backing), "--export", "nbd") as engine, engine.client() as client:
         assert story.acceptance.judge(client.read_all()) == []
         assert engine.stop() == 0
         assert engine.errors == ""
@@ -198,7 +198,7 @@ def test_the_disk_under_the_backing_image_is_full(mode: str, tmp_path: Path) -> 
         subprocess.run(["cp", "--sparse=always", str(tmp_path / "back0.img"), str(backing)], check=True)
         words = [*options(tmp_path / "cache.img", backing), "--export", "nbd", "--set", "writeback_delay=0",
                  "--set", "writeback_percent=0"]
-        with Engine(tmp_path, *words) as engine, NbdClient(engine.socket()) as client:
+        with Engine(tmp_path, *words) as engine, engine.client() as client:
             story.go(client, 900)
             # In writeback mode it is the writing back that fails, and the data stays where it is.
             assert story.refused > 0 or mode == "writeback"
@@ -206,7 +206,7 @@ def test_the_disk_under_the_backing_image_is_full(mode: str, tmp_path: Path) -> 
             assert len(engine.errors.splitlines()) <= 1
             assert "Traceback" not in engine.errors
         subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
-        with Engine(tmp_path, *words) as engine, NbdClient(engine.socket()) as client:
+        with Engine(tmp_path, *words) as engine, engine.client() as client:
             assert story.acceptance.judge(client.read_all()) == []
             assert engine.stop() == 0
             assert engine.errors == ""

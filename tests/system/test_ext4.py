@@ -14,7 +14,8 @@ import pytest
 
 from bcachectl.ondisk.superblock import SB_BYTES, BdevState, decode_superblock
 from tests.export.engine import Engine
-from tests.system.sets import MODES, make_set, mounted, need_loop_export, run
+from tests.over import need_block_export
+from tests.system.sets import MODES, make_set, mounted, run
 
 FILES = 60
 DATA_OFFSET_BYTES = 8192
@@ -41,7 +42,7 @@ def check(point: Path, seed: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_file_system_survives_restart_and_detach(tmp_path: Path, mode: str, require_tool: Callable[[str], str],
                                                    loop_device: Callable[..., str]) -> None:
-    need_loop_export()
+    need_block_export()
     mkfs, fsck = require_tool("mkfs.ext4"), require_tool("fsck.ext4")
     options = [*make_set(tmp_path, cache_bytes=24 << 20, backing_bytes=160 << 20, mode=mode), "--export", "loop"]
     point = tmp_path / "point"

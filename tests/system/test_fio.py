@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.export.engine import Engine
-from tests.system.sets import MODES, make_set, need_loop_export, status_of
+from tests.over import need_block_export, only
+from tests.require import patience
+from tests.system.sets import MODES, make_set, status_of
 
 SEEDS = (20, 21)
 CACHE_BYTES = 24 << 20
@@ -69,7 +71,7 @@ io_size=160m
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_read_is_what_was_written(tmp_path: Path, mode: str, require_tool: Callable[[str], str]) -> None:
-    need_loop_export()
+    need_block_export()
     fio = require_tool("fio")
     options = make_set(tmp_path, cache_bytes=CACHE_BYTES, backing_bytes=BACKING_BYTES + (1 << 20), mode=mode)
     options += ["--export", "loop", "--set", "sequential_cutoff=1048576", "--set", "writeback_delay=0"]
@@ -78,7 +80,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, mode: str, require_too
         jobs = tmp_path / "jobs.fio"
         text = JOBS.format(seed=seed, device=device, phase="verify_only=1" if verify_only else "do_verify=1")
         jobs.write_text(text if verify_only else text + READERS, encoding="ascii")
-        done = subprocess.run([fio, str(jobs)], capture_output=True, text=True, cwd=tmp_path, timeout=240)
+        done = subprocess.run([fio, str(jobs)], capture_output=True, text=True, cwd=tmp_path, timeout=patience(240))
         assert done.returncode == 0, done.stderr + done.stdout
 
     with Engine(tmp_path, *options, "--debug-checks") as engine:
@@ -99,13 +101,15 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, mode: str, require_too
 
 def test_batches_of_writes_over_nbd(tmp_path: Path, require_tool: Callable[[str], str]) -> None:
     """Small writes at depth 32 in writeback mode, which the engine takes in batches, read back while they go on."""
+    only("nbd", "fio's own client")
     fio = require_tool("fio")
     options = make_set(tmp_path, cache_bytes=CACHE_BYTES, backing_bytes=BACKING_BYTES + (1 << 20), mode="writeback")
     with Engine(tmp_path, *options, "--export", "nbd", "--debug-checks") as engine:
         done = subprocess.run(
             [fio, "--name=batches", "--ioengine=nbd", f"--uri={engine.volumes[0]['uri']}", "--size=48m",
              "--io_size=96m", "--rw=randrw", "--rwmixread=30", "--bsrange=4k-80k", "--iodepth=32", "--verify=crc32c",
-             "--verify_backlog=256", "--verify_fatal=1"], capture_output=True, text=True, cwd=tmp_path, timeout=240)
+             "--verify_backlog=256", "--verify_fatal=1"], capture_output=True, text=True, cwd=tmp_path,
+            timeout=patience(240))
         assert done.returncode == 0, done.stderr + done.stdout
         assert engine.stop() == 0
         assert engine.errors == ""

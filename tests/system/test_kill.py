@@ -20,7 +20,8 @@ import pytest
 
 from tests.acceptance import Acceptance
 from tests.export.engine import ROOT, Engine
-from tests.nbd_client import NbdClient
+from tests.over import exported
+from tests.require import patience
 from tests.stamps import draw
 from tests.system.sets import MODES, make_set
 from tests.writer import write_plan
@@ -38,14 +39,14 @@ def test_what_was_flushed_survives_every_kill(tmp_path: Path, mode: str) -> None
     killed = 0
     for number in range(KILLS):
         plan = draw(seed=100 + number, ops=2000, size_bytes=SIZE_BYTES, max_kib=64, flushes=0.02)
-        with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+        with Engine(tmp_path, *options) as engine, engine.client() as client:
             assert client.size_bytes == SIZE_BYTES
             is_finished = write_plan(client, plan, acceptance, seed=100 + number, fua=0.05,
                                      stop_after=150 + 301 * number, on_write=engine.kill)
             killed += not is_finished
             assert engine.errors == ""
         assert acceptance.completed_flushes() > 0
-        with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+        with Engine(tmp_path, *options) as engine, engine.client() as client:
             content = client.read_all()
             assert acceptance.judge(content) == []
             acceptance = acceptance.carry_over(content)
@@ -62,18 +63,18 @@ def test_kills_while_it_starts(tmp_path: Path) -> None:
     options = [*make_set(tmp_path, cache_bytes=20 << 20, backing_bytes=SIZE_BYTES + 8192, mode="writeback"),
                "--export", "nbd"]
     acceptance = Acceptance(SIZE_BYTES)
-    with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+    with Engine(tmp_path, *options) as engine, engine.client() as client:
         write_plan(client, draw(seed=7, ops=900, size_bytes=SIZE_BYTES, max_kib=64, flushes=0.02), acceptance, seed=7,
                    stop_after=600, on_write=engine.kill)
-    command = [sys.executable, "-m", "bcachectl", "engine", "run", "--no-live", *options]
+    command = [sys.executable, "-m", "bcachectl", "engine", "run", "--no-live", *exported(options)]
     with tempfile.TemporaryDirectory() as runtime:
         environment = {**os.environ, "XDG_RUNTIME_DIR": runtime}
         for after_ms in range(200, 700, 40):
             starting = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-            time.sleep(after_ms / 1000)
+            time.sleep(patience(after_ms / 1000))
             starting.kill()
             starting.wait(10)
-    with Engine(tmp_path, *options) as engine, NbdClient(engine.socket()) as client:
+    with Engine(tmp_path, *options) as engine, engine.client() as client:
         assert acceptance.judge(client.read_all()) == []
         assert engine.stop() == 0
         assert engine.errors == ""

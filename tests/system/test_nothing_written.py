@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from tests.export.engine import Engine
-from tests.nbd_client import NbdClient
 from tests.require import need_root
 from tests.system.sets import digest, options
 
@@ -49,13 +48,13 @@ def truths(directory: Path) -> list[dict[str, Any]]:
 
 def check(engine: Engine, expected: list[dict[str, Any]]) -> None:
     for index, truth in enumerate(expected):
-        with NbdClient(engine.socket(), f"bcache{index}") as client:
+        with engine.client(f"bcache{index}") as client:
             assert hashlib.sha256(client.read_all()).hexdigest() == truth["sha256"]
 
 
 def tell(engine: Engine, overlay: Path | None) -> None:
     """Writes: accepted with an overlay, refused without."""
-    with NbdClient(engine.socket(), "bcache0") as client:
+    with engine.client("bcache0") as client:
         if overlay is not None:
             client.write(0, b"overlay." * 8192, fua=True)
             client.trim(1 << 20, 1 << 20)
@@ -86,7 +85,7 @@ def test_devices_that_refuse_writes(story: str, has_overlay: bool, golden: Calla
         assert engine.stop() == 0
         assert engine.errors == ""
     if overlay is not None:
-        with Engine(tmp_path, *words) as engine, NbdClient(engine.socket(), "bcache0") as client:
+        with Engine(tmp_path, *words) as engine, engine.client("bcache0") as client:
             assert client.read(0, 65536) == b"overlay." * 8192
     assert [digest(image) for image in images] == before
 

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A plugin of pytest in the virtual machine (`tests.vm.over_ublk`): it leaves out what was done in an earlier boot,
+tells of each test as it begins and ends, and stops in good time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+_SHARE = Path("/job")
+_UNTIL_S = time.monotonic() + float(os.environ.get("BCACHECTL_OVER_SECONDS", "1e9"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("BCACHECTL_OVER_SHARE"):
+        # Of each function what its first parameters make of it.
+        seen: dict[str, pytest.Item] = {}
+        for item in items:
+            seen.setdefault(item.nodeid.partition("[")[0], item)
+        items[:] = seen.values()
+    done = set((_SHARE / "done").read_text().splitlines())
+    (_SHARE / "collected").write_text("".join(f"{item.nodeid}\n" for item in items))
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _tell(nodeid, "begun", 0.0, "")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        _tell(report.nodeid, report.outcome, report.duration, reason)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if time.monotonic() > _UNTIL_S:
+        item.session.shouldstop = "the time of this boot is over"
+
+
+def _tell(name: str, outcome: str, seconds: float, reason: str) -> None:
+    told = {"test": name, "outcome": outcome, "seconds": round(seconds, 1), "reason": reason}
+    with (_SHARE / "told").open("a") as file:
+        file.write(json.dumps(told) + "\n")
