@@ -27,7 +27,7 @@ from tests.export.test_golden_serve import digest, options_for
 from tests.export.test_loop import is_left_behind
 from tests.nbd_client import NbdClient
 from tests.over import exported, need_block_export, only
-from tests.require import need, patience
+from tests.require import need, need_root, patience
 
 MODES = ("writethrough", "writeback", "writearound", "none")
 
