@@ -6,7 +6,7 @@ A plan is made while nothing is written, so that every refusal comes first.  Its
 1. A verb collects `Write`s in `Plan.steps`, in an order that leaves nothing half-valid if it stops after any of them;
    what makes the result valid (a superblock) is in the last step.  Between two steps every device is flushed.
 2. `save_undo` keeps the bytes that are about to go in an undo file, which is durable before `apply` starts.
-3. `apply` writes.
+3. `apply` writes.  `apply_with_undo` does both, and names the undo file if the writes do not come to their end.
 4. `read_undo` and `undo_plan` make the plan that takes it back.  A device that has changed since is refused.
 
 An undo file is one line of JSON (`UNDO_SCHEMA`, the verb, one entry a write with its device, place, length and the
@@ -17,9 +17,11 @@ other.  A write that was interrupted leaves some of its sectors old and some new
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from bcachectl.blockdev import BlockDevice
-from bcachectl.errors import BcachectlError, Refused
+from bcachectl.errors import BcachectlError, DeviceError, Refused
 
 UNDO_SCHEMA = 1
 UNDO_HEADER_MAX_BYTES = 64 << 20
@@ -82,6 +84,8 @@ class UndoEntry(TypedDict):
     before: str
     after: str
     after_sectors: str
+    unreadable: bool
+    """What was there could not be read, so nothing can be put back."""
 
 
 def describe(plan: Plan) -> list[str]:
@@ -113,6 +117,17 @@ def apply(plan: Plan, devices: Mapping[str, BlockDevice]) -> None:
             devices[name].flush()
 
 
+def apply_with_undo(plan: Plan, devices: Mapping[str, BlockDevice], path: Path) -> None:
+    """Keep an undo file at ``path``, then make the writes; who is stopped half-way is told the way back."""
+    save_undo(plan, devices, path)
+    try:
+        apply(plan, devices)
+    except BaseException:
+        print(f"bcachectl: {plan.verb} did not come to its end; `bcachectl undo {path}` takes back what was written",
+              file=sys.stderr)
+        raise
+
+
 def save_undo(plan: Plan, devices: Mapping[str, BlockDevice], path: Path) -> None:
     """Keep what ``plan`` is about to overwrite in a new file at ``path``; durable when this returns.
 
@@ -124,11 +139,11 @@ def save_undo(plan: Plan, devices: Mapping[str, BlockDevice], path: Path) -> Non
         if write.discard:
             continue
         device = devices[write.device]
-        before = device.read(write.offset_bytes, write.length_bytes)
+        before, unreadable = _read_before(device, write)
         entries.append({"device": os.path.realpath(write.device), "size_bytes": device.size_bytes,
                         "offset_bytes": write.offset_bytes, "length_bytes": write.length_bytes, "what": write.what,
                         "before": _digest(before), "after": _digest(write.data or bytes(write.length_bytes)),
-                        "after_sectors": _sectors(write.data or bytes(write.length_bytes))})
+                        "after_sectors": _sectors(write.data or bytes(write.length_bytes)), "unreadable": unreadable})
         saved.append(before)
     header = {"bcachectl-undo": UNDO_SCHEMA, "verb": plan.verb, "entries": entries}
     try:
@@ -186,6 +201,8 @@ def undo_plan(verb: str, entries: Sequence[UndoEntry], saved: Sequence[bytes], d
             raise Refused(f"{device_name}: has {found} bytes, the undo file is for a device of {expected}; "
                           "is it another device under this name?")
     for index, entry in enumerate(entries):
+        if entry["unreadable"]:
+            continue
         now = devices[entry["device"]].read(entry["offset_bytes"], entry["length_bytes"])
         overwritten = any(later["device"] == entry["device"]
                           and later["offset_bytes"] < entry["offset_bytes"] + entry["length_bytes"]
@@ -198,7 +215,7 @@ def undo_plan(verb: str, entries: Sequence[UndoEntry], saved: Sequence[bytes], d
                           f"{verb}; what was written since would be lost", hazard="changed")
     steps = tuple((Write(entry["device"], entry["offset_bytes"], entry["length_bytes"],
                          f"{entry['what']}, as before {verb}", before),)
-                  for entry, before in zip(reversed(entries), reversed(saved), strict=True))
+                  for entry, before in zip(reversed(entries), reversed(saved), strict=True) if not entry["unreadable"])
     return Plan("undo", steps)
 
 
@@ -222,12 +239,22 @@ def undo_path(verb: str, devices: Iterable[str], *, now_s: int) -> Path:
     return path
 
 
+def _read_before(device: BlockDevice, write: Write) -> tuple[bytes, bool]:
+    # A sector that cannot be read holds nothing to go back to, and a write may well mend it.
+    try:
+        return device.read(write.offset_bytes, write.length_bytes), False
+    except DeviceError as error:
+        if error.errno != errno.EIO:
+            raise
+    return bytes(write.length_bytes), True
+
+
 def _undo_entry(entry: Mapping[str, Any]) -> UndoEntry:
     found: UndoEntry = {
         "device": str(entry["device"]), "size_bytes": int(entry["size_bytes"]), "what": str(entry["what"]),
         "offset_bytes": int(entry["offset_bytes"]), "length_bytes": int(entry["length_bytes"]),
         "before": str(entry["before"]), "after": str(entry["after"]),
-        "after_sectors": str(entry.get("after_sectors", ""))}
+        "after_sectors": str(entry.get("after_sectors", "")), "unreadable": bool(entry.get("unreadable", False))}
     base64.b64decode(found["after_sectors"], validate=True)
     if found["length_bytes"] < 0 or found["offset_bytes"] < 0:
         raise ValueError("negative range")

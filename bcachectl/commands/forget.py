@@ -94,8 +94,7 @@ def forget_backing(set_or_cache: SetArgument, uuid: UuidArgument, export: Export
         plan = Plan("forget-backing", as_writes(forget.plan_forget(check, slot, now_s=now_s), cache))
         undo = backup or writeplan.undo_path("forget-backing", [cache], now_s=now_s)
         if not dry_run:
-            writeplan.save_undo(plan, {cache: device}, undo)
-            writeplan.apply(plan, {cache: device})
+            writeplan.apply_with_undo(plan, {cache: device}, undo)
     _report(plan, undo, name, entry_uuid, held, exported, export, dry_run, as_json)
     return 0
 

@@ -101,8 +101,7 @@ def format_devices(
         if not dry_run:
             if formatter.overwritten(plan, devices):
                 undo = backup or writeplan.undo_path("format", superblocks, now_s=int(time.time()))
-                writeplan.save_undo(plan, devices, undo)
-            writeplan.apply(plan, devices)
+                writeplan.apply_with_undo(plan, devices, undo)
     if as_json:
         made = [{"device": path, **describe.superblock(encode_superblock(sb), sb)} for path, sb in superblocks.items()]
         body: dict[str, Any] = {"devices": made, "undo_file": None if undo is None else str(undo)}

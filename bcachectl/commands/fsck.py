@@ -23,7 +23,7 @@ from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
 from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.owners import ASSIGN_FLASH, ASSIGN_NONE
-from bcachectl.fsck.repair import Repair, plan_repair
+from bcachectl.fsck.repair import BACKING_REPAIRED, Repair, plan_repair
 from bcachectl.fsck.rescue import open_check
 from bcachectl.units import format_uuid, parse_uuid
 from bcachectl.writeplan import Plan, Write
@@ -170,8 +170,12 @@ def _assigned(words: Sequence[str], opened: dict[str, BlockDevice]) -> dict[int,
 def _repair(check: Check, repair: Repair, opened: dict[str, BlockDevice], cache: str, files: list[str], *, ask: bool,
             output: Path | None, backup: Path | None, dry_run: bool, as_json: bool) -> int:
     if output is not None:
+        # Backing devices are not copied, so they stay as they are.
+        elsewhere = tuple(finding for finding in repair.repaired if finding.code in BACKING_REPAIRED)
         repair = repair._replace(steps=tuple(tuple(write for write in step if not write.device)
-                                             for step in repair.steps if any(not write.device for write in step)))
+                                             for step in repair.steps if any(not write.device for write in step)),
+                                 repaired=tuple(finding for finding in repair.repaired if finding not in elsewhere),
+                                 left=(*repair.left, *elsewhere))
     plan = _plan(repair, cache if output is None else str(output))
     undo: Path | None = None
     if plan.steps:
@@ -211,10 +215,14 @@ def _apply(plan: Plan, check: Check, opened: dict[str, BlockDevice], cache: str,
            backup: Path | None) -> Path | None:
     if output is None:
         undo = backup or writeplan.undo_path("fsck", opened, now_s=int(time.time()))
-        writeplan.save_undo(plan, opened, undo)
-        writeplan.apply(plan, opened)
+        writeplan.apply_with_undo(plan, opened, undo)
         return undo
     fsck_copy.copy_device(opened[cache], check, output)
-    with open_device(str(output), write=True) as device:
-        writeplan.apply(plan, {str(output): device})
+    try:
+        with open_device(str(output), write=True) as device:
+            writeplan.apply(plan, {str(output): device})
+    except BaseException:
+        # Half a repair is none; the device has all of it still.
+        output.unlink(missing_ok=True)
+        raise
     return None

@@ -96,8 +96,7 @@ def resolve_volume(volume: VolumeArgument, cache: CacheOption = None, use_backin
         undo = backup or writeplan.undo_path("resolve", [subject.backing.path], now_s=int(time.time()))
         if not dry_run:
             devices = {device.path: device for device in (subject.backing, subject.cache) if device is not None}
-            writeplan.save_undo(plan, devices, undo)
-            writeplan.apply(plan, devices)
+            writeplan.apply_with_undo(plan, devices, undo)
     _done(plan, subject, choice, undo, export, dry_run, as_json)
     return 0
 

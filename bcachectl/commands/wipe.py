@@ -33,8 +33,7 @@ def wipe(devices: DevicesArgument, backup: Backup = None, force: Force = None, d
                                   for path in opened))
         undo = backup or writeplan.undo_path("wipe", opened, now_s=int(time.time()))
         if not dry_run:
-            writeplan.save_undo(plan, opened, undo)
-            writeplan.apply(plan, opened)
+            writeplan.apply_with_undo(plan, opened, undo)
     if as_json:
         print_json("wipe", {"undo_file": str(undo), **(writeplan.describe_json(plan) if dry_run else
                                                        {"dry_run": False, "devices": devices})})

@@ -20,7 +20,7 @@ from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
 from bcachectl.fsck.rescue_map import Owner
 from bcachectl.fsck.writeback import Copy, Dirty, Source, sectors_of, source, writes
-from bcachectl.fsck.writeback_target import Orphan, orphans
+from bcachectl.fsck.writeback_target import Orphan, orphans, superblock_of
 from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.superblock import BDEV_DATA_START_DEFAULT, BdevState
 from bcachectl.units import format_sectors, format_time
@@ -143,6 +143,7 @@ def _judge(device: BlockDevice, offset: int, order: Order) -> Place:
     if any(finding.code == "BACKING_KIND" for finding in found):
         raise Refused(f"{device.path}: is a cache device; name the former backing device, or a new file")
     if sb is not None:
+        sb = superblock_of(backing)
         if order.data_offset is not None:
             raise UsageError(f"{device.path}: tells its data offset itself; leave --data-offset out")
         if sb.state in (BdevState.CLEAN, BdevState.DIRTY) and not order.overwrite:

@@ -36,6 +36,8 @@ COMPARE_SECTORS = 2048
 """Dirty data is compared in pieces of this length."""
 IN_FLIGHT_SECTORS = 8192
 """So many sectors may differ on a clean device: writes that were in flight when power failed."""
+SAMPLES, SAMPLE_SECTORS = 256, 8
+"""How much of the dirty data is looked at where a spread of it is enough."""
 
 
 class Backing(NamedTuple):
@@ -165,6 +167,24 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> I
     if own.start - base < sb.data_offset:
         yield say("BACKING_BEFORE_DATA", f"a dirty extent begins at sector {own.start - base}, the data at "
                                          f"{sb.data_offset}")
+
+
+def differing_samples(walk: Walk, backing: Backing, dirty: Extents) -> tuple[int, int]:
+    """Of a spread of dirty extents, how many begin with other content on the backing device, of how many.
+
+    What the cache cannot read says nothing.
+    """
+    differing = compared = 0
+    for row in np.unique(np.linspace(0, max(len(dirty.start) - 1, 0), min(SAMPLES, len(dirty.start))).astype(np.intp)):
+        start, ptr = int(dirty.start[row]) & (1 << INODE_SHIFT) - 1, int(PTR_OFFSET.get(dirty.ptr)[row])
+        count = min(int(dirty.size[row]), SAMPLE_SECTORS)
+        try:
+            ours, theirs = walk.read(ptr, count), backing.read(start, count)
+        except BcachectlError:
+            continue
+        compared += 1
+        differing += ours != theirs
+    return differing, compared
 
 
 def differing_sectors(walk: Walk, backing: Backing, dirty: Extents) -> int:

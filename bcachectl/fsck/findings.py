@@ -249,7 +249,9 @@ CODES: dict[str, Meaning] = {
     "BACKING_DETACHED_DIRTY": Meaning(_E, "A backing device says that it is detached, but the cache holds dirty data "
                                           "of it; `bcachectl resolve` tells what each choice loses.", safe=False),
     "BACKING_CLEAN_DIRTY": Meaning(_E, "A backing device is marked clean, but the cache holds dirty data that differs "
-                                       "from what is on it: the kernel would never write it back."),
+                                       "from what is on it. Either the mark is wrong, and the kernel would never write "
+                                       "it back, or the cache device is an older copy of itself; -y takes the mark for "
+                                       "wrong.", safe=False),
     "BACKING_CLEAN_KEYS": Meaning(_N, "A backing device is marked clean while keys still say dirty; their data was "
                                       "written back."),
     "BACKING_DIRTY_CLEAN": Meaning(_N, "A backing device is marked dirty, and no key is; the next start settles that."),

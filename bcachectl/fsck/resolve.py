@@ -227,7 +227,8 @@ def _with_dirty(sb: Superblock, backing: Backing, check: Check, cache: str, slot
             return Verdict(state, story, slot, dirty, ())
         story = (f"It says that it is clean, but its cache has {size} of dirty data, and {format_sectors(differs)} of "
                  "that are not on the device.")
-        keep = Choice(KEEP_DIRTY, "mark the device dirty, so that the set writes the data back when it runs", NOTHING)
+        keep = Choice(KEEP_DIRTY, "mark the device dirty, so that the set writes the data back when it runs; right, "
+                                  "unless the cache device is an older copy of itself", NOTHING)
         return Verdict(state, story, slot, dirty, (keep, use))
     since = "while it ran without the cache" if sb.state is BdevState.STALE else "since it was marked detached"
     kept = Loss(sectors, ranges, f"whatever was written to these {len(ranges)} ranges ({size}) {since}")

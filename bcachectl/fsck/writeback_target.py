@@ -5,8 +5,10 @@ Writing to the wrong device, or over data that is newer, cannot be taken back.  
 
 * a device of another set, one that is no backing device, one whose superblock is damaged (fsck repairs it first);
 * one that was detached: its slot is retired, and it may have been written to since (`orphans` is the way);
-* one that ran without its cache (STALE, sysfs's ``inconsistent``): it may hold newer data than the cache.
-  Only this one can be overridden;
+* one that ran without its cache (STALE, sysfs's ``inconsistent``): it may hold newer data than the cache;
+* one that says it is clean, but most of the dirty data is not on it: the cache may be an older copy of itself.
+  Only these two can be overridden;
+* one whose uuid stands in two slots that both have dirty data: it would get only that of the first;
 * one that ends before the last of its dirty data: it was cut short, or is not the device that was attached.
 
 A slot is an orphan if the uuid array has no live entry for it and dirty keys still name it.  A detach that was forced
@@ -23,7 +25,7 @@ import numpy as np
 
 from bcachectl.errors import BcachectlError, Refused, WrongState
 from bcachectl.fsck.check import Check
-from bcachectl.fsck.check_backing import Backing, read_backing, slot_of
+from bcachectl.fsck.check_backing import IN_FLIGHT_SECTORS, Backing, differing_samples, read_backing, slot_of
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.owners import evidence_for, live_extents
@@ -111,6 +113,17 @@ def member(walk: Walk, dirty: Dirty, backing: Backing, *, force_stale: bool = Fa
         raise WrongState(f"{name}: the set knows no device {format_uuid(sb.uuid)}; --orphans lists dirty data without "
                          "a known device, and --slot with --to writes it")
     own = dirty.by_inode.get(inode)
+    others = [slot for slot, entry in enumerate(walk.uuids)
+              if entry.uuid == sb.uuid and slot > inode and not entry.is_flash_only and slot in dirty.by_inode]
+    if others:
+        raise Refused(f"{name}: slots {inode} and {others[0]} of the set both have its uuid; `bcachectl fsck` settles "
+                      "that, and what the second one has is an orphan then (--orphans)")
+    if sb.state is BdevState.CLEAN and own is not None and not force_stale:
+        differing, compared = differing_samples(walk, backing, own)
+        if differing * 2 > compared and sectors_of(own) > IN_FLIGHT_SECTORS:
+            raise Refused(f"{name}: says that it is clean, and most of the cache's dirty data is not on it: either "
+                          "that is wrong, or the cache device is an older copy of itself and the device's data newer; "
+                          "`bcachectl resolve` tells more", hazard=HAZARD_STALE)
     end = int(own.end.max()) - (inode << INODE_SHIFT) if own is not None else 0
     if end > backing.size_sectors:
         raise Refused(f"{name}: is too small: dirty data of it ends at sector {end}, the device at sector "

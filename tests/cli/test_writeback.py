@@ -383,3 +383,48 @@ def test_a_map_without_room(cli: Cli, golden: Callable[..., Path], monkeypatch: 
     assert "saved.img.map: the map cannot be written (No space left on device); name another place\n" in result.err
     assert set(os.listdir()) == there
     assert (images / "cache.img").read_bytes() == before
+
+
+def test_a_clean_device_is_not_overwritten_by_what_may_be_older(cli: Cli, golden: Callable[..., Path]) -> None:
+    """The device says that it has all; a cache that says otherwise may be a copy from before it was written back."""
+    images = golden("dirty_crash", writable=True)
+    cache, backing = images / "cache.img", images / "back0.img"
+    image = Image(cache.read_bytes(), [backing.read_bytes()])
+    flags = int.from_bytes(image.backings[0].get(4096 + 104, 8), "little")
+    image.sb(104, "Q", flags & ~(3 << 61) | int(BdevState.CLEAN) << 61, device=image.backings[0])
+    backing.write_bytes(image.backings[0].content())
+    before = backing.read_bytes()
+    refused = cli("writeback", cache, backing)
+    assert refused.status == 3
+    assert "older copy" in refused.err
+    assert cli("fsck", "-p", cache, backing).status == 4
+    assert backing.read_bytes() == before
+    assert cli("writeback", cache, backing, "--force=inconsistent").status == 0
+    assert cli("writeback", cache, backing).status == 0
+
+
+def test_a_uuid_in_two_slots(cli: Cli, golden: Callable[..., Path]) -> None:
+    """The device would get the data of the first slot, and be called clean."""
+    images = golden("two_backing", writable=True)
+    cache, backing = images / "cache.img", images / "back0.img"
+    image = Image(cache.read_bytes(), [])
+    image.uuid(1, 0, "16s", image.cache.get(image.uuid_at, 16))
+    cache.write_bytes(image.cache.content())
+    before = backing.read_bytes()
+    refused = cli("writeback", cache, backing)
+    assert refused.status == 3
+    assert "slots 0 and 1" in refused.err
+    assert backing.read_bytes() == before
+
+
+def test_a_slot_is_not_written_by_a_damaged_superblock(cli: Cli, golden: Callable[..., Path]) -> None:
+    images = golden("dirty_crash", writable=True)
+    backing = images / "back0.img"
+    image = Image((images / "cache.img").read_bytes(), [backing.read_bytes()])
+    image.backings[0].flip(4096 + 184)
+    backing.write_bytes(image.backings[0].content())
+    before = backing.read_bytes()
+    refused = cli("writeback", images / "cache.img", "--slot", 0, "--to", backing, "--force=overwrite")
+    assert refused.status == 1
+    assert "no good superblock" in refused.err
+    assert backing.read_bytes() == before

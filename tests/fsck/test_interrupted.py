@@ -155,7 +155,9 @@ def test_undo_of_an_interrupted_repair(golden: Callable[..., Path], tmp_path: Pa
             with monkeypatch.context() as patch:
                 patch.setattr(writeplan, "apply", dying(point, is_torn))
                 cli.run(["fsck", "-y", "--backup", str(undo), *words])
-            assert "Died" in capsys.readouterr().err
+            said = capsys.readouterr().err
+            assert "Died" in said
+            assert f"`bcachectl undo {undo}` takes back what was written" in said
             assert cli.run(["undo", str(undo)]) == 0, f"write {point}, torn: {is_torn}"
             assert [path.read_bytes() for path in paths] == before, f"write {point}, torn: {is_torn}"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl import cli
+from bcachectl import cli, writeplan
+from bcachectl.errors import DeviceError
 from tests.damage import Case, cases
 from tests.fsck.test_damage import base_image
 
@@ -57,6 +58,32 @@ def test_output_leaves_the_device_alone(golden: Callable[..., Path], tmp_path: P
     assert cli.run(["fsck", "-y", "--output", str(copy), *map(str, paths)]) == 1
     assert [path.read_bytes() for path in paths] == before
     assert cli.run(["fsck", str(copy), *map(str, paths[1:])]) == 0
+
+
+def test_output_says_that_a_backing_device_stays_as_it_is(golden: Callable[..., Path], tmp_path: Path) -> None:
+    image = base_image(golden("dirty_crash")).fresh()
+    for name in ("prio_csum_dirty_crash", "backing_csum_dirty_crash"):
+        CASES[name].edit(image)
+    paths = []
+    for device in [image.cache, *image.backings]:
+        paths.append(tmp_path / f"{device.name}.img")
+        paths[-1].write_bytes(device.content())
+    before = [path.read_bytes() for path in paths]
+    assert cli.run(["fsck", "-y", "--output", str(tmp_path / "copy.img"), *map(str, paths)]) == 1 | 4
+    assert [path.read_bytes() for path in paths] == before
+    assert cli.run(["fsck", str(tmp_path / "copy.img"), *map(str, paths[1:])]) == 4
+
+
+def test_half_a_copy_is_none(golden: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full while the copy is repaired."""
+    paths = damaged_files(golden, tmp_path, CASES["prio_csum_dirty_crash"])
+
+    def full(plan: object, devices: object) -> None:
+        raise DeviceError("copy.img: write at byte 0 failed: No space left on device", errno=28)
+
+    monkeypatch.setattr(writeplan, "apply", full)
+    assert cli.run(["fsck", "-y", "--output", str(tmp_path / "copy.img"), *map(str, paths)]) == 8
+    assert not (tmp_path / "copy.img").exists()
 
 
 def test_preen_leaves_what_costs_data(golden: Callable[..., Path], tmp_path: Path) -> None:

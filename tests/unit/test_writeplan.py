@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 
-from bcachectl.blockdev import open_device
-from bcachectl.errors import Refused
-from bcachectl.writeplan import Plan, Write, apply, describe, read_undo, save_undo, undo_path, undo_plan
+from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.errors import DeviceError, Refused
+from bcachectl.writeplan import (
+    Plan,
+    Write,
+    apply,
+    apply_with_undo,
+    describe,
+    read_undo,
+    save_undo,
+    undo_path,
+    undo_plan,
+)
 
 
 class Recorder:
@@ -74,6 +84,28 @@ def test_overlapping_writes_are_taken_back_in_reverse(image: Path, tmp_path: Pat
             "end, as before test", "later, as before test", "middle, as before test", "zeros, as before test"]
         apply(back, {name: device})
     assert image.read_bytes() == before
+
+
+def test_what_could_not_be_read_is_written_and_not_put_back(image: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A superblock in a bad sector can be repaired; there is nothing to go back to, and the rest goes back."""
+    before, name = image.read_bytes(), str(image)
+    writes = Write(name, 4096, 4096, "superblock", b"s" * 4096), Write(name, 0, 512, "other", b"o" * 512)
+    plan = Plan("test", (writes,))
+    read = BlockDevice.read
+
+    def failing(device: BlockDevice, offset_bytes: int, nbytes: int) -> bytes:
+        if offset_bytes == 4096:
+            raise DeviceError("read failed", errno=5)
+        return read(device, offset_bytes, nbytes)
+
+    with open_device(name, write=True) as device:
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockDevice, "read", failing)
+            apply_with_undo(plan, {name: device}, tmp_path / "undo")
+        verb, entries, saved = read_undo(tmp_path / "undo")
+        apply(undo_plan(verb, entries, saved, {name: device}, force_changed=False), {name: device})
+    assert image.read_bytes() == before[:4096] + b"s" * 4096 + before[8192:]
 
 
 def test_half_applied_plan_is_taken_back_too(image: Path, tmp_path: Path) -> None:
