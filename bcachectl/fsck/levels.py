@@ -15,18 +15,29 @@ Where too little is there to tell, the level is believed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from bcachectl.errors import BcachectlError
 from bcachectl.ondisk import validity
-from bcachectl.ondisk.bkey import PTR_OFFSET, Ptr, ptr_make
-from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BSET_VERSION, BsetImage, decode_bset_header, decode_node
+from bcachectl.ondisk.bkey import PTR_OFFSET, KeyColumns, Ptr, ptr_make
+from bcachectl.ondisk.bset import BSET_HEADER_BYTES, BSET_VERSION, decode_bset_header, decode_node
 from bcachectl.ondisk.crc64 import crc64_seeded
 from bcachectl.ondisk.geometry import Geometry
 
 Read = Callable[[int, int], bytes]
 """``read(sector, count)``, or DeviceError."""
+
+
+
+class Keyed(Protocol):
+    """A set of keys, whatever else is known of it."""
+
+    @property
+    def keys(self) -> KeyColumns:
+        """Its keys."""
+
 
 LEVELS_LIMIT = 16
 TARGETS_ASKED = 32
@@ -34,16 +45,23 @@ EXTENTS_MIN = 2
 """So many keys that cannot be pointers to nodes make a leaf; one may be damaged."""
 
 
-def is_interior(read: Read, sets: Sequence[BsetImage], nsectors: int, magic: int, geometry: Geometry) -> bool:
-    """Every key points to a node of ``nsectors``, and where they lead there is one."""
+def is_interior(read: Read, sets: Sequence[Keyed], nsectors: int, magic: int, geometry: Geometry) -> bool:
+    """Every key points to a node of ``nsectors``, but for one that may be damaged, and where they lead there is one."""
     words, others = _pointers(sets, nsectors, geometry)
-    return not others and any(is_node_at(read, word, nsectors, magic) for word in words[-TARGETS_ASKED:])
+    return others < EXTENTS_MIN and any(is_node_at(read, word, nsectors, magic) for word in words[-TARGETS_ASKED:])
 
 
-def is_leaf(read: Read, sets: Sequence[BsetImage], nsectors: int, magic: int, geometry: Geometry) -> bool:
+def is_leaf(read: Read, sets: Sequence[Keyed], nsectors: int, magic: int, geometry: Geometry) -> bool:
     """Several keys cannot be pointers to nodes of ``nsectors``, and those that can lead to none."""
     words, others = _pointers(sets, nsectors, geometry)
     return others >= EXTENTS_MIN and not any(is_node_at(read, word, nsectors, magic) for word in words[-TARGETS_ASKED:])
+
+
+def may_be_leaf(read: Read, sets: Sequence[Keyed], nsectors: int, magic: int, geometry: Geometry) -> bool:
+    """Some key cannot be a pointer to a node of ``nsectors``, and those that can lead to none; of a node that nothing
+    points to, where one key is all that may be left."""
+    words, others = _pointers(sets, nsectors, geometry)
+    return others > 0 and not any(is_node_at(read, word, nsectors, magic) for word in words[-TARGETS_ASKED:])
 
 
 def is_node_at(read: Read, word: int, nsectors: int, magic: int) -> bool:
@@ -83,7 +101,7 @@ def root_level(read: Read, root: Ptr, nsectors: int, magic: int, geometry: Geome
     return said
 
 
-def _pointers(sets: Sequence[BsetImage], nsectors: int, geometry: Geometry) -> tuple[list[int], int]:
+def _pointers(sets: Sequence[Keyed], nsectors: int, geometry: Geometry) -> tuple[list[int], int]:
     # The keys that can be pointers to nodes, the newest last, and how many are none.
     words: list[int] = []
     others = 0

@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
+from bcachectl.fsck import levels
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.walk import Slot, Walk
@@ -398,8 +399,7 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> t
                                                 block_bytes=geometry.block_bytes) if image.is_valid]
         starts = [image.keys.pos[image.keys.size > 0] - image.keys.size[image.keys.size > 0] for image in sets]
         ends = [image.keys.pos[image.keys.size > 0] for image in sets]
-        is_leaf = not all(bool(((image.keys.size == geometry.node_sectors) & ~image.keys.dirty).all())
-                          for image in sets)
+        is_leaf = levels.may_be_leaf(walk.read, sets, geometry.node_sectors, magic, geometry)
         if is_leaf and any(len(end) for end in ends):
             walk.mark_columns([image.keys for image in sets], 0)
             first = int(min(start.min() for start in starts if len(start)))
@@ -432,6 +432,8 @@ def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
     sets = read_sets(walk, slot.lost, slot.nsectors)
     if not sets:
         return [slot if slot.level == 0 else Slot(slot.start, slot.end, None, 0)]
+    if _is_of_another_level(walk, [image for image in sets if image.is_valid], slot):
+        return [Slot(slot.start, slot.end, None, 0)]
     walk.mark_columns([image.keys for image in sets if image.is_valid], slot.level)
     if slot.level == 0 or not depth:
         return [slot]
@@ -476,6 +478,13 @@ def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
     if start < slot.end:
         slots.append(Slot(start, slot.end, None, 0))
     return slots
+
+
+def _is_of_another_level(walk: Walk, sets: list[SalvagedSet], slot: Slot) -> bool:
+    # Pointers to nodes would be taken for clean data, or data for nodes.
+    assert walk.superblock is not None
+    judge = levels.is_leaf if slot.level else levels.is_interior
+    return bool(sets) and judge(walk.read, sets, slot.nsectors, bset_magic(walk.superblock.set_uuid), walk.geometry)
 
 
 def interior_key(keys: KeyColumns, row: int) -> Bkey:

@@ -130,6 +130,16 @@ def test_a_leaf_that_is_lost_twice_is_not_its_neighbour_s(golden: Callable[..., 
     assert not list(judge(image, known, random.Random(1), safe_only=False))
 
 
+def test_an_interior_node_is_not_taken_for_a_leaf(golden: Callable[..., Path]) -> None:
+    """Below a damaged node a pointer leads to another interior node; its keys would pass for clean data."""
+    known = truth(golden, "gen_churn")
+    image = known.image.fresh()
+    for name in ("child_is_interior_gen_churn", "set_csum_first_interior_gen_churn"):
+        CASES[name].edit(image)
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
+
+
 def test_metadata_is_not_put_where_nothing_can_be_read(golden: Callable[..., Path]) -> None:
     known = truth(golden, "dirty_crash")
     image = known.image.fresh()
