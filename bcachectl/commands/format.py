@@ -102,6 +102,8 @@ def format_devices(
             if formatter.overwritten(plan, devices):
                 undo = backup or writeplan.undo_path("format", superblocks, now_s=int(time.time()))
                 writeplan.apply_with_undo(plan, devices, undo)
+            else:
+                writeplan.apply(plan, devices)
     if as_json:
         made = [{"device": path, **describe.superblock(encode_superblock(sb), sb)} for path, sb in superblocks.items()]
         body: dict[str, Any] = {"devices": made, "undo_file": None if undo is None else str(undo)}
