@@ -53,6 +53,17 @@ def format_sectors(sectors: int | None) -> str:
     return "-" if sectors is None else format_size(sectors * SECTOR_BYTES)
 
 
+def counted(count: int | None, what: str) -> str:
+    """A number and its noun, ``1 node`` and ``2 nodes``; a number that is not known is a dash.
+
+    ``what`` is the singular, with what belongs to it: ``range of the volume``.
+    """
+    noun, _, rest = what.partition(" of ")
+    if count != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith("sh") else f"{noun}s"
+    return f"{'-' if count is None else count} {noun}{f' of {rest}' if rest else ''}"
+
+
 def format_time(seconds: int) -> str:
     """A moment in seconds since 1970, as devices store them, in UTC; empty for 0, the number for what is no date."""
     if not seconds:

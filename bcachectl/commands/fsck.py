@@ -25,7 +25,7 @@ from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.owners import ASSIGN_FLASH, ASSIGN_NONE
 from bcachectl.fsck.repair import BACKING_REPAIRED, Repair, plan_repair
 from bcachectl.fsck.rescue import open_check
-from bcachectl.units import format_uuid, parse_uuid
+from bcachectl.units import counted, format_uuid, parse_uuid
 from bcachectl.writeplan import Plan, Write
 
 EXIT_CORRECTED = 1
@@ -181,7 +181,7 @@ def _repair(check: Check, repair: Repair, opened: dict[str, BlockDevice], cache:
     if plan.steps:
         if not as_json:
             _print(check, repair, None, files, as_json)
-            print(f"\n{len(plan.writes)} {'write' if len(plan.writes) == 1 else 'writes'} of a repair:")
+            print(f"\n{counted(len(plan.writes), 'write of a repair')}:")
             print("\n".join(writeplan.describe(plan)))
         if dry_run:
             if as_json:
@@ -192,7 +192,8 @@ def _repair(check: Check, repair: Repair, opened: dict[str, BlockDevice], cache:
         if ask:
             if not sys.stdin.isatty():
                 raise Refused("--repair asks before it writes, and there is no terminal; give -p or -y")
-            if not typer.confirm(f"Make these {len(plan.writes)} writes?"):
+            these = "this write" if len(plan.writes) == 1 else f"these {len(plan.writes)} writes"
+            if not typer.confirm(f"Make {these}?"):
                 return EXIT_UNCORRECTED
         undo = _apply(plan, check, opened, cache, output, backup)
     if as_json or not plan.steps:

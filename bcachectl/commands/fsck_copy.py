@@ -17,7 +17,7 @@ from bcachectl.fsck.check import Check
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.owners import live_extents
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET, SECTOR_MASK
-from bcachectl.units import format_sectors
+from bcachectl.units import counted, format_sectors
 
 CHUNK_BYTES = 1 << 20
 RANGES_SHOWN = 4
@@ -52,13 +52,13 @@ def copy_device(device: BlockDevice, check: Check, output: Path) -> None:
         raise
     if hits:
         output.unlink()
-        more = f" and {len(hits) - RANGES_SHOWN} more ranges" if len(hits) > RANGES_SHOWN else ""
+        more = f" and {counted(len(hits) - RANGES_SHOWN, 'more range')}" if len(hits) > RANGES_SHOWN else ""
         raise Refused(f"{device.path}: a copy would lack data that cannot be read ({'; '.join(hits[:RANGES_SHOWN])}"
                       f"{more}); save what can be read with `bcachectl writeback`")
     if bad:
         count = sum(end - start for start, end in bad)
-        print(f"bcachectl: {device.path}: {count} sectors without live data cannot be read and are zeros in the copy, "
-              f"the first at sector {bad[0][0]}", file=sys.stderr)
+        print(f"bcachectl: {device.path}: {counted(count, 'sector')} without live data cannot be read, zeros in the "
+              f"copy, the first at sector {bad[0][0]}", file=sys.stderr)
 
 
 def _live_hits(check: Check, bad: list[tuple[int, int]]) -> list[str]:

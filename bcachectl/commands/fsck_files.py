@@ -22,6 +22,7 @@ from bcachectl.errors import BcachectlError, DeviceError
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import read_backing, slot_of
 from bcachectl.fsck.findings import Loss
+from bcachectl.units import counted
 
 BLOCKS_LIMIT = 1 << 15
 """So many blocks are asked for; more are a matter for the file system's own check."""
@@ -72,13 +73,13 @@ def _blocks(losses: Sequence[Loss], block_bytes: int) -> list[int]:
 
 
 def _report(volume: str, kind: str, blocks: int, asked: int, found: Counter[str], journal: str) -> list[str]:
-    lines = [f"{volume} ({kind}, as its backing device alone shows it{journal}): {blocks} blocks lost"]
+    lines = [f"{volume} ({kind}, as its backing device alone shows it{journal}): {counted(blocks, 'block')} lost"]
     if asked < blocks:
         lines.append(f"  only the first {asked} were asked for")
-    lines += [f"  {path}: {count} blocks" for path, count in sorted(found.items())]
+    lines += [f"  {path}: {counted(count, 'block')}" for path, count in sorted(found.items())]
     others = asked - found.total()
     if others:
-        lines.append(f"  in no file (free, or the file system's own): {others} blocks")
+        lines.append(f"  in no file (free, or the file system's own): {counted(others, 'block')}")
     return lines
 
 

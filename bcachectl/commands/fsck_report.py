@@ -17,7 +17,7 @@ from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.owners import Choice
 from bcachectl.fsck.repair import Repair, is_repairable, offers_repair, plan_repair
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, SECTOR_MASK
-from bcachectl.units import format_sectors, format_uuid
+from bcachectl.units import counted, format_sectors, format_uuid
 
 RANGES_SHOWN = 8
 QUIET_S, REDRAW_S = 1.0, 0.1
@@ -124,8 +124,8 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
     name = f"set {format_uuid(sb.set_uuid)}" if sb is not None else "unknown set"
     state = {Severity.NOTE: "clean", Severity.WARNING: "not as it should be", Severity.ERROR: "DAMAGED"}[check.worst]
     yield f"{name}: {state}"
-    told = ", ".join(_counted(counts[severity], severity.name.lower()) for severity in sorted(Severity, reverse=True))
-    yield f"  {told}; {_counted(totals.nodes, 'btree node')}, {_counted(totals.extents, 'extent')}"
+    told = ", ".join(counted(counts[severity], severity.name.lower()) for severity in sorted(Severity, reverse=True))
+    yield f"  {told}; {counted(totals.nodes, 'btree node')}, {counted(totals.extents, 'extent')}"
     good, lost = format_sectors(totals.dirty_sectors), format_sectors(totals.lost_dirty_sectors)
     clean, dropped = format_sectors(totals.clean_sectors), format_sectors(totals.lost_clean_sectors)
     more = " and more" if check.is_clean_unknown else ""
@@ -147,10 +147,6 @@ def lines(check: Check, repair: Repair | None, files: list[str]) -> Iterator[str
         yield ("Nothing was written. `bcachectl fsck -p` repairs what costs nothing, -y everything, and --repair "
                "shows the plan and asks; each keeps an undo file, and --output FILE repairs a copy."
                if offers_repair(check) else "Nothing was written, and nothing of this can be repaired here.")
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _finding_lines(check: Check, finding: Finding) -> Iterator[str]:
@@ -188,11 +184,11 @@ def _unknown_lines(check: Check, start: int, end: int) -> Iterator[str]:
 def _loss_lines(loss: Loss) -> Iterator[str]:
     parts = []
     if loss.dirty_sectors:
-        parts.append(f"{loss.dirty_sectors} dirty sectors ({format_sectors(loss.dirty_sectors)}) lost")
+        parts.append(f"{counted(loss.dirty_sectors, 'dirty sector')} ({format_sectors(loss.dirty_sectors)}) lost")
     if loss.clean_sectors:
-        parts.append(f"{loss.clean_sectors} clean sectors dropped, which the backing device has")
+        parts.append(f"{counted(loss.clean_sectors, 'clean sector')} dropped, which the backing device has")
     yield f"  {loss.volume}: {' and '.join(parts)}"
     for first, last in loss.ranges[:RANGES_SHOWN]:
         yield f"    bytes {first} to {last}"
     if len(loss.ranges) > RANGES_SHOWN:
-        yield f"    and {len(loss.ranges) - RANGES_SHOWN} more ranges; --json lists them"
+        yield f"    and {counted(len(loss.ranges) - RANGES_SHOWN, 'more range')}; --json lists them"

@@ -7,6 +7,7 @@ from bcachectl.commands.options import DryRun, Json, Kernel, SetArgument, driver
 from bcachectl.commands.waiting import wait_for
 from bcachectl.control import find_set
 from bcachectl.snapshot import to_json
+from bcachectl.units import counted
 
 
 def gc(target: SetArgument, kernel: Kernel = None, dry_run: DryRun = False, as_json: Json = False) -> None:
@@ -25,7 +26,7 @@ def gc(target: SetArgument, kernel: Kernel = None, dry_run: DryRun = False, as_j
         return
     nodes = ""
     if after.gc is not None and after.gc.nodes is not None:
-        nodes = f" over {after.gc.nodes} nodes"
+        nodes = f" over {counted(after.gc.nodes, 'node')}"
         if after.gc.last_duration_ns is not None:
             nodes += f" in {after.gc.last_duration_ns / 1e6:.0f} ms"
     print(f"gc done{nodes}; in use {before.in_use_percent} % before, {after.allocator.in_use_percent} % now")

@@ -30,7 +30,7 @@ from bcachectl.fsck.rescue import guess_superblock, superblock_problem
 from bcachectl.fsck.walk import Read
 from bcachectl.metaimage import Writer
 from bcachectl.ondisk.magic import BCACHE_MAGIC
-from bcachectl.units import format_sectors, format_size
+from bcachectl.units import counted, format_sectors, format_size
 
 HAZARD_OVERWRITE = "overwrite"
 
@@ -99,7 +99,7 @@ def create(device: DeviceArgument, file: FileArgument, anonymise: AnonymiseOptio
     print(f"{file}: {format_size(length_bytes)} for {format_sectors(writer.stored_sectors)} of metadata of {device}"
           f"{', labels and uuids replaced' if anonymise else ''}.")
     if writer.unreadable_sectors:
-        print(f"{writer.unreadable_sectors} sectors could not be read; they are as unreadable in the image.")
+        print(f"{counted(writer.unreadable_sectors, 'sector')} could not be read, as little as in the image.")
     if not is_same:
         print(f"bcachectl: {file}: fsck says something else of the image than of the device; does something write to "
               "the device?", file=sys.stderr)
@@ -137,7 +137,7 @@ def extract(file: ImageArgument, output: OutputArgument, force: Force = None, dr
     print(f"{output}: {format_sectors(sum(n for _at, n in runs))} of metadata, a sparse file of "
           f"{format_sectors(image.size_sectors)}.")
     if unreadable:
-        print(f"{unreadable} sectors that could not be read are zeros in it.")
+        print(f"{counted(unreadable, 'sector')} could not be read, zeros in it.")
 
 
 def _check_force(force: list[str] | None) -> None:

@@ -26,7 +26,7 @@ from bcachectl.fsck.writeback import find_dirty, source, writes
 from bcachectl.fsck.writeback_target import superblock_of
 from bcachectl.ondisk.bkey import PTR_OFFSET
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, Superblock
-from bcachectl.units import format_sectors, format_uuid
+from bcachectl.units import counted, format_sectors, format_uuid
 from bcachectl.writeplan import Plan, Write
 
 HAZARD_DIRTY = "dirty"
@@ -252,7 +252,7 @@ def _print_verdict(title: str, verdict: Verdict) -> None:
         for start, end in choice.loss.ranges[:RANGES_SHOWN]:
             print(f"    bytes {start} to {end}")
         if len(choice.loss.ranges) > RANGES_SHOWN:
-            print(f"    and {len(choice.loss.ranges) - RANGES_SHOWN} more ranges; --json lists them")
+            print(f"    and {counted(len(choice.loss.ranges) - RANGES_SHOWN, 'more range')}; --json lists them")
 
 
 def _caches(set_uuid: bytes) -> list[str]:

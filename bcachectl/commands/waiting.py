@@ -25,7 +25,7 @@ from typing import Any
 from bcachectl.control import KERNEL, Job, LiveSet
 from bcachectl.errors import WrongState
 from bcachectl.snapshot import SetSnapshot, VolumeSnapshot
-from bcachectl.units import format_sectors
+from bcachectl.units import counted, format_sectors
 from bcachectl.views.alerts import why_stalled
 from bcachectl.views.panels import format_duration
 
@@ -165,7 +165,7 @@ def progress_line(snapshot: SetSnapshot, volume: VolumeSnapshot | None, progress
         gc = snapshot.gc
         if gc is None or not gc.running:
             return doing
-        return doing + (f": {gc.nodes} nodes" if gc.progress_percent is None else f": {gc.progress_percent} %")
+        return f"{doing}: {counted(gc.nodes, 'node') if gc.progress_percent is None else f'{gc.progress_percent} %'}"
     line = f"{doing}: {format_sectors(volume.dirty_sectors)} dirty"
     rate = progress.rate_sectors
     if progress.is_stalled:

@@ -27,7 +27,7 @@ from bcachectl.fsck.rescue_map import Owner
 from bcachectl.fsck.writeback import Copy, Dirty, find_dirty, sectors_of, source, with_all_entries, writes
 from bcachectl.fsck.writeback_target import HAZARD_STALE, Member, member
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR
-from bcachectl.units import format_sectors, format_uuid, parse_uuid
+from bcachectl.units import counted, format_sectors, format_uuid, parse_uuid
 
 RANGES_SHOWN = 8
 AFTERWARDS = """The cache was only read, so its keys still say dirty. If the set runs again with the
@@ -269,7 +269,7 @@ def _loss_lines(part: Part) -> list[str]:
         ranges = _volume_ranges(part, rows)
         lines += [f"  {what} bytes {start} to {end} of the volume" for start, end in ranges[:RANGES_SHOWN]]
         if len(ranges) > RANGES_SHOWN:
-            lines.append(f"  and {len(ranges) - RANGES_SHOWN} more ranges; --json and the map list them")
+            lines.append(f"  and {counted(len(ranges) - RANGES_SHOWN, 'more range')}; --json and the map list them")
     return lines
 
 

@@ -23,6 +23,7 @@ from bcachectl.fsck.rescue_map import DONE, Owner, of_status
 from bcachectl.fsck.walk import Read
 from bcachectl.fsck.writeback import Copy, Source
 from bcachectl.ondisk.bkey import PTR_OFFSET
+from bcachectl.units import counted
 
 SAVE_S = 5.0
 """How often the map is written: what a kill may cost is to be copied once more."""
@@ -165,7 +166,7 @@ def _copy(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool)
                   disable=not show) as bars:
         bar = bars.add_task(device.path, total=None)
         for step in copy.run():
-            lost = f", {step.lost_sectors} sectors lost" if step.lost_sectors else ""
+            lost = f", {counted(step.lost_sectors, 'sector')} lost" if step.lost_sectors else ""
             bars.update(bar, description=f"{device.path}{lost}", completed=step.done_sectors << 9,
                         total=step.total_sectors << 9)
             if map_file is not None and time.monotonic() - saved_s >= SAVE_S:

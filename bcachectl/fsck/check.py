@@ -48,6 +48,7 @@ from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SEC
 from bcachectl.ondisk.magic import bset_magic
 from bcachectl.ondisk.superblock import NBUCKETS_MIN_RUN, SB_SECTOR, Superblock
 from bcachectl.ondisk.uuids import FREE, UUID_FLASH_ONLY
+from bcachectl.units import counted
 
 FINDINGS_LIMIT = 10_000
 UNKNOWN_CODES = ("JOURNAL_GAP", "JOURNAL_CSUM", "JOURNAL_KEYS", "JOURNAL_EMPTY", "BTREE_ROOT_PTR")
@@ -331,7 +332,7 @@ class Check:
         if self.walk.geometry.node_sectors < 2 * sb.block_size:
             say("SB_NODE_BLOCKS", f"node of {self.walk.geometry.node_sectors} sectors, block of {sb.block_size}")
         if sb.nbuckets < NBUCKETS_MIN_RUN:
-            say("SB_TOO_FEW_TO_RUN", f"{sb.nbuckets} buckets")
+            say("SB_TOO_FEW_TO_RUN", counted(sb.nbuckets, "bucket"))
         if not sb.cache_sync:
             say("SB_NEVER_RUN", "CACHE_SYNC is 0")
 
@@ -347,7 +348,7 @@ class Check:
         prios = walk.prios[:self.known_buckets]
         wrong = np.flatnonzero((prios > PRIO_INITIAL) & (prios < PRIO_BTREE))
         if len(wrong):
-            self._add(Finding("PRIO_VALUE", "prio sets", f"{len(wrong)} buckets, the first with priority "
+            self._add(Finding("PRIO_VALUE", "prio sets", f"{counted(len(wrong), 'bucket')}, the first with priority "
                                                          f"{int(prios[wrong[0]])}", int(wrong[0])))
 
     def _uuids(self) -> None:
@@ -366,7 +367,7 @@ class Check:
             if entry.is_flash_only and not entry.sectors:
                 self._add(Finding("UUID_FLASH_SIZE", where, "flash-only volume of 0 sectors"))
             if entry.sectors and not entry.is_flash_only:
-                self._add(Finding("UUID_SECTORS", where, f"{entry.sectors} sectors"))
+                self._add(Finding("UUID_SECTORS", where, counted(entry.sectors, "sector")))
             if entry.flags & ~UUID_FLASH_ONLY.mask:
                 self._add(Finding("UUID_FLAGS", where, f"flags {entry.flags:#x}"))
 
@@ -637,8 +638,8 @@ class Check:
                 self._add(Finding("ORPHAN_CLEAN", f"uuid array, slot {inode}", "clean data, the slot is free"))
         for inode, dirty in sorted(self.dirty.items()):
             if inode >= len(walk.uuids):
-                self._add(Finding("EXTENT_INODE", "btree", f"{dirty.sectors} dirty sectors of device number {inode}; "
-                                  f"there are {len(walk.uuids)} slots"), inode << INODE_SHIFT,
+                self._add(Finding("EXTENT_INODE", "btree", f"{counted(dirty.sectors, 'dirty sector')} of device number "
+                                  f"{inode}; there are {len(walk.uuids)} slots"), inode << INODE_SHIFT,
                           min(inode + 1 << INODE_SHIFT, MAX_POS))
                 extents = self.dirty_extents(inode)
                 for row in range(len(extents.start)):
@@ -648,10 +649,10 @@ class Check:
             if entry.is_free or entry.is_retired:
                 state = "free" if entry.is_free else "retired"
                 self._add(Finding("ORPHAN_DIRTY" if entry.is_free else "ORPHAN_RETIRED", f"uuid array, slot {inode}",
-                                  f"{dirty.sectors} dirty sectors, the slot is {state}"))
+                                  f"{counted(dirty.sectors, 'dirty sector')}, the slot is {state}"))
             elif entry.is_flash_only and dirty.end - (inode << INODE_SHIFT) > entry.sectors:
                 self._add(Finding("EXTENT_BEYOND_VOLUME", f"uuid array, slot {inode}",
-                                  f"volume of {entry.sectors} sectors"))
+                                  f"volume of {counted(entry.sectors, 'sector')}"))
 
 
 def _overlapping(taken: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -30,7 +30,7 @@ from bcachectl.ondisk.superblock import (
     judge_csum,
     parse_superblock,
 )
-from bcachectl.units import format_uuid
+from bcachectl.units import counted, format_uuid
 
 COMPARE_SECTORS = 2048
 """Dirty data is compared in pieces of this length."""
@@ -142,7 +142,7 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> I
         yield say("BACKING_BLOCK_SIZE", f"block size {sb.block_size} sectors, the set's is {cache.block_size}")
     if sb.state is BdevState.NONE:
         if sectors:
-            yield say("BACKING_DETACHED_DIRTY", f"{sectors} dirty sectors in slot {slot}")
+            yield say("BACKING_DETACHED_DIRTY", f"{counted(sectors, 'dirty sector')} in slot {slot}")
         elif slot is None:
             yield say("BACKING_NOT_ATTACHED", "state none")
     elif sb.state is BdevState.STALE:
@@ -150,7 +150,8 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> I
     elif slot is None:
         yield say("BACKING_FORGOTTEN", f"state {sb.state.name.lower()}, uuid {format_uuid(sb.uuid)}")
     elif sb.state is BdevState.CLEAN and sectors and not backing.has_data:
-        yield say("BACKING_CLEAN_KEYS", f"{sectors} dirty sectors; whether they differ, an image does not tell")
+        yield say("BACKING_CLEAN_KEYS", f"{counted(sectors, 'dirty sector')}; whether they differ, an image does "
+                                        "not tell")
     elif sb.state is BdevState.CLEAN and sectors:
         differs = differing_sectors(walk, backing, held.dirty_extents(slot))
         is_wrong = differs > IN_FLIGHT_SECTORS and differs * 2 > sectors

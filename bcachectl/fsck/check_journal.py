@@ -19,6 +19,7 @@ from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, JSET_VERSION, decode_jset
 from bcachectl.ondisk.magic import jset_magic
+from bcachectl.units import counted
 
 
 def check_journal(walk: Walk) -> Iterator[Finding]:
@@ -149,7 +150,7 @@ def _check_keys(walk: Walk) -> Iterator[Finding]:
         wrong = np.flatnonzero((inodes >= walk.geometry.nr_uuids) & (keys.size > 0))
         if len(wrong):
             yield Finding("JOURNAL_KEY_INODE", f"journal entry {entry.jset.seq} in bucket {entry.index}",
-                          f"{len(wrong)} keys, the first of device number {int(inodes[wrong[0]])}",
+                          f"{counted(len(wrong), 'key')}, the first of device number {int(inodes[wrong[0]])}",
                           sector=_sector(walk, entry))
 
 

@@ -41,7 +41,7 @@ from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.rescue_map import joined, marked
 from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.superblock import BDEV_DATA_START_DEFAULT, BdevState, Superblock, encode_superblock
-from bcachectl.units import format_sectors, format_uuid
+from bcachectl.units import counted, format_sectors, format_uuid
 
 USE_ALONE, KEEP_DIRTY = "use-backing-alone", "keep-dirty"
 
@@ -116,7 +116,8 @@ def absent(check: Check, slot: int, cache: str) -> Verdict:
     dirty = check.dirty_extents(slot)
     size = format_sectors(check.dirty[slot].sectors)
     ranges = ranges_of(dirty, slot, BDEV_DATA_START_DEFAULT)
-    lost = Loss(check.dirty[slot].sectors, ranges, f"{size} that only the cache has, in {len(ranges)} ranges")
+    lost = Loss(check.dirty[slot].sectors, ranges,
+                f"{size} that only the cache has, in {counted(len(ranges), 'range')}")
     word = str(slot) if entry.is_free or entry.is_retired else format_uuid(entry.uuid)
     command = f"`bcachectl forget-backing {cache} {word}"
     choices = (Choice("", f"find the device: `bcachectl writeback {cache} DEVICE` gives it its data", NOTHING),
@@ -212,7 +213,8 @@ def _with_dirty(sb: Superblock, backing: Backing, check: Check, cache: str, slot
     state, sectors = STATES[sb.state], int(dirty.size.sum())
     ranges = ranges_of(dirty, slot, sb.data_offset)
     size = format_sectors(sectors)
-    given_up = Loss(sectors, ranges, f"{size} that only the cache has, in {len(ranges)} ranges of the volume")
+    given_up = Loss(sectors, ranges,
+                    f"{size} that only the cache has, in {counted(len(ranges), 'range of the volume')}")
     use = Choice(USE_ALONE, "mark the device detached and let the set forget it; --export FILE saves the dirty data "
                             "first", given_up)
     if sb.state is BdevState.DIRTY:
@@ -231,7 +233,7 @@ def _with_dirty(sb: Superblock, backing: Backing, check: Check, cache: str, slot
                                   "unless the cache device is an older copy of itself", NOTHING)
         return Verdict(state, story, slot, dirty, (keep, use))
     since = "while it ran without the cache" if sb.state is BdevState.STALE else "since it was marked detached"
-    kept = Loss(sectors, ranges, f"whatever was written to these {len(ranges)} ranges ({size}) {since}")
+    kept = Loss(sectors, ranges, f"whatever was written to {counted(len(ranges), 'range')} there ({size}) {since}")
     keep = Choice(KEEP_DIRTY, "copy the cache's dirty data over what the device holds there, then mark the device "
                               "detached and let the set forget it", kept)
     story = (f"It ran without its cache, which has {size} of dirty data of it: two histories, each with data that the "

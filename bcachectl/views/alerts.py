@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bcachectl.snapshot import SetSnapshot, VolumeSnapshot
-from bcachectl.units import format_sectors
+from bcachectl.units import counted, format_sectors
 
 BYPASS_ALL_PERCENT = 95
 """Above this in_use everything goes past the cache (request.c, CUTOFF_CACHE_ADD)."""
@@ -32,15 +32,17 @@ def alerts(snapshot: SetSnapshot) -> list[Alert]:
     if snapshot.failed is not None:
         found.append(Alert("bad", f"the set has failed: {snapshot.failed}; caching is off"))
     if snapshot.damages:
-        found.append(Alert("bad", f"{snapshot.damages} structures are damaged: `bcachectl fsck {snapshot.cache_path}` "
-                                  "tells what that costs"))
+        are = "is" if snapshot.damages == 1 else "are"
+        found.append(Alert("bad", f"{counted(snapshot.damages, 'structure')} {are} damaged: `bcachectl fsck "
+                                  f"{snapshot.cache_path}` tells what that costs"))
     for volume in snapshot.volumes:
         found += _volume_alerts(volume)
     for device in snapshot.absent:
         found.append(Alert("warn", f"{format_sectors(device.dirty_sectors)} in the cache belong to a backing device "
                                    f"that is not here ({device.label or device.uuid}); they are kept for it"))
     if snapshot.cache_io_errors:
-        found.append(Alert("warn", f"{snapshot.cache_io_errors} I/O errors of the cache device {snapshot.cache_path}"))
+        found.append(Alert("warn", f"{counted(snapshot.cache_io_errors, 'I/O error')} of the cache device "
+                                   f"{snapshot.cache_path}"))
     found += _allocator_alerts(snapshot)
     # What is only read waits for nothing.
     journal = None if snapshot.read_only else snapshot.journal
@@ -61,17 +63,18 @@ def why_stalled(snapshot: SetSnapshot, volume: VolumeSnapshot) -> str:
     if volume.io_disabled:
         return f"{volume.name} is disabled after I/O errors (io_disable)"
     if volume.backing_io_errors:
-        return f"{volume.backing_io_errors} I/O errors of the backing device {volume.backing_path or ''}".rstrip()
+        return (f"{counted(volume.backing_io_errors, 'I/O error')} of the backing device "
+                f"{volume.backing_path or ''}").rstrip()
     writeback = volume.writeback
     if writeback is None:
         return "no writeback runs for it"
     if not writeback.running and not writeback.detaching:
         return "writeback is paused (writeback_running is 0)"
     if snapshot.writeback_keys_failed:
-        return (f"{snapshot.writeback_keys_failed} keys could not be written back so far; the kernel's log tells of "
-                "read errors of the cache and write errors of the backing device")
+        return (f"{counted(snapshot.writeback_keys_failed, 'key')} could not be written back so far; the kernel's log "
+                "tells of read errors of the cache and write errors of the backing device")
     if writeback.in_flight:
-        return f"{writeback.in_flight} writes to the backing device are in flight and take long"
+        return f"{counted(writeback.in_flight, 'write')} to the backing device in flight, and slow"
     if writeback.in_flight is None:
         return "the kernel does not tell why; a slow backing device, or a gc, are the usual causes"
     if volume.requests is not None and volume.requests.writes:
@@ -86,8 +89,8 @@ def _volume_alerts(volume: VolumeSnapshot) -> list[Alert]:
     if volume.state == "inconsistent":
         found.append(Alert("bad", f"{volume.name} ran without its dirty data: its contents are inconsistent"))
     if volume.backing_io_errors:
-        found.append(Alert("bad", f"{volume.name}: {volume.backing_io_errors} I/O errors of its backing device "
-                                  f"{volume.backing_path or ''}".rstrip()))
+        found.append(Alert("bad", f"{volume.name}: {counted(volume.backing_io_errors, 'I/O error')} of its backing "
+                                  f"device {volume.backing_path or ''}".rstrip()))
     writeback = volume.writeback
     if writeback is not None and not writeback.running and volume.dirty_sectors and volume.attached:
         found.append(Alert("warn", f"{volume.name}: writeback is paused with {format_sectors(volume.dirty_sectors)} "
@@ -102,9 +105,11 @@ def _allocator_alerts(snapshot: SetSnapshot) -> list[Alert]:
         found.append(Alert("warn", f"{allocator.in_use_percent} % in use: every request bypasses the cache above "
                                    f"{BYPASS_ALL_PERCENT} %"))
     if allocator.gens is not None and allocator.gens.headroom <= HEADROOM_WARN:
-        found.append(Alert("warn", f"a bucket is {allocator.gens.headroom} reuses from the gen guard: a gc is due"))
+        found.append(Alert("warn", f"a bucket is {counted(allocator.gens.headroom, 'reuse')} from the gen guard: a "
+                                   "gc is due"))
     if allocator.waiting_tasks:
-        found.append(Alert("warn", f"{allocator.waiting_tasks} tasks wait for a free bucket"))
+        wait = "waits" if allocator.waiting_tasks == 1 else "wait"
+        found.append(Alert("warn", f"{counted(allocator.waiting_tasks, 'task')} {wait} for a free bucket"))
     if allocator.invalidate_needs_gc and not (snapshot.gc is not None and snapshot.gc.running):
         found.append(Alert("warn", "nothing can be invalidated before a gc has run"))
     return found

@@ -22,7 +22,7 @@ from bcachectl.snapshot import (
     VolumeSnapshot,
     WritebackSnapshot,
 )
-from bcachectl.units import format_sectors, format_size
+from bcachectl.units import counted, format_sectors, format_size
 from bcachectl.views.alerts import alerts
 from bcachectl.views.charts import STATE_LETTERS, STATE_NAMES, STATE_STYLES, bar, histogram, sparkline
 from bcachectl.views.history import History
@@ -120,17 +120,19 @@ def allocation(snapshot: SetSnapshot, history: History, width: int) -> list[Text
         return [first]
     first.append(f", prio writes {counters.prio_writes}{_rate(history, 'prio_writes')}")
     if allocator.prio_blocked:
-        first.append(f", held up by {allocator.prio_blocked} freed nodes", "yellow")
+        first.append(f", held up by {counted(allocator.prio_blocked, 'freed node')}", "yellow")
     if allocator.discard:
         first.append(f", discards {counters.discards}")
     second = Text(f"allocs {counters.allocations}{_rate(history, 'allocations')}, "
                   f"invalidations {counters.invalidations}{_rate(history, 'invalidations')}")
     third = Text()
     if counters.alloc_fails:
-        third.append(f"fails {counters.alloc_fails}{_rate(history, 'alloc_fails')}", "yellow")
+        fails = counted(counters.alloc_fails, "time")
+        third.append(f"no bucket found {fails}{_rate(history, 'alloc_fails')}", "yellow")
     if allocator.waiting_tasks:
         third.append(", " if third else "")
-        third.append(f"{allocator.waiting_tasks} tasks wait", "bold red")
+        wait = "waits" if allocator.waiting_tasks == 1 else "wait"
+        third.append(f"{counted(allocator.waiting_tasks, 'task')} {wait}", "bold red")
     if not third:
         return [first, second]
     if second.cell_len + third.cell_len + 2 > width:
@@ -206,7 +208,8 @@ def journal(snapshot: SetSnapshot, width: int) -> list[Text]:
         return [Text(", ".join(f"{number} {what}" for number, what in known if number is not None))]
     used = found.njournal - found.free_buckets
     line = bar(used, found.njournal, max(6, min(24, width - 48)), "red" if found.is_full else "magenta")
-    line.append(f" {used}/{found.njournal} buckets, entries {found.last_seq}..{found.seq}, {found.pins} pins")
+    line.append(f" {used}/{found.njournal} buckets, entries {found.last_seq}..{found.seq}, "
+                f"{counted(found.pins, 'pin')}")
     if found.is_full:
         line.append("  FULL", "bold red")
     return [line]
@@ -220,13 +223,13 @@ def btree(snapshot: SetSnapshot, width: int) -> list[Text]:
     if found.nodes_cached is None:
         line = Text(f"depth {found.depth}, {format_size(found.cache_bytes)} in memory")
         if found.nodes is not None:
-            line.append(f", {found.nodes} nodes, {'-' if found.used_percent is None else found.used_percent} % full "
-                        "at the last gc")
+            full = "-" if found.used_percent is None else found.used_percent
+            line.append(f", {counted(found.nodes, 'node')}, {full} % full at the last gc")
         return [line]
-    line = Text(f"depth {found.depth}, {found.nodes_cached} nodes in {format_size(found.cache_bytes)}")
+    line = Text(f"depth {found.depth}, {counted(found.nodes_cached, 'node')} in {format_size(found.cache_bytes)}")
     if found.limit_bytes:
         line.append(f" of {format_size(found.limit_bytes)}")
-    rest = f"{found.keys_cached} keys, {found.dirty_leaves} to write"
+    rest = f"{counted(found.keys_cached, 'key')}, {found.dirty_leaves} to write"
     if line.cell_len + len(rest) + 2 > width:
         return [line, Text(rest)]
     line.append(f", {rest}")
@@ -327,10 +330,10 @@ def bucket_share(allocator: AllocatorSnapshot, name: str) -> str:
 def gc_took(gc: GcSnapshot) -> str:
     """How long the last gc took, or what is known of that."""
     if gc.last_duration_ns is not None:
-        return f" took {gc.last_duration_ns / 1e6:.0f} ms over {gc.nodes} nodes"
+        return f" took {gc.last_duration_ns / 1e6:.0f} ms over {counted(gc.nodes, 'node')}"
     if gc.average_duration_ns is not None and gc.max_duration_ns is not None:
         return (f", on average {gc.average_duration_ns / 1e6:.0f} ms, at most {gc.max_duration_ns / 1e6:.0f} ms over "
-                f"{'-' if gc.nodes is None else gc.nodes} nodes")
+                f"{counted(gc.nodes, 'node')}")
     return ""
 
 

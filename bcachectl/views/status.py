@@ -10,7 +10,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from bcachectl.snapshot import AbsentSnapshot, SetSnapshot, VolumeSnapshot, WindowSnapshot
-from bcachectl.units import format_sectors, format_size
+from bcachectl.units import counted, format_sectors, format_size
 from bcachectl.views.panels import LABEL, bucket_share, format_duration, gc_took, verdict
 
 _LABEL_WIDTH = 12
@@ -63,7 +63,7 @@ def _cache(snapshot: SetSnapshot) -> list[Text]:
         if journal.njournal is not None and journal.free_buckets is not None:
             text = f"{journal.njournal - journal.free_buckets} of {journal.njournal} buckets"
         else:
-            text = f"{'-' if journal.pins is None else journal.pins} open entries, written within {journal.delay_ms} ms"
+            text = f"{counted(journal.pins, 'open entry')}, written within {journal.delay_ms} ms"
         lines.append(_row("Journal", text))
     gc = snapshot.gc
     if gc is not None and gc.running is None:
@@ -71,7 +71,7 @@ def _cache(snapshot: SetSnapshot) -> list[Text]:
             f"last {format_duration(max(0, snapshot.t_ns - gc.last_end_ns))} ago{gc_took(gc)}")
         lines.append(_row("GC", last))
     elif gc is not None:
-        lines.append(_row("GC", f"{'running' if gc.running else 'idle'}, {gc.runs} runs"))
+        lines.append(_row("GC", f"{'running' if gc.running else 'idle'}, {counted(gc.runs, 'run')}"))
     return lines
 
 
@@ -108,9 +108,9 @@ def _volume(volume: VolumeSnapshot) -> list[Text]:
             lines.append(_row("", f"bypassed {format_sectors(window.bypassed_sectors)}"))
     requests = volume.requests
     if requests is not None:
-        lines.append(_row("", f"requests: {requests.reads} reads ({format_sectors(requests.read_sectors)}), "
-                              f"{requests.writes} writes ({format_sectors(requests.written_sectors)})"))
-        more = [f"{count} {what}" for count, what in ((requests.flushes, "flushes"), (requests.errors, "errors"))
+        lines.append(_row("", f"requests: {counted(requests.reads, 'read')} ({format_sectors(requests.read_sectors)}), "
+                              f"{counted(requests.writes, 'write')} ({format_sectors(requests.written_sectors)})"))
+        more = [counted(count, what) for count, what in ((requests.flushes, "flush"), (requests.errors, "error"))
                 if count is not None]
         if more:
             lines.append(_row("", f"  {', '.join(more)}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bcachectl.units import format_label, format_time
+from bcachectl.units import counted, format_label, format_time
 
 
 @pytest.mark.parametrize(("seconds", "text"), [
@@ -22,3 +22,11 @@ def test_times(seconds: int, text: str) -> None:
     ("a\u202eb\u2028".encode(), r"a\u202eb\u2028")])
 def test_labels(raw: bytes, text: str) -> None:
     assert format_label(raw) == text
+
+
+@pytest.mark.parametrize(("count", "what", "text"), [
+    (1, "node", "1 node"), (0, "node", "0 nodes"), (2, "open entry", "2 open entries"), (None, "key", "- keys"),
+    (3, "range of the volume", "3 ranges of the volume"), (1, "range of the volume", "1 range of the volume"),
+    (2, "flush", "2 flushes")])
+def test_counted(count: int | None, what: str, text: str) -> None:
+    assert counted(count, what) == text
