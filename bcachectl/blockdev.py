@@ -123,8 +123,13 @@ class BlockDevice:
     def read(self, offset_bytes: int, nbytes: int) -> bytes:
         """Exactly ``nbytes``; DeviceError if the range leaves the device or cannot be read."""
         self._check_range("read", offset_bytes, nbytes)
-        buf = bytearray(nbytes)
         try:
+            if self.image is None and not self.direct:
+                # As a rule all of it comes at once, and is not copied again.
+                data = os.pread(self.fd, nbytes, offset_bytes)
+                if len(data) == nbytes:
+                    return data
+            buf = bytearray(nbytes)
             self.read_into(offset_bytes, memoryview(buf))
         except OSError as error:
             raise self._failed("read", offset_bytes, error) from error

@@ -8,7 +8,8 @@ Two images, each sparse, with a superblock, a journal, prio sets, the uuid array
   some of it, one bucket in fifty a generation that the prio sets do not know yet, and the journal has keys for every
   leaf.
 
-The file that dd reads holds what the image has allocated, hole by hole left out, and is as warm.  A round is dd, then
+The file that dd reads holds what the image has allocated, hole by hole left out, and is as warm; the journal, which
+fsck reads to its end, is allocated as a whole.  A round is dd, then
 fsck; the figures are medians over the rounds, with their spread.
 """
 
@@ -140,6 +141,8 @@ class Writer:
             self.put(prio_bucket, encode_prio_set(1, after, np.full(geometry.prios_per_bucket, 32768, np.uint16),
                                                   np.ones(geometry.prios_per_bucket, np.uint8), prio_magic(SET_UUID),
                                                   geometry.meta_bytes))
+        for index in range(self.journal):
+            self.put(1 + index, bytes(BUCKET_SECTORS * 512))
         bucket, offset = 2, 0
         for seq, keys in enumerate(journal or [b""], 1):
             entry = encode_jset(

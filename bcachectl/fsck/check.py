@@ -16,8 +16,10 @@ Limits: at most `FINDINGS_LIMIT` findings are kept; of the data one number per e
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +57,7 @@ UNKNOWN_CODES = ("JOURNAL_GAP", "JOURNAL_CSUM", "JOURNAL_KEYS", "JOURNAL_EMPTY",
 """Codes of damage that may have hit keys anywhere."""
 RANGES_LIMIT = 1_000
 RUNS_AT_ONCE = 1 << 17
+LEAVES_AT_ONCE = 64
 PRIO_INITIAL, PRIO_BTREE = 32768, 65535
 
 DAMAGE_CODES: tuple[tuple[str, str, str], ...] = (
@@ -411,6 +414,9 @@ class Check:
 
     def _interior(self, node: Node, where: str) -> None:
         walk = self.walk
+        inside = np.uint64(walk.geometry.bucket_size_sectors - 1)
+        if not any((PTR_OFFSET.get(image.keys.ptr) & inside).any() for image in node.sets):
+            return
         for _level, key, start, end in walk.children(node)[0]:
             if key.ptrs[0].sector % walk.geometry.bucket_size_sectors:
                 self._add(Finding("BTREE_PTR_OFFSET", where, f"sector {key.ptrs[0].sector}", node.bucket,
@@ -468,18 +474,17 @@ class Check:
                 self.claims.setdefault(walk.geometry.bucket_of(slot.leaf.sector), "btree leaf")
         metadata = np.zeros(walk.geometry.nbuckets, np.bool_)
         metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
-        for number, (slot, tally) in enumerate(self._tallied(metadata)):
-            if tally is not None:
-                self._add_tally(tally)
-            else:
+        tallied = self._tallied()
+        for number in range(0, len(self.slots), LEAVES_AT_ONCE):
+            some = list(islice(tallied, LEAVES_AT_ONCE))
+            for slot in self._add_tallies(some, metadata):
                 self._leaf(slot, metadata)
-            if number % 64 == 0:
-                yield Progress("extents", number, len(self.slots))
+            yield Progress("extents", number, len(self.slots))
         yield Progress("extents", len(self.slots), len(self.slots))
 
-    def _tallied(self, metadata: npt.NDArray[np.bool_]) -> Iterator[tuple[Slot, Tally | None]]:
+    def _tallied(self) -> Iterator[tuple[Slot, Tally | None]]:
         # Each leaf with its tally, None if it has none, or one that may not be believed: where keys or generations
-        # are missing, where a bucket of metadata is in it.  Tallies that newer generations overtook are made anew.
+        # are missing.  Tallies that newer generations overtook are made anew.
         walk = self.walk
         plain, self._plain = self._plain, {}
         is_sure = self.known_buckets == walk.geometry.nbuckets
@@ -494,19 +499,28 @@ class Check:
         leaves.clear()
         again = walk.tallies(places) if places else iter(())
         for slot, first, late in zip(self.slots, tallies, is_late, strict=True):
-            tally = next(again) if late else first
-            if tally is not None and metadata[run_buckets(tally.taken, walk.geometry)].any():
-                tally = None
-            yield slot, tally
+            yield slot, next(again) if late else first
 
-    def _add_tally(self, tally: Tally) -> None:
-        self._taken.append(tally.taken)
-        self.used[run_buckets(tally.taken, self.walk.geometry)] = True
-        self.dirty = joined_spreads(self.dirty, tally.dirty)
-        totals = self.totals
-        self.totals = Totals(self.walk.nodes, totals.extents + tally.extents,
-                             totals.dirty_sectors + tally.dirty_sectors, totals.clean_sectors + tally.clean_sectors,
-                             0, 0)
+    def _add_tallies(self, leaves: Sequence[tuple[Slot, Tally | None]], metadata: npt.NDArray[np.bool_]) -> list[Slot]:
+        # Count what needs no further look.  The others are left: those without a tally, or with a bucket of metadata.
+        geometry = self.walk.geometry
+        tallies = [tally for _slot, tally in leaves if tally is not None]
+        taken = np.concatenate([np.zeros(0, np.uint64), *(tally.taken for tally in tallies)])
+        buckets = run_buckets(taken, geometry)
+        if metadata[buckets].any():
+            if len(leaves) > 1:
+                return [slot for leaf in leaves for slot in self._add_tallies([leaf], metadata)]
+            return [slot for slot, _tally in leaves]
+        self.used[buckets] = True
+        self._taken.append(taken)
+        _nodes, extents, dirty_sectors, clean_sectors, _lost, _lost_clean = self.totals
+        for tally in tallies:
+            extents += tally.extents
+            dirty_sectors += tally.dirty_sectors
+            clean_sectors += tally.clean_sectors
+            self.dirty = joined_spreads(self.dirty, tally.dirty)
+        self.totals = Totals(self.walk.nodes, extents, dirty_sectors, clean_sectors, 0, 0)
+        return [slot for slot, tally in leaves if tally is None]
 
     def _leaf(self, slot: Slot, metadata: npt.NDArray[np.bool_]) -> None:
         found = self._leaf_map(slot)
@@ -614,11 +628,11 @@ class Check:
     def _only_clean(self) -> list[int]:
         # Device numbers that have clean data only, and a free slot or none.  Few leaves can hold any.
         uuids = self.walk.uuids
-        free = np.array([*(slot for slot, entry in enumerate(uuids) if entry.is_free), len(uuids)], np.int64)
+        free = [*(slot for slot, entry in enumerate(uuids) if entry.is_free), len(uuids)]
         found: set[int] = set()
         for slot in self.slots:
             first, last = slot.start >> INODE_SHIFT, slot.end - 1 >> INODE_SHIFT
-            at = int(np.searchsorted(free, first))
+            at = bisect_left(free, first)
             if last < len(uuids) and (at == len(free) or free[at] > last):
                 continue
             kept = self._leaf_map(slot).kept

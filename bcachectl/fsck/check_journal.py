@@ -47,6 +47,8 @@ def leftovers(walk: Walk) -> Iterator[JournalEntry]:
     magic, block_bytes = jset_magic(sb.set_uuid), geometry.block_bytes
     reached = _ends(walk)
     for index, bucket in enumerate(sb.d):
+        if index in walk.journal_exhausted:
+            continue
         try:
             buf = walk.read(geometry.sector_of(bucket), geometry.bucket_size_sectors)
         except BcachectlError:

@@ -216,8 +216,8 @@ class Tallier:
     def _is_more_behind(self, view: memoryview, place: Place, block: int, node_seq: int, node_blocks: int) -> bool:
         # A set of this node behind the end of its log, or one that would be if its number were right.
         block_bytes = self.geometry.block_bytes
-        words = np.frombuffer(view, "<u8", node_blocks * block_bytes // 8).reshape(node_blocks, -1)
-        if bool((words[block:, _SEQ_WORD] == node_seq).any()):
+        seqs = np.frombuffer(view, "<u8", node_blocks * block_bytes // 8)[_SEQ_WORD::block_bytes // 8]
+        if node_seq in seqs[block:].tolist():
             return True
         offset = block * block_bytes
         csum, magic, _seq, version, keys = _HEADER.unpack_from(view, offset)

@@ -55,6 +55,7 @@ from bcachectl.ondisk.bkey import (
     Ptr,
     decode_key_columns,
     ptr_make,
+    ptr_sector,
     text,
 )
 from bcachectl.ondisk.bset import BsetImage, check_node_end, decode_node
@@ -74,7 +75,7 @@ Child = tuple[int, Bkey, int, int]
 BUCKETS_LIMIT = 1 << 24
 """A superblock that claims more buckets than this, and more than the device has room for, is not believed."""
 JOURNAL_PIECE_BYTES = 256 << 10
-"""A journal bucket is read in full only if its valid part comes close to the end of a piece of this size."""
+"""What stands behind a piece of this size matters only if the valid part of the bucket comes close to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,8 @@ class Walk:
         """Every valid entry, by seq, old ones that a reused bucket still holds included."""
         self.replay: list[JournalEntry] = []
         """The entries that a start would replay, by seq."""
+        self.journal_exhausted: set[int] = set()
+        """Journal buckets, by index, in which no block that could begin an entry stands behind the last one."""
         self.prio_buckets: list[int] = []
         self.uuids: tuple[UuidEntry, ...] = ()
         self.slots: list[Slot] = []
@@ -326,6 +329,15 @@ class Walk:
         why = judge_jset(buf, end, magic=magic, limit_bytes=length_bytes - end) if end < length_bytes else ""
         if why in ("too big", "bad csum"):
             yield Damage(f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
+        try:
+            rest = self.read(sector + (length_bytes >> 9), (self.geometry.bucket_bytes - length_bytes) >> 9)
+        except BcachectlError:
+            return
+        # By the second word of each block.
+        step, first = block_bytes // 8, end // block_bytes
+        magics = (np.frombuffer(part, "<u8")[1::step] for part in (buf, rest) if part)
+        if magic not in np.concatenate([np.zeros(0, np.uint64), *magics])[first:].tolist():
+            self.journal_exhausted.add(index)
 
     # Prio sets and uuids.
 
@@ -439,10 +451,11 @@ class Walk:
         first_of = dict(zip(reversed(buckets.tolist()), reversed(range(len(children))), strict=True))
         is_new = ~self._visited[buckets]
         is_new &= np.array([first_of[bucket] == row for row, bucket in enumerate(buckets.tolist())], np.bool_)
-        places = [_place_of(child) for child, new in zip(children, is_new.tolist(), strict=True) if new]
+        places = [_place_of(child) for child in children]
         raised = self.raised
-        with closing(tallies(tallier, places, self.processes)) as found:
-            for child, bucket, new in zip(children, buckets.tolist(), is_new.tolist(), strict=True):
+        asked = [place for place, new in zip(places, is_new.tolist(), strict=True) if new]
+        with closing(tallies(tallier, asked, self.processes)) as found:
+            for child, bucket, new, place in zip(children, buckets.tolist(), is_new.tolist(), places, strict=True):
                 tally = next(found) if new else None
                 if tally is None:
                     yield from self._walk_node(child)
@@ -451,7 +464,7 @@ class Walk:
                 self.nodes += 1
                 _level, key, start, end = child
                 yield Record(f"btree node at bucket {bucket}, level 0", key.ptrs[0].sector, key.size,
-                             PlainLeaf(bucket, _place_of(child), tally, raised))
+                             PlainLeaf(bucket, place, tally, raised))
                 self.slots.append(Slot(start, end, key.ptrs[0], key.size))
                 if len(tally.marks):
                     self._mark_words(tally.marks)
@@ -512,10 +525,16 @@ class Walk:
         sector = self._sector_of(node.bucket)
         children: list[Child] = []
         damages: list[Damage] = []
-        rows = sorted((int(pos), -number, row) for number, image in enumerate(node.sets)
-                      for row, pos in enumerate(image.keys.pos))
+        rows = sorted((pos, -number, row) for number, image in enumerate(node.sets)
+                      for row, pos in enumerate(image.keys.pos.tolist()))
+        good = [self._good_children(image.keys) for image in node.sets]
         start = node.start
         for pos, minus_number, row in rows:
+            child = good[-minus_number].get(row)
+            if child is not None and pos > start:
+                children.append((node.level - 1, child, start, pos))
+                start = pos
+                continue
             key = _interior_key(node.sets[-minus_number].keys, row)
             if validity.btree_ptr_invalid(key, self.geometry):
                 lost = (start, pos) if start < pos <= node.end else (0, 0)
@@ -534,6 +553,17 @@ class Walk:
             damages.append(Damage(where, "no child for the end of the node's range", sector, node.nsectors, start,
                                   node.end))
         return children, damages
+
+    def _good_children(self, keys: KeyColumns) -> dict[int, Bkey]:
+        # The keys that lead to a node, beyond doubt, by their rows.
+        bad = validity.btree_ptrs_invalid(keys, self.geometry) | ~validity.columns_available(keys)
+        bad |= validity.columns_staleness(keys, self.geometry, self.gens) != 0
+        bad |= (keys.pos == 0) | (keys.pos == MAX_POS)
+        rows = np.flatnonzero(~bad)
+        columns = (column[rows].tolist() for column in (keys.pos, keys.size, keys.ptr))
+        return {row: Bkey(pos >> INODE_SHIFT, (pos & SECTOR_MASK) - size, pos & SECTOR_MASK, False, 0,
+                          (Ptr(0, ptr_sector(ptr), ptr & 0xFF),))
+                for row, pos, size, ptr in zip(rows.tolist(), *columns, strict=True)}
 
     def _judge_leaf(self, node: Node) -> Iterator[Damage]:
         for image in node.sets:

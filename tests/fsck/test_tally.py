@@ -169,6 +169,22 @@ def test_processes(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch)
     assert report(image, 3) == alone
 
 
+@pytest.mark.usefixtures("way")
+def test_processes_say_what_one_says(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = base_image(golden("deep_crash") / "cache.img")
+    walk = Walk(image.cache.read, image.cache.size_sectors, processes=1)
+    places = [item.value.place for item in walk.structures()
+              if not isinstance(item, Damage) and isinstance(item.value, PlainLeaf)]
+    alone = list(walk.tallies(places))
+    assert None not in alone
+    monkeypatch.setattr(fanout, "LEAVES_MIN", 2)
+    for walk.processes, piece in ((2, 1), (2, 4), (3, 2), (5, 3)):
+        monkeypatch.setattr(fanout, "PIECE_LEAVES", piece)
+        assert repr(list(walk.tallies(places))) == repr(alone)
+        assert [tally is not None and tally.taken.tobytes() for tally in walk.tallies(places)] == [
+            tally is not None and tally.taken.tobytes() for tally in alone]
+
+
 def test_a_process_that_dies(golden: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     image = base_image(golden("deep_crash") / "cache.img")
     alone, parent = report(image, 1), os.getpid()
