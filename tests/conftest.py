@@ -52,8 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             group = item.path.relative_to(TESTS).parts[0]
         except ValueError:
             continue
-        for mark in item.iter_markers("timeout"):
-            item.add_marker(pytest.mark.timeout(patience(mark.args[0])), append=False)
+        limit = item.get_closest_marker("timeout")
+        if limit is not None:
+            item.add_marker(pytest.mark.timeout(patience(limit.args[0])), append=False)
         if group in GROUPS:
             item.add_marker(group)
         elif group == "test_tidy.py":
