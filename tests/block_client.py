@@ -58,12 +58,13 @@ class BlockClient:
         self._timeout_s = patience(timeout_s)
         self._fd = os.open(device, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         self._cached_fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        os.posix_fadvise(self._cached_fd, 0, 0, os.POSIX_FADV_RANDOM)       # nobody reads ahead
         self.size_bytes = int(struct.unpack("Q", fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8)))[0])
         self.block_bytes = int(struct.unpack("i", fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)))[0])
         self.next_cookie = 1
         self._in_flight: set[int] = set()
         self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
         self._workers = 0
 
     def __enter__(self) -> BlockClient:
@@ -104,10 +105,13 @@ class BlockClient:
         for _ in range(self._workers):
             self._asked.put(None)
         self._workers = 0
-        for fd in (self._fd, self._cached_fd):
-            if fd >= 0:
-                os.close(fd)
+        fds = [fd for fd in (self._fd, self._cached_fd) if fd >= 0]
         self._fd = self._cached_fd = -1
+        if self._is_served():
+            _close_all(fds)
+        else:
+            # The last one to close a device waits for what is under way, and only the next engine can end that.
+            threading.Thread(target=_close_all, args=(fds,), daemon=True).start()
 
     # --- many at once
 
@@ -134,6 +138,8 @@ class BlockClient:
                 if waited_s > self._timeout_s:
                     raise TimeoutError(f"{self.device}: no answer for {waited_s:.0f} s") from None
                 continue
+            if isinstance(reply, Exception):
+                raise reply
             if reply.error and not self._is_served():
                 raise ConnectionError("the server is gone")
             self._in_flight.remove(reply.cookie)
@@ -159,16 +165,25 @@ class BlockClient:
         return reply
 
     def _work(self) -> None:
+        memory = mmap.mmap(-1, 1 << 20)         # O_DIRECT wants it aligned
         while (request := self._asked.get()) is not None:
-            self._done.put(self._carry_out(*request))
+            _, _, _, length, _, _ = request
+            if length > len(memory):
+                memory = mmap.mmap(-1, length)
+            try:
+                self._done.put(self._carry_out(request, memory))
+            except Exception as bug:            # the thread's end would be a request without an answer
+                self._done.put(bug)
+                raise
 
-    def _carry_out(self, cookie: int, command: int, offset: int, length: int, data: bytes, flags: int) -> Reply:
+    def _carry_out(self, request: _Asked, memory: mmap.mmap) -> Reply:
+        cookie, command, offset, length, data, flags = request
         reply = Reply(cookie)
         try:
             if command == CMD_READ:
-                reply.data = self._read(offset, length)
+                reply.data = self._read(memory, offset, length)
             elif command == CMD_WRITE:
-                self._write(offset, data, is_fua=bool(flags & FLAG_FUA))
+                self._write(memory, offset, data, is_fua=bool(flags & FLAG_FUA))
             elif command == CMD_FLUSH:
                 os.fsync(self._fd)
             else:
@@ -180,16 +195,16 @@ class BlockClient:
     def _fits(self, offset: int, length: int) -> bool:
         return not (offset | length) % self.block_bytes
 
-    def _read(self, offset: int, length: int) -> bytearray:
+    def _read(self, memory: mmap.mmap, offset: int, length: int) -> bytearray:
         if not self._fits(offset, length):
             data = bytearray(os.pread(self._cached_fd, length, offset))
             # The page must not be there when the device is read directly, and no error may be told from it later.
             os.posix_fadvise(self._cached_fd, offset, length, os.POSIX_FADV_DONTNEED)
         else:
-            with mmap.mmap(-1, length) as memory, memoryview(memory) as view:
+            with memoryview(memory) as view:
                 done = 0
                 while done < length:
-                    count = os.preadv(self._fd, [view[done:]], offset + done)
+                    count = os.preadv(self._fd, [view[done:length]], offset + done)
                     if not count:
                         break
                     done += count
@@ -198,7 +213,7 @@ class BlockClient:
             raise OSError(errno.EINVAL, "beyond the end")
         return data
 
-    def _write(self, offset: int, data: bytes, *, is_fua: bool) -> None:
+    def _write(self, memory: mmap.mmap, offset: int, data: bytes, *, is_fua: bool) -> None:
         length = len(data)
         if not self._fits(offset, length):
             if os.pwrite(self._cached_fd, data, offset) != length:
@@ -209,11 +224,11 @@ class BlockClient:
             if is_fua:
                 os.fsync(self._cached_fd)
             return
-        with mmap.mmap(-1, length) as memory, memoryview(memory) as view:
-            view[:] = data
+        with memoryview(memory) as view:
+            view[:length] = data
             done = 0
             while done < length:
-                done += os.pwritev(self._fd, [view[done:]], offset + done, os.RWF_DSYNC if is_fua else 0)
+                done += os.pwritev(self._fd, [view[done:length]], offset + done, os.RWF_DSYNC if is_fua else 0)
 
     def _without_data(self, command: int, offset: int, length: int, *, is_fua: bool) -> None:
         request = {CMD_TRIM: _BLKDISCARD, CMD_WRITE_ZEROES: _BLKZEROOUT}[command]
@@ -225,3 +240,8 @@ class BlockClient:
                 raise
         if is_fua:
             os.fsync(self._fd)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

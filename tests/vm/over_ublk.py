@@ -36,7 +36,7 @@ MEMORY_MIB = 3072
 BOOT_S = 180
 """How long a boot goes on with further tests."""
 LAST_TEST_S = 900
-"""How long the last test of a boot may take besides."""
+"""How long a test may take, and so the last one of a boot besides."""
 
 _JOB = """
 echo 0 >/proc/sys/kernel/printk
@@ -75,7 +75,8 @@ class Boot:
     console: str
 
 
-def boot(words: list[str], done: list[str], share: Path, *, seconds: float = BOOT_S, only_first: bool = False) -> Boot:
+def boot(words: list[str], done: list[str], share: Path, *, seconds: float = BOOT_S, only_first: bool = False,
+         test_seconds: float = LAST_TEST_S) -> Boot:
     """Run the tests that ``words`` of pytest's command line choose, but for those that are done; with ``only_first``,
     each function with its first parameters only."""
     share.mkdir()
@@ -83,10 +84,10 @@ def boot(words: list[str], done: list[str], share: Path, *, seconds: float = BOO
     (share / "go.sh").write_text(_GO.format(
         root=shlex.quote(str(TESTS.parent)), slowness=SLOWNESS, seconds=seconds, python=shlex.quote(sys.executable),
         share="1" if only_first else "",
-        timeout_s=LAST_TEST_S, words=shlex.join(words)))
+        timeout_s=test_seconds, words=shlex.join(words)))
     started = machine.start(_JOB, [], share, host=True, memory_mib=MEMORY_MIB)
     try:
-        result = started.wait(seconds + LAST_TEST_S + 120)
+        result = started.wait(seconds + test_seconds + 120)
         output = f"{result.stdout}\n{result.console}"
         assert result.status == 0, output
     except AssertionError as error:
@@ -125,6 +126,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="keep what is done in this file, and go on with it")
     parser.add_argument("--boots", type=int, default=1000, help="no more than so many")
     parser.add_argument("--seconds", type=float, default=BOOT_S, help="of a boot")
+    parser.add_argument("--test-seconds", type=float, default=LAST_TEST_S, help="of a test")
+    parser.add_argument("--first", action="store_true", help="each function with its first parameters only")
     parser.add_argument("words", nargs="*", help="of pytest's command line, instead of all files")
     asked = parser.parse_args()
     words = asked.words or list(FILES)
@@ -132,7 +135,8 @@ def main() -> None:
     left = 1
     with tempfile.TemporaryDirectory(prefix="bcachectl-over-") as name:
         for number in range(asked.boots):
-            found = boot(words, [one.test for one in outcomes], Path(name) / str(number), seconds=asked.seconds)
+            found = boot(words, [one.test for one in outcomes], Path(name) / str(number), seconds=asked.seconds,
+                         only_first=asked.first, test_seconds=asked.test_seconds)
             outcomes += found.outcomes
             left = len(set(found.collected) - {one.test for one in outcomes})
             for one in found.outcomes:
