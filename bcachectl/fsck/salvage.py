@@ -4,13 +4,15 @@
 Whoever judges the cost of damage and whoever repairs it must agree, so both ask here.  The rules:
 
 * A set whose checksum holds is believed.  A set that fails is believed about what it *hides*, never about where data
-  is: its keys mask what older sets say, and count as lost.
+  is: its keys mask what older sets say, and count as lost.  Unless only its header is damaged (`SalvagedSet.is_whole`),
+  that is not all that may be lost: the range of the leaf is unknown besides.
 * Clean extents of sets older than a damaged one are dropped: the lost set may have said that they are out of date, and
   the backing device has the data.  Dirty ones are kept, they exist nowhere else.
 * What a damaged set said is known as far as the journal still says it: entries that need not be replayed any more hold
   the keys that went into the sets (`older_keys`).  They stand where the damaged set stood.  Keys that were replaced
   without the journal (write-back, moving gc, fills) name buckets that were used again, if they are out of date.
-* Sectors of a node that cannot be read cost the sets that they belong to, not the node.
+* Sectors of a node that cannot be read cost the sets that they belong to, not the node; where a set may have begun in
+  one, it is a damaged set, and not the end of the node.
 * Pointers in a damaged interior node are hints.  A hint is followed if the node that it leads to has a good checksum,
   which is seeded with the very pointer.
 * An extent that no kernel accepts hides its range and counts as lost.
