@@ -5,6 +5,7 @@ tells of each test as it begins and ends, and stops in good time.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -19,15 +20,23 @@ _UNTIL_S = time.monotonic() + float(os.environ.get("BCACHECTL_OVER_SECONDS", "1e
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("BCACHECTL_OVER_SHARE"):
-        # Of each function what its first parameters make of it.
-        seen: dict[str, pytest.Item] = {}
-        for item in items:
-            seen.setdefault(item.nodeid.partition("[")[0], item)
-        items[:] = seen.values()
+        items[:] = share_of(items)
     done = set((_SHARE / "done").read_text().splitlines())
     (_SHARE / "collected").write_text("".join(f"{item.nodeid}\n" for item in items))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]
+
+
+def share_of(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each function what its first parameters make of it: first the first function of each file, then the second."""
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in first.values():
+        files.setdefault(item.path, []).append(item)
+    rounds = itertools.zip_longest(*files.values())
+    return [item for some in rounds for item in some if item is not None]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
