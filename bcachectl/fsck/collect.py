@@ -102,7 +102,8 @@ def plan(check: Check, touched: Touched) -> dict[int, list[tuple[str, int]]]:
         newest = walk.newest is not None and entry.jset.seq == walk.newest.seq
         kind = UUIDS if entry.jset.version >= JSET_VERSION_UUIDV1 else UUIDS_V0
         key = entry.jset.uuid_bucket
-        if not validity.btree_ptr_invalid(key, walk.geometry) and (newest or _is_uuid_array(walk, key)):
+        if not validity.btree_ptr_invalid(key, walk.geometry) and (
+                _is_uuid_array(walk, key) or (newest and not _is_used_again(walk, key))):
             found.add(kind, walk.geometry.bucket_of(key.ptrs[0].sector), key.size)
         if newest and sb.nr_this_dev < len(entry.jset.prio_bucket):
             for bucket in _prio_chain(walk, entry.jset.prio_bucket[sb.nr_this_dev]):
@@ -202,6 +203,17 @@ def _is_uuid_array(walk: Walk, key: Bkey) -> bool:
         return False
     is_odd = any(any(entry.pad) or entry.flags & ~UUID_FLASH_ONLY.mask for entry in entries)
     return any(entry.is_free for entry in entries) and not is_odd
+
+
+def _is_used_again(walk: Walk, key: Bkey) -> bool:
+    # The bucket of the array has a newer generation, and what is there does not look like an array: anybody's data.
+    if not validity.ptr_stale(key, walk.geometry, walk.gens):
+        return False
+    try:
+        entries = decode_uuids(walk.read(key.ptrs[0].sector, key.size))
+    except BcachectlError:
+        return False
+    return any(any(entry.pad) or entry.flags & ~UUID_FLASH_ONLY.mask for entry in entries)
 
 
 def _add_touched(found: _Buckets, touched: Touched, walk: Walk) -> None:

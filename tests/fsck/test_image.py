@@ -360,3 +360,20 @@ def test_pseudonyms() -> None:
     assert pseudonym(first)[:8] == pseudonym(first[:8] + bytes(8))[:8]
     assert pseudonym(bytes(16)) == bytes(16)
     assert pseudonym(INVALID_UUID) == INVALID_UUID
+
+
+@pytest.mark.parametrize("options", [(), ("--anonymise",)])
+def test_what_took_the_place_of_the_uuid_array_is_nobody_s_to_see(
+        golden: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        options: tuple[str, ...]) -> None:
+    """A journal that went back in time names a bucket that holds a user's data now."""
+    [case] = [case for case in cases() if case.name == "uuid_stale_dirty_crash"]
+    image = base_image(golden(case.base)).fresh()
+    case.edit(image)
+    secret = b"Dear diary, "
+    image.cache.put(image.uuid_at, secret * (image.walk.geometry.meta_bytes // len(secret)))
+    device = tmp_path / "cache.img"
+    device.write_bytes(image.cache.content())
+    assert run(capsys, "image", "create", *options, device, tmp_path / "image")[0] == 0
+    assert run(capsys, "image", "extract", tmp_path / "image", tmp_path / "raw")[0] == 0
+    assert secret not in (tmp_path / "raw").read_bytes()
