@@ -245,8 +245,9 @@ def _report(check: Check, dirty: Dirty, parts: list[Part], marked: list[Part], f
         for line in _loss_lines(part):
             print(line)
     for inode, sectors in sorted(others.items()):
-        print(f"{check.volume_name(inode)}: {format_sectors(sectors)} of dirty data stay on the cache"
-              f"{'' if check.walk.uuids and inode < len(check.walk.uuids) else ' (--orphans)'}.")
+        name = check.volume_name(inode)
+        hint = f" (--orphans tells whose they may be, --slot {inode} writes them)" if name.startswith("slot ") else ""
+        print(f"{name}: {format_sectors(sectors)} of dirty data stay on the cache{hint}.")
     if files:
         print("\n".join(files))
     if marked:

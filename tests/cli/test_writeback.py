@@ -428,3 +428,16 @@ def test_a_slot_is_not_written_by_a_damaged_superblock(cli: Cli, golden: Callabl
     assert refused.status == 1
     assert "no good superblock" in refused.err
     assert backing.read_bytes() == before
+
+
+def test_what_stays_on_the_cache_of_a_slot_without_an_owner(cli: Cli, golden: Callable[..., Path]) -> None:
+    """Listed with the way to it, not only counted."""
+    images = golden("two_backing", writable=True)
+    cache = images / "cache.img"
+    image = Image(cache.read_bytes(), [])
+    image.uuid(1, 0, "16s", INVALID_UUID)
+    cache.write_bytes(image.cache.content())
+    done = cli("writeback", cache, images / "back0.img")
+    assert done.status == 0
+    assert "slot 1: " in done.out
+    assert "--slot 1 writes them" in done.out
