@@ -32,6 +32,7 @@ import numpy.typing as npt
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.rescue import open_check
+from bcachectl.fsck.scan import IS_COMPILED
 from bcachectl.fsck.tally import Place, Tallier
 from bcachectl.fsck.walk import PlainLeaf, Walk
 from bcachectl.fsck.writeback import find_dirty
@@ -229,11 +230,13 @@ def steps(path: Path) -> None:
         tallier = Tallier(walk.read, walk.geometry, bset_magic(walk.superblock.set_uuid), walk.gens,
                           walk.plain_journal)
         keys = sum(leaf.tally.extents for leaf in leaves)
-        spent: list[float] = []
-        for depth in range(4):
-            best = min(_step(tallier, [leaf.place for leaf in leaves], depth) for _ in range(3))
-            spent.append(best / keys * 1e9)
-        parts = zip(("read", "log and checksum", "columns", "runs and counts"), spent, [0.0, *spent], strict=False)
+        names = ["read", "log and checksum", "columns", "runs and counts"]
+        depths = [0, 1, 2, 3]
+        if tallier.scan is not None:
+            names, depths = ["read", "log and checksum", "scan"], [0, 1, 3]
+        spent = [min(_step(tallier, [leaf.place for leaf in leaves], depth) for _ in range(3)) / keys * 1e9
+                 for depth in depths]
+        parts = zip(names, spent, [0.0, *spent], strict=False)
         row("  one process, ns a key", f"{spent[-1]:.1f}", ", ".join(f"{name} {now - before:.1f}"
                                                                   for name, now, before in parts))
 
@@ -271,7 +274,7 @@ def main() -> int:
     if args.write is not None:
         Writer(args.write, args.keys, is_old=args.old).write()
         return 0
-    print(f"fsck: {machine()}")
+    print(f"fsck: {machine()}, {'scan compiled' if IS_COMPILED else 'nothing compiled'}")
     is_good = True
     for kind in ("new", "old"):
         with tempfile.TemporaryDirectory() as folder:
