@@ -203,11 +203,20 @@ class Bench:
         with mock.patch.object(ublk, "_open_when_there", return_value=os.open(device, os.O_RDWR)):
             export._open(ublk_wire.DevInfo(1, BATCH, 0, 64 << 10, 0, 1, 0, 1))
         backend.wait(0, 0.05)
-        arrived = [(tag, 0) for tag in range(BATCH)]
-        turn = [(ublk_reads.READ_NUMBER + tag, 4096) for tag in range(BATCH)] + arrived
-        export.landed(arrived)
+        reads = export._reads
+        assert reads is not None
+        commits = [(tag, 0) for tag in range(BATCH)]
+
+        def turn(completions: list[tuple[int, int]]) -> None:
+            for number, result in completions:
+                reads.arrivals.put(number, result)
+            assert not reads.serve()
+            reads.finish()
+
+        turn(commits)
+        both = [(ublk_reads.READ_NUMBER + tag, 4096) for tag in range(BATCH)] + commits
         with mock.patch.object(ublk_reads, "HAND_OVER_READS", 1 << 20):
-            spent = least(lambda: export.landed(turn), BATCH)
+            spent = least(lambda: turn(both), BATCH)
         return spent
 
     def served(self, connection: Connection, theirs: socket.socket, requests: bytes, answer_bytes: int) -> float:

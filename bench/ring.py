@@ -30,10 +30,12 @@ from bcachectl.blockdev import open_device
 from bcachectl.engine.bdev import Bdev
 from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.cache_set import CacheSet, Options
+from bcachectl.engine.export.ublk_reads import HAND_OVER_READS
 from bcachectl.engine.front import NOT_NOW, REQ_FLUSH, REQ_WRITE, Front, Request, Volume
 from bcachectl.engine.io.loop import Loop, make_backend, make_entropy, make_sched
 from bcachectl.engine.io.medium import Medium
-from bcachectl.engine.io.uring import HAND_OVER_READS, OP_READ, RingBackend
+from bcachectl.engine.io.ring import Arrivals
+from bcachectl.engine.io.uring import OP_READ, RingBackend
 from bcachectl.engine.sched import NS_PER_MS, WaitQueue
 from bench.process import machine
 from tests.export.engine import ROOT
@@ -76,7 +78,8 @@ class Reader:
         self.memory = memory
         address = memory.__array_interface__["data"][0]
         self.first_slot = backend.ring.reserve(depth)
-        self.base = backend.add_client(self)
+        self.arrivals = Arrivals(backend.ring.cq_entries)
+        self.base = backend.add_quick(self)
         for index in range(depth):
             backend.ring.fill(self.first_slot + index, OP_READ, fd=cache.fd, user_data=self.base | index,
                               address=address + index * BLOCK_BYTES, length=BLOCK_BYTES)
@@ -86,20 +89,24 @@ class Reader:
         self.in_flight = self.depth
         self._next(list(range(self.depth)))
 
-    def landed(self, completions: list[tuple[int, int]]) -> None:
+    def serve(self) -> bool:
         """Reads have ended; each is followed by another one."""
-        pin_at, pinned = self.buckets.pin_at, self.pinned
-        indices = []
-        for index, result in completions:
+        pin_at, pinned, arrivals = self.buckets.pin_at, self.pinned, self.arrivals
+        indices = list(arrivals.numbers[:arrivals.count])
+        results, arrivals.count = arrivals.results[:arrivals.count], 0
+        for index, result in zip(indices, results, strict=True):
             pin_at[pinned[index]] -= 1
             if result != BLOCK_BYTES:
                 self.failed += 1
-            indices.append(index)
         self.reads += len(indices)
         if self.is_over:
             self.in_flight -= len(indices)
         else:
             self._next(indices)
+        return False
+
+    def finish(self) -> None:
+        """Nothing is left for the engine."""
 
     def _next(self, indices: list[int]) -> None:
         ring, read_nowait, sectors = self.backend.ring, self.volume.read_nowait, self.sectors
@@ -214,7 +221,7 @@ class Bench:
 
     def close(self) -> None:
         """Stop in good order."""
-        self.backend.remove_client(self.reader.base)
+        self.backend.remove_quick(self.reader.base, self.reader)
         self.loop.run(self.cset.stop())
         self.loop.close()
         self.backend.close()

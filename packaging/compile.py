@@ -16,7 +16,7 @@ MODULES = (
     "bcachectl.engine.node",
     "bcachectl.engine.read_batch",
     "bcachectl.engine.write_batch",
-    "bcachectl.engine.io.completions",
+    "bcachectl.engine.io.ring",
     "bcachectl.engine.export.ublk_reads",
     "bcachectl.fsck.scan",
 )

@@ -401,6 +401,16 @@ class Allocator:
             buckets.rescale_sectors += buckets.rescale_step_sectors()
             buckets.rescale()
 
+    def rescale_for_all(self, sectors: int) -> None:
+        """Count the traffic of many requests, as `rescale` would for each of them."""
+        buckets = self.buckets
+        buckets.rescale_sectors -= sectors
+        if buckets.rescale_sectors < 0:
+            step = buckets.rescale_step_sectors()
+            times = -(buckets.rescale_sectors // step)
+            buckets.rescale_sectors += times * step
+            buckets.rescale(times)
+
     def on_lists(self) -> list[int]:
         """Every bucket on a free list or on free_inc."""
         return [bucket for free in self.free for bucket in free.buckets] + list(self.free_inc.buckets)

@@ -328,10 +328,11 @@ class Buckets:
         """Traffic between two rescales: 1/1024 of the cache (alloc.c, bch_rescale_priorities)."""
         return max(1, (self.nbuckets << self.bucket_shift) // 1024)
 
-    def rescale(self) -> None:
-        """Age every unpinned data bucket by one; a priority of 0 stays and `BTREE_PRIO` is left alone."""
+    def rescale(self, times: int = 1) -> None:
+        """Age every unpinned data bucket so many times by one; a priority of 0 stays and `BTREE_PRIO` is left alone."""
         view = slice(self.first_bucket, self.nbuckets)
         prio = self.prio[view]
         eligible = (prio != 0) & (prio != BTREE_PRIO) & (self.pin[view] == 0)
-        prio -= eligible
-        self.min_prio = int(prio.min(initial=BTREE_PRIO, where=eligible))
+        last = eligible & (prio >= times)       # those that the last of the passes finds
+        prio -= np.minimum(prio, np.uint16(min(times, BTREE_PRIO))) * eligible
+        self.min_prio = int(prio.min(initial=BTREE_PRIO, where=last))

@@ -34,7 +34,7 @@ from bcachectl.engine.front import (
     REQ_WRITE_ZEROES,
     Request,
 )
-from bcachectl.engine.read_batch import place_reads
+from bcachectl.engine.read_batch import ReadBatch, hit_sectors_sum, note_hits
 from bcachectl.engine.request import Ranges
 from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, WaitQueue
 from bcachectl.engine.streams import Streams
@@ -138,6 +138,7 @@ class CachedDev:
         self.writeback = Writeback(self)
         self.stripe_size_sectors = stripe_size_of(backing.optimal_io_sectors)
         self.stripes: Stripes | None = None
+        self.reads = ReadBatch(self, cset)
         self.batch = WriteBatch(self)
         self.sequential_cutoff = 4 << 20
         self.readahead_cache_policy = "all"
@@ -193,11 +194,36 @@ class CachedDev:
         """Byte on the cache device where the whole read lies in one fresh extent of a leaf in memory; NOT_NOW
         otherwise.
         """
-        return place_reads(self, [(sector, nsectors)])[0]
+        return self.reads.places_of([(sector, nsectors)])[0]
 
     def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
         """`read_nowait` for each (sector, nsectors)."""
-        return place_reads(self, reads)
+        return self.reads.places_of(reads)
+
+    @property
+    def serves_hits(self) -> bool:
+        """Whether the map says where data of the device is."""
+        return self.attached and not self.cset.io_disabled and not self.io_disable
+
+    def count_hits(self, hits: ReadBatch) -> None:
+        """Count reads that needed nothing but a lookup."""
+        cset, stats, writeback = self.cset, self.stats, self.writeback
+        count, nsectors = hits.hit_count, hit_sectors_sum(hits)
+        stats.read_requests += count
+        stats.read_sectors += nsectors
+        writeback.idle_rounds = 0
+        if writeback.at_full_speed:
+            writeback.note_request()
+        passed, passed_sectors = count, nsectors
+        if not (self.detaching or self.cache_mode == CacheMode.NONE):
+            passed = passed_sectors = 0
+            cutoff_bytes = self.sequential_cutoff >> 9 << 9
+            if cutoff_bytes:
+                passed, passed_sectors = note_hits(hits, self.streams, cutoff_bytes, cset.sched.now_ns)
+        stats.cache_bypass_hits += passed
+        stats.bypassed_sectors += passed_sectors
+        stats.cache_hits += count - passed
+        cset.alloc.rescale_for_all(nsectors - passed_sectors)
 
     def submit_all(self, requests: list[Request]) -> None:
         """Take requests that came together; plain writes among them share a task."""

@@ -13,7 +13,6 @@ from bcachectl.engine import request as path
 from bcachectl.engine.buckets import INITIAL_PRIO, PTR_SECTOR_MASK
 from bcachectl.engine.cached_dev import EINVAL, EIO, EROFS, Stats
 from bcachectl.engine.front import (
-    NOT_NOW,
     REQ_DISCARD,
     REQ_FLUSH,
     REQ_READ,
@@ -21,7 +20,7 @@ from bcachectl.engine.front import (
     REQ_WRITE_ZEROES,
     Request,
 )
-from bcachectl.engine.node import HAS_PTR
+from bcachectl.engine.read_batch import ReadBatch, hit_sectors_sum
 from bcachectl.engine.request import NewData, Ranges
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.errors import Corrupt
@@ -50,6 +49,7 @@ class FlashVolume:
         self.stats = Stats()
         self.ranges = Ranges(WaitQueue(cset.sched, "overlapping writes"))
         self.removed = False
+        self.reads = ReadBatch(self, cset)
 
     @property
     def label(self) -> str:
@@ -66,34 +66,24 @@ class FlashVolume:
         """Sectors that the volume takes on the cache device."""
         return self.cset.dirty_by_inode.get(self.slot, 0)
 
-    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
-        """`read_nowait` for each (sector, nsectors)."""
-        return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]
-
     def read_nowait(self, sector: int, nsectors: int) -> int:
         """Byte on the cache device where the whole read lies in one extent of a leaf in memory; NOT_NOW otherwise."""
-        cset = self.cset
-        start = self.base + sector
-        leaf = cset.btree.leaf_nowait(start)
-        if leaf is None or cset.io_disabled or self.removed:
-            return NOT_NOW
-        index = leaf.first_index(start)
-        if index == len(leaf.ends):
-            return NOT_NOW
-        extent = leaf.extent(index)
-        if (
-            extent.start > start
-            or extent.end < start + nsectors
-            or not extent.flags & HAS_PTR
-            or cset.buckets.is_stale(extent.ptr)
-        ):
-            return NOT_NOW
-        cset.buckets.prio_at[cset.buckets.bucket_of(extent.ptr)] = INITIAL_PRIO
-        leaf.used = 1
-        self.stats.read_requests += 1
-        self.stats.read_sectors += nsectors
-        self.stats.cache_hits += 1
-        return (((extent.ptr >> 8) & PTR_SECTOR_MASK) + start - extent.start) << 9
+        return self.reads.places_of([(sector, nsectors)])[0]
+
+    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
+        """`read_nowait` for each (sector, nsectors)."""
+        return self.reads.places_of(reads)
+
+    @property
+    def serves_hits(self) -> bool:
+        """Whether the map says where data of the volume is."""
+        return not self.cset.io_disabled and not self.removed
+
+    def count_hits(self, hits: ReadBatch) -> None:
+        """Count reads that needed nothing but a lookup."""
+        self.stats.read_requests += hits.hit_count
+        self.stats.read_sectors += hit_sectors_sum(hits)
+        self.stats.cache_hits += hits.hit_count
 
     def submit_all(self, requests: list[Request]) -> None:
         """Take requests that came together."""

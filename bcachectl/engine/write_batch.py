@@ -164,9 +164,7 @@ class WriteBatch:
         cset, stats = dev.cset, dev.stats
         nsectors = sum(end - start for start, end, _ptr in self.extents)
         cset.gc.note_sectors(nsectors)
-        cset.buckets.rescale_sectors -= nsectors
-        while cset.buckets.rescale_sectors < 0:
-            cset.alloc.rescale(0)
+        cset.alloc.rescale_for_all(nsectors)
         stats.write_requests += len(self.extents)
         stats.write_sectors += nsectors
         dev.writeback.note_request()

@@ -16,7 +16,7 @@ from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.export.buffers import Buffer, BufferPool
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.nbd_direct import MAX_FLIGHTS, DirectReads
-from bcachectl.engine.io import uring
+from bcachectl.engine.io import ring
 from bcachectl.engine.io.loop import make_backend, make_sched
 from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import NS_PER_S
@@ -108,7 +108,7 @@ def test_beside_ublk_devices_an_answer_does_not_wait_for_a_timer(
     """With those the loop sleeps in the ring, and goes on sleeping while the ring's clients serve themselves.  What
     such a client leaves to an export has to be sent all the same."""
     # The thread that waits in the ring is not the one that made it here; and no timer is to help.
-    monkeypatch.setattr(uring, "_WAITED_IN", uring._WAITED_IN[1:])
+    monkeypatch.setattr(ring, "_WAITED_IN", ring._WAITED_IN[1:])
     monkeypatch.setattr(stats, "TICK_NS", 3600 * NS_PER_S)
     monkeypatch.setattr(EngineHost, "_make_backend", lambda host: make_backend(host.media, waited_in=True))
     make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)

@@ -34,7 +34,7 @@ from bcachectl.engine.export.control import ControlServer
 from bcachectl.engine.export.loopdev import LoopExport, prepare_process
 from bcachectl.engine.export.nbd import NbdServer
 from bcachectl.engine.export.nbd_direct import DirectReads
-from bcachectl.engine.export.ublk import UblkExport
+from bcachectl.engine.export.ublk import MappedVolume, UblkExport
 from bcachectl.engine.export.ublk_control import UblkControl, delete_dead, is_available, left_over, mark_of
 from bcachectl.engine.export.ublk_wire import DevInfo
 from bcachectl.engine.front import Volume
@@ -444,13 +444,13 @@ class EngineHost:
         for target in targets:
             await tunables.set(target, name, text)
 
-    async def _start_block_export(self, volume: Volume) -> None:
+    async def _start_block_export(self, volume: MappedVolume) -> None:
         if self.options.use_ublk:
             await self._start_ublk(volume)
         elif self.options.use_loop:
             await self._start_loop(volume)
 
-    async def _start_ublk(self, volume: Volume) -> None:
+    async def _start_ublk(self, volume: MappedVolume) -> None:
         assert self.ublk is not None and isinstance(self.backend, RingBackend)
         below = self.media[volume.backing.index] if isinstance(volume, CachedDev) else None
         mark = mark_of(self.cset.uuid, volume.uuid)

@@ -85,7 +85,6 @@ class DirectReads:
     def landed(self, completions: list[tuple[int, int]]) -> None:
         """Reads have ended."""
         flights, pin_at, now_ns, account = self.flights, self.buckets.pin_at, monotonic_ns(), self.congestion.account
-        self.backend.has_answers = True
         for number, result in completions:
             flight = flights[number]
             assert flight is not None

@@ -11,11 +11,12 @@ that are written once:
 * commit: the answer to the tag's request, and at the same time the fetch of its next one;
 * read: of the cache device into the tag's buffer, linked to the commit.
 
-A request arrives as the completion of the tag's last fetch or commit (`UblkExport.landed`).  What follows:
+A request arrives as the completion of the tag's last fetch or commit.  What follows:
 
-1. A read that `bcachectl.engine.front.Volume.reads_nowait` knows at once: offset and length are stored in the read, the
-   length in the commit, and both are published.  The kernel reads and answers without asking us again, and no byte
-   passes through Python.  Since nobody can look at the gen afterwards, the bucket is pinned until the read has ended.
+1. A read that `MappedVolume.reads` knows at once is served by `UblkReads`: offset and length are stored
+   in the read, the length in the commit, and both are published.  The kernel reads and answers without asking us again,
+   and no byte passes through Python.  Since nobody can look at the gen afterwards, the bucket is pinned until the read
+   has ended.
 2. Such a read that fails or is short takes its commit along (ECANCELED).  Then, as for all other requests, a
    `bcachectl.engine.front.Request` goes to the volume, whose answer is a commit.
 
@@ -34,14 +35,14 @@ import errno
 import mmap
 import os
 import time
+from typing import Protocol
 
 from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.loopdev import is_claimed
 from bcachectl.engine.export.ublk_control import UblkControl
-from bcachectl.engine.export.ublk_reads import READ_NUMBER, publish_reads, sort_out
+from bcachectl.engine.export.ublk_reads import READ_NUMBER, UblkReads
 from bcachectl.engine.front import (
-    NOT_NOW,
     REQ_DISCARD,
     REQ_FLUSH,
     REQ_FUA,
@@ -56,6 +57,7 @@ from bcachectl.engine.front import (
 from bcachectl.engine.io.loop import Loop
 from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, SQE_IO_LINK, RingBackend
+from bcachectl.engine.read_batch import ReadBatch
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.errors import DeviceError
 
@@ -75,6 +77,15 @@ _OPERATIONS = {wire.OP_READ: REQ_READ, wire.OP_WRITE: REQ_WRITE, wire.OP_FLUSH: 
 _WRITING = frozenset((REQ_WRITE, REQ_DISCARD, REQ_WRITE_ZEROES))
 
 
+class MappedVolume(Volume, Protocol):
+    """A volume that says where reads lie, many at a time and in columns."""
+
+    @property
+    def reads(self) -> ReadBatch:
+        """Its batch."""
+        ...
+
+
 class _Tag:
     # The tag of the requests that came on one tag of the device.
     __slots__ = ("export", "index")
@@ -92,8 +103,8 @@ class _Tag:
 class UblkExport:
     """One volume's ublk device."""
 
-    def __init__(self, loop: Loop, backend: RingBackend, control: UblkControl, volume: Volume, cache: Medium,
-                 buckets: Buckets, *, mark: int, stream: int, block_bytes: int, can_discard: bool,
+    def __init__(self, loop: Loop, backend: RingBackend, control: UblkControl, volume: MappedVolume,
+                 cache: Medium, buckets: Buckets, *, mark: int, stream: int, block_bytes: int, can_discard: bool,
                  can_zero: bool) -> None:
         """``block_bytes``: the largest logical block of the devices.  ``can_discard``, ``can_zero``: what is below the
         cache knows such requests.
@@ -122,8 +133,7 @@ class UblkExport:
         self._views: list[memoryview] = []      # of the maps: released before those are closed
         self._descs: list[memoryview] = []      # by tag: the three words of its descriptor
         self._buffers: list[memoryview] = []    # by tag
-        self._read_buckets: list[int] = []      # by tag: the bucket that its read in flight has pinned, or -1
-        self._quiet = 0                         # short reads in flight (`RingBackend.quiet_reads`)
+        self._reads: UblkReads | None = None
 
     async def start(self) -> str:
         """Make the device; its name, ``/dev/ublkb0``."""
@@ -181,9 +191,10 @@ class UblkExport:
         """Let go of the device and leave it to the driver, for an engine that takes it over."""
         self.device = None
         if self._base >= 0:
-            self.backend.remove_client(self._base)
-            self.backend.quiet_reads -= self._quiet
-            self._quiet = 0
+            assert self._reads is not None
+            self.backend.remove_quick(self._base, self._reads)
+            self._reads.forget()
+            self._reads = None
             self._base = -1
             if self._ended == self._tag_count:
                 self.backend.ring.give_back(self._first_slot, 2 * self._tag_count)
@@ -201,31 +212,20 @@ class UblkExport:
 
     # Requests
 
-    def landed(self, completions: list[tuple[int, int]]) -> None:
-        """Requests have arrived, reads have ended, fetches have come back."""
-        ring, pin_at, read_buckets = self.backend.ring, self.buckets.pin_at, self._read_buckets
-        first_read = self._first_slot + self._tag_count
-        landed = sort_out(completions, self._descs, read_buckets, pin_at, ring.sqe_u32, first_read)
-        quiet = -landed.quiet
-        if landed.ended:
-            self._ended += landed.ended
+    def take(self, others: list[int], ended: int) -> None:
+        """Requests have come that are no read hits, fetches have come back."""
+        if ended:
+            self._ended += ended
             self.ended_wait.wake_all()
-        if landed.reads:
-            quick = self.cache.fd >= 0
-            places = self.volume.reads_nowait(landed.reads) if quick else [NOT_NOW] * len(landed.reads)
-            quiet += publish_reads(ring, landed, places, read_buckets, pin_at, self.buckets.bucket_shift,
-                                   self._first_slot, first_read)
-        self._quiet += quiet
-        self.backend.quiet_reads += quiet
-        if landed.others:
-            requests = [request for request in map(self._request, landed.others) if request is not None]
+        if others:
+            self.loop.set_clock()
+            requests = [request for request in map(self._request, others) if request is not None]
             self.volume.submit_all(requests)
 
     def commit(self, index: int, result: int) -> None:
         """Answer the request of a tag, and fetch its next one."""
-        ring, slot = self.backend.ring, self._first_slot + index
-        ring.sqe_i32[16 * slot + wire.IO_CMD_RESULT_WORD] = result
-        ring.publish(slot)
+        if self._reads is not None:
+            self._reads.commit(index, result)
 
     def _request(self, index: int) -> Request | None:
         # What the driver asks on a tag; None if it is answered already.
@@ -255,7 +255,6 @@ class UblkExport:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._buffers = [data[index * info.max_io_bytes:(index + 1) * info.max_io_bytes] for index in range(count)]
         self._tags = [_Tag(self, index) for index in range(count)]
-        self._read_buckets = [-1] * count
         for queue in range(info.queues):
             length = -(-info.depth * wire.IO_DESC.size // mmap.PAGESIZE) * mmap.PAGESIZE
             mapped = mmap.mmap(self._fd, length, mmap.MAP_SHARED, mmap.PROT_READ,
@@ -267,7 +266,9 @@ class UblkExport:
             self._descs += (words[3 * tag:3 * tag + 3] for tag in range(info.depth))
         ring = self.backend.ring
         self._first_slot = ring.reserve(2 * count)
-        self._base = self.backend.add_client(self)
+        self._reads = UblkReads(ring, self.volume.reads, self.buckets, self, self._descs, self._first_slot,
+                                serves_hits=self.cache.fd >= 0)
+        self._base = self.backend.add_quick(self._reads)
         self._tag_count = count                 # only now: `stop` waits for the fetches of so many to come back
         fetch, commit = (self.control.io_command(command)
                          for command in (wire.FETCH_REQ, wire.COMMIT_AND_FETCH_REQ))

@@ -28,7 +28,9 @@ import re
 import time
 
 from bcachectl.engine.export import ublk_wire as wire
-from bcachectl.engine.io.uring import OP_URING_CMD, Ring
+from bcachectl.engine.io.ring import Ring
+from bcachectl.engine.io.uring import OP_URING_CMD
+from bcachectl.engine.sched import NS_PER_S
 from bcachectl.errors import DeviceError, WrongState
 
 CONTROL_PATH = "/dev/ublk-control"
@@ -180,8 +182,8 @@ class UblkControl:
                       offset=wire.encoded(command) if self.is_encoded else command)
             completions: dict[int, list[tuple[int, int]]] = {}
             while not completions:
-                ring.wait(-1 if limit_s is None else limit_s)
-                completions = ring.reap()
+                ring.wait(-1 if limit_s is None else int(limit_s * NS_PER_S))
+                completions = ring.take()
                 if limit_s is not None and not completions:
                     return 0
         finally:

@@ -31,7 +31,7 @@ from bcachectl.engine.front import Front, Request
 from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.sync import SyncBackend
 from bcachectl.engine.io.uring import RingBackend
-from bcachectl.engine.sched import NS_PER_MS, NS_PER_S, Io, Sched, Task, WaitQueue
+from bcachectl.engine.sched import NS_PER_S, Io, Sched, Task, WaitQueue
 
 T = TypeVar("T")
 
@@ -39,10 +39,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 PASSES_PER_TURN = 8
 """How often the scheduler runs before descriptors are looked at again; clients must not wait for a long gc."""
-
-WAITS_PER_TURN = 32
-MAX_STALE_NS = NS_PER_MS
-"""A turn sleeps so often in the ring, and for so long in all, if only the ring's clients have something to do."""
 
 WAITED_RING_ENTRIES = 4096
 """Entries of a ring with clients: room for some 15 ublk devices."""
@@ -173,6 +169,10 @@ class Loop:
             raise task.error
         return task.result  # type: ignore[return-value]
 
+    def set_clock(self) -> None:
+        """Bring the engine's clock up to now, for someone who has requests that came while it stood still."""
+        self.sched.now_ns = time.monotonic_ns() - self._start_ns
+
     def close(self) -> None:
         """Give back descriptors and signals; the backend stays the caller's."""
         for number, old in self._old_signals:
@@ -191,7 +191,8 @@ class Loop:
         sched, backend, front = self.sched, self.backend, self.front
         ios: list[Io] = []
         for _ in range(PASSES_PER_TURN):
-            ios = sched.run(time.monotonic_ns() - self._start_ns, backend.reap())
+            done = backend.reap()
+            ios = sched.run(time.monotonic_ns() - self._start_ns, done)
             if ios:
                 backend.submit(ios)
             while front.completed:
@@ -204,7 +205,7 @@ class Loop:
             export.flush()
         timeout_s = 0 if ios or main.done else self._timeout_s()
         if self._ring is not None:
-            if not self._sleep_in(self._ring, timeout_s):
+            if not self._ring.wait(self._epoll.fileno(), timeout_s):
                 return
             timeout_s = 0
         handlers = self._handlers
@@ -212,20 +213,6 @@ class Loop:
             handler = handlers.get(fd)
             if handler is not None:
                 handler.on_ready(fd, events)
-
-    def _sleep_in(self, ring: RingBackend, timeout_s: float) -> bool:
-        # Whether epoll is to be asked.  As long as the ring's clients serve themselves, and the engine's clock may
-        # stand still, nothing else of a turn is needed.
-        sched = self.sched
-        ring.has_answers = False
-        for _ in range(WAITS_PER_TURN):
-            if ring.wait(self._epoll.fileno(), timeout_s):
-                return True
-            if not timeout_s or ring.done or ring.has_answers or sched.ready or sched.outbox or self.front.completed \
-                    or time.monotonic_ns() - self._start_ns - sched.now_ns > MAX_STALE_NS:
-                break
-            timeout_s = self._timeout_s()
-        return False
 
     def _timeout_s(self) -> float:
         # -1 sleeps until a descriptor is ready; what is ready now must not wait for one.

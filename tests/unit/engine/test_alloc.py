@@ -144,6 +144,19 @@ def test_t17_rescale_stops_at_0_and_leaves_the_btree_alone() -> None:
     assert buckets.min_prio == 8
 
 
+@pytest.mark.parametrize("sectors", [1, 9, 10, 36, 37, 400])
+def test_traffic_counted_together_ages_as_if_it_came_one_by_one(sectors: int) -> None:
+    (together, _), (each, _) = made(), made()
+    for cset in (together, each):
+        cset.buckets.prio_at[5], cset.buckets.prio_at[6], cset.buckets.prio_at[7] = 3, BTREE_PRIO, 4
+    together.alloc.rescale_for_all(sectors)
+    for _ in range(sectors):
+        each.alloc.rescale(1)
+    assert together.buckets.prio.tolist() == each.buckets.prio.tolist()
+    assert together.buckets.rescale_sectors == each.buckets.rescale_sectors
+    assert together.buckets.min_prio == each.buckets.min_prio
+
+
 def test_t17_unknown_policies_free_nothing() -> None:
     cset, victims = made()
     cset.alloc.replacement = 5

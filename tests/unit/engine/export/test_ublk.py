@@ -6,9 +6,11 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -34,8 +36,11 @@ from bcachectl.engine.front import (
 )
 from bcachectl.engine.io.loop import Loop, make_backend, make_sched
 from bcachectl.engine.io.uring import RingBackend
+from bcachectl.engine.node import HAS_PTR, Node
+from bcachectl.engine.read_batch import ReadBatch
 from bcachectl.engine.sched import NS_PER_S
 from bcachectl.errors import DeviceError, WrongState
+from bcachectl.ondisk.bkey import MAX_POS
 from bcachectl.ondisk.geometry import Geometry
 
 
@@ -136,21 +141,29 @@ def test_a_device_is_forgotten_without_waiting_for_who_has_it_open(answer: int, 
 
 
 class FakeVolume:
-    """A volume that says where its sectors are, and keeps what it is asked."""
+    """A volume that says where its sectors are, and keeps what it is asked.  ``place`` is the byte on the cache device
+    where each read lies.
+    """
 
     name, uuid, label = "bcache0", bytes(16), ""
     size_sectors, block_size_sectors, read_only = 4096, 8, False
+    base = data_offset = 0
+    serves_hits = True
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, place: int, buckets: Buckets) -> None:
         self.place = place
         self.requests: list[Request] = []
+        self.leaf = Node(ptr=0, bucket=1, level=0, end=MAX_POS, seq=0, nblocks=1, bucket_shift=buckets.bucket_shift)
+        self.reads = ReadBatch(self, cast(Any, SimpleNamespace(btree=SimpleNamespace(root=self.leaf), buckets=buckets)))
 
-    def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
-        return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]
+    def map(self, sector: int, nsectors: int) -> None:
+        """Have one extent."""
+        if self.place != NOT_NOW:
+            self.leaf.ends, self.leaf.meta, self.leaf.ptrs = (
+                array("Q", [sector + nsectors]), array("I", [nsectors | HAS_PTR]), array("Q", [self.place >> 9 << 8]))
 
-    def read_nowait(self, sector: int, nsectors: int) -> int:
-        """The one answer."""
-        return self.place
+    def count_hits(self, hits: ReadBatch) -> None:
+        """Nobody asks."""
 
     def submit(self, request: Request) -> None:
         """Keep it."""
@@ -211,7 +224,12 @@ class Set:
         with self.device.open("r+b") as file:
             file.seek(tag * wire.IO_DESC.size)
             file.write(wire.IO_DESC.pack(operation, nsectors, sector, 0))
-        self.export.landed([(tag, 0)])
+        self.volume.map(sector, nsectors)
+        reads = self.export._reads
+        assert reads is not None
+        reads.arrivals.put(tag, 0)
+        reads.serve()
+        reads.finish()
 
     def settle(self) -> None:
         """Everything that the ring has begun comes to its end."""
@@ -229,8 +247,8 @@ def served(image: BlockDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def serve(place: int) -> Set:
         backend = make_backend([image], waited_in=True)
         assert isinstance(backend, RingBackend)
-        volume = FakeVolume(place)
         buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
+        volume = FakeVolume(place, buckets)
         loop = Loop(make_sched(), backend, Front())
         export = UblkExport(loop, backend, cast(Any, FakeControl()), volume, image, buckets, mark=1, stream=1,
                             block_bytes=512, can_discard=True, can_zero=True)
@@ -312,8 +330,8 @@ def test_a_device_that_the_ring_has_no_room_for_is_taken_away_again(
     backend = RingBackend([image], waited_in=True)
     loop = Loop(make_sched(), backend, Front())
     control = FakeControl()
-    export = UblkExport(loop, backend, cast(Any, control), FakeVolume(NOT_NOW), image,
-                        Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1)),
+    buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
+    export = UblkExport(loop, backend, cast(Any, control), FakeVolume(NOT_NOW, buckets), image, buckets,
                         mark=1, stream=1, block_bytes=512, can_discard=True, can_zero=True)
 
     async def start() -> None:

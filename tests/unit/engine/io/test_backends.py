@@ -23,6 +23,7 @@ from bcachectl.engine.io import uring
 from bcachectl.engine.io.loop import Loop, make_backend, make_sched
 from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.overlay import Overlay
+from bcachectl.engine.io.ring import Ring
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, WRITE_ZEROES, Io, Sched
 from bcachectl.errors import WrongState
 
@@ -315,7 +316,7 @@ def test_an_entry_that_is_linked_to_a_read_fails_with_it(image: Path, nbytes: in
 
 
 def test_a_ring_that_has_no_slots_left_says_so() -> None:
-    ring = uring.Ring(256)
+    ring = Ring(256)
     assert ring.reserve(128) == 128
     with pytest.raises(OSError, match="no room for another device"):
         ring.reserve(1)
