@@ -129,6 +129,8 @@ def attach(path: str, block_bytes: int, *, read_only: bool) -> str:
     flags = _FLAG_DIRECT_IO | _FLAG_PARTITIONS | (_FLAG_READ_ONLY if read_only else 0)
     fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
     try:
+        # Before Linux 6.16 the driver takes the size that the inode has, and a FUSE file's has none until it is asked.
+        os.fstat(fd)
         config = _LOOP_CONFIG.pack(fd, min(block_bytes, MAX_BLOCK_BYTES), 0, 0, 0, 0, 0, 0, 0, 0, flags,
                                    os.fsencode(path)[-63:], b"", b"", 0, 0)
         for _ in range(ATTACH_TRIES):
