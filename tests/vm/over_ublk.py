@@ -3,7 +3,8 @@
 
 `FILES` are the tests that reach a volume through its export.  They run inside the machine, as root, with the host's
 Python and the project's own tree, on files in memory; `tests.over` puts a block device in the place of the socket.
-What only another export has is left out there, and its reason is counted here.
+What only another export has is left out there, and its reason is counted here.  Not among them: tests of the servers
+of other exports (test_nbd.py, test_nbd_direct.py, test_loop.py).
 
 The machine is emulated, and a test takes up to 30 times as long as usual.  So the tests are run in boots of a few
 minutes, each of which goes on where the one before has stopped; a test that hangs or takes the machine along fails, and
