@@ -19,6 +19,7 @@ from bcachectl.ondisk.magic import INVALID_UUID
 from bcachectl.ondisk.superblock import BdevState, decode_superblock
 from bcachectl.units import format_uuid
 from tests.cli.conftest import Result
+from tests.faults import fail_reads
 from tests.fsck.image import Image
 
 Cli = Callable[..., Result]
@@ -96,14 +97,8 @@ def test_dry_run(cli: Cli, golden: Callable[..., Path], tmp_path: Path) -> None:
 
 def break_reads(monkeypatch: pytest.MonkeyPatch, cache: Path, start: int, end: int) -> None:
     """Reads of bytes [start, end) of the cache fail."""
-    real = BlockDevice.read_into
-
-    def read_into(self: BlockDevice, offset_bytes: int, buf: memoryview) -> None:
-        if self.path == str(cache) and offset_bytes < end and start < offset_bytes + len(buf):
-            raise OSError(5, os.strerror(5))
-        real(self, offset_bytes, buf)
-
-    monkeypatch.setattr(BlockDevice, "read_into", read_into)
+    fail_reads(monkeypatch, lambda path, offset_bytes, nbytes: (
+        path == str(cache) and offset_bytes < end and start < offset_bytes + nbytes))
 
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,13 @@ import numpy as np
 import pytest
 
 from bcachectl import cli as program
-from bcachectl.blockdev import BlockDevice
 from bcachectl.fsck import forget
 from bcachectl.fsck.check import Check
 from bcachectl.ondisk.bkey import INODE_SHIFT, ptr_sector
 from bcachectl.ondisk.magic import INVALID_UUID
 from tests.damage import cases
 from tests.export.engine import Engine
+from tests.faults import fail_reads
 from tests.fsck.image import Image
 from tests.fsck.test_damage import base_image, check, live, per_sector, serious
 from tests.fsck.test_interrupted import interrupted
@@ -143,14 +142,8 @@ def test_lost_sectors_need_a_word(golden: Callable[..., Path], tmp_path: Path, m
     extents = live(alone(base_image(golden("dirty_crash"))))
     sector = ptr_sector(int(extents.ptr[extents.dirty][0]))
     before = cache.read_bytes()
-    real = BlockDevice.read_into
-
-    def read_into(self: BlockDevice, offset_bytes: int, buf: memoryview) -> None:
-        if self.path == str(cache) and offset_bytes <= sector << 9 < offset_bytes + len(buf):
-            raise OSError(5, os.strerror(5))
-        real(self, offset_bytes, buf)
-
-    monkeypatch.setattr(BlockDevice, "read_into", read_into)
+    fail_reads(monkeypatch, lambda path, offset_bytes, nbytes: (
+        path == str(cache) and offset_bytes <= sector << 9 < offset_bytes + nbytes))
     words = ["forget-backing", cache, 0, "--export", export, "--backup", tmp_path / "undo"]
     status, _out, err = run(capsys, *words)
     assert status == 3

@@ -16,12 +16,13 @@ import pytest
 
 from bcachectl import cli as program
 from bcachectl import metaimage
-from bcachectl.blockdev import BlockDevice, open_device
+from bcachectl.blockdev import open_device
 from bcachectl.errors import DeviceError
 from bcachectl.fsck.anonymise import pseudonym
 from bcachectl.ondisk.magic import INVALID_UUID, bset_magic, jset_magic, prio_magic
 from bcachectl.units import format_uuid
 from tests.damage import Case, cases
+from tests.faults import fail_reads
 from tests.fsck.image import Image
 from tests.fsck.test_damage import base_image
 
@@ -166,16 +167,9 @@ def damaged(golden: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mon
         device.unreadable = set()
         path.write_bytes(device.content())
         paths.append(path)
-    read_into = BlockDevice.read_into
-
-    def failing(self: BlockDevice, offset_bytes: int, buf: memoryview) -> None:
-        sectors = range(offset_bytes >> 9, (offset_bytes + len(buf) + 511) >> 9)
-        if not bad.get(self.path, set()).isdisjoint(sectors):
-            raise OSError(5, "Input/output error")
-        read_into(self, offset_bytes, buf)
-
     with monkeypatch.context() as patch:
-        patch.setattr(BlockDevice, "read_into", failing)
+        fail_reads(patch, lambda path, offset_bytes, nbytes: not bad.get(path, set()).isdisjoint(
+            range(offset_bytes >> 9, (offset_bytes + nbytes + 511) >> 9)))
         yield paths
 
 

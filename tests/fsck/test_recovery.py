@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
-from bcachectl.blockdev import BlockDevice
 from bcachectl.ondisk.superblock import BdevState
+from tests.faults import fail_reads
 from tests.fsck.disasters import BACKING, DISASTERS
 from tests.fsck.test_forget import run, volume_digest
 from tests.fsck.test_resolve import DATA_BYTES, state_of
@@ -80,21 +80,14 @@ class Terminal:
 def terminal(golden: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
              capsys: pytest.CaptureFixture[str]) -> Callable[[str], Terminal]:
     """The machine on which a disaster has happened."""
-    read_into = BlockDevice.read_into
-
     def after(name: str) -> Terminal:
         dev, home = tmp_path / "dev", tmp_path / "home"
         dev.mkdir()
         home.mkdir()
         bad = DISASTERS[name](golden, dev)
 
-        def failing(self: BlockDevice, offset_bytes: int, buf: memoryview) -> None:
-            sectors = range(offset_bytes >> 9, (offset_bytes + len(buf) + 511) >> 9)
-            if not bad.get(Path(self.path).name, set()).isdisjoint(sectors):
-                raise OSError(5, "Input/output error")
-            read_into(self, offset_bytes, buf)
-
-        monkeypatch.setattr(BlockDevice, "read_into", failing)
+        fail_reads(monkeypatch, lambda path, offset_bytes, nbytes: not bad.get(Path(path).name, set()).isdisjoint(
+            range(offset_bytes >> 9, (offset_bytes + nbytes + 511) >> 9)))
         monkeypatch.setattr("bcachectl.discovery.enumerate_devices", list)
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
         monkeypatch.setattr("bcachectl.control.SHARED_DIR", str(tmp_path / "run of all"))
