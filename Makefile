@@ -79,7 +79,7 @@ bench: setup-dev ## figures beside their targets: two million buckets, NBD besid
 docs: setup-dev ## write the manual pages anew from the program's help
 	COLUMNS=100 $(BIN)/python man/generate.py
 
-compiled: setup ## compile the hot path (optional, needs a C compiler): the same sources, faster
+compiled: setup ## compile the hot path and fsck (optional, needs a C compiler): the same sources, faster
 	@packaging/debian-packages.sh compiled
 	$(BIN)/pip install -q -r requirements-compile.txt
 	$(BIN)/python packaging/compile.py

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Compile the hot path: extension modules beside their sources, which Python then takes instead.
+"""Compile the hot path and the scan of fsck: extension modules beside their sources, which Python then takes instead.
 
 The sources are the same.  A ``.pxd`` beside one gives C types to what it computes with.  Needs Cython, a C compiler and
 Python's headers (Debian: gcc, libc6-dev, python3-dev).  ``--remove`` undoes it.
