@@ -11,6 +11,8 @@ A write that finds everything ready takes three steps, and nothing else of the e
 3. `WriteBatch.commit` appends all keys to the journal at once and puts them in their leaves; the export answers.
    If the data could not be written it is `WriteBatch.abandon` instead, and each write begins anew as a request.
 
+Where a write takes its time, as to a device, the export leaves steps 2 and 3 to the engine: `WriteBatch.serve`.
+
 The order is that of `bcachectl.engine.request.insert_data`: the bucket is dirty before a key to it exists, the data is
 written before its key is journaled, the key is journaled before it is inserted.  That room for the keys is there, in
 the journal's open entry and in the leaves, is known before anything is written.
@@ -24,9 +26,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from bcachectl.engine.front import NOT_NOW
+from bcachectl.engine.front import NOT_NOW, Request
 from bcachectl.engine.node import FLAGS, Extent, Node
 from bcachectl.engine.request import keeps_back
+from bcachectl.engine.write_group import serve_placed
 from bcachectl.ondisk.bkey import KEY_BYTES, pack_dirty_keys
 
 try:
@@ -62,7 +65,8 @@ class WriteBatch:
     def place(self, writes: list[tuple[int, int]], stream: int) -> list[int]:
         """Where the data of each (sector, nsectors) is to be written now, a byte of the cache device; or NOT_NOW.
 
-        The sectors are the volume's.  After this comes `commit` or `abandon`, before anything else of the engine runs.
+        The sectors are the volume's.  After this comes `commit`, `serve` or `abandon`, before anything else of the
+        engine runs.
         """
         assert not self.extents
         dev = self.dev
@@ -157,6 +161,12 @@ class WriteBatch:
             self._count()
             self.abandon()
         return extents
+
+    def serve(self, request: Request) -> None:
+        """Have the engine write what was placed: its data lies in ``request.buf``, in the order of placing.  The
+        request comes back when all of it is in journal and map, or with an error; where it is says the placing alone.
+        """
+        serve_placed(self.dev, request, self.hand_over())
 
     def _count(self) -> None:
         # What every request of its kind counts for.

@@ -537,12 +537,15 @@ async def batches_and_fills(w: World) -> None:
 
 # 20. Writes that come together and share a task, as from a block device.
 
-async def groups(w: World) -> None:
+async def groups(w: World, *, placed: bool = False) -> None:
     dice = rng(w)
 
     async def soon(writes: list[tuple[int, int]], stable: bool) -> None:
         await w.sched.sleep_until(w.sched.now_ns + dice.randrange(0, 600_000))
-        await w.write_group(0, writes, stable=stable)
+        if placed:
+            await w.write_placed(0, writes)
+        else:
+            await w.write_group(0, writes, stable=stable)
 
     for _ in range(14):
         asks: list[Coroutine[Any, Any, Any]] = []
@@ -563,6 +566,12 @@ async def groups(w: World) -> None:
     await w.flush(0)
 
 
+async def placed(w: World) -> None:
+    await groups(w, placed=True)
+    # A device that takes its time is congested, and then nothing is placed.
+    assert w.placed_writes > 20 or w.setup.sluggish or not w.is_calm, w.placed_writes
+
+
 BIG_BACKING = (Backing(data_sectors=6000, mode="writethrough"),)
 STORIES = {story.name: story for story in (
     Story("first_attach", Setup(), first_attach, boots=False),
@@ -572,6 +581,8 @@ STORIES = {story.name: story for story in (
     Story("batches", Setup(), batches, overwrite_prepare),
     Story("groups", Setup(), groups, overwrite_prepare),
     Story("groups_sluggish", Setup(sluggish=True, settles=False), groups, overwrite_prepare),
+    Story("placed", Setup(), placed, overwrite_prepare),
+    Story("placed_sluggish", Setup(sluggish=True, settles=False), placed, overwrite_prepare),
     Story("batches_and_fills", Setup(), batches_and_fills),
     Story("batches_first", WRITETHROUGH, batches_first),
     Story("overwrite_4k", Setup(bucket_sectors=64, block_sectors=8, atomic_sectors=8), traffic),

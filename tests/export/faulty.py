@@ -122,8 +122,10 @@ class Hosted:
 
 
 @contextmanager
-def hosted(options: HostOptions, make_faults: Callable[[int], Faults] = lambda _: Faults()) -> Iterator[Hosted]:
-    """Run an engine whose every device is faulty as ``make_faults`` says; orderly stop at the end."""
+def hosted(options: HostOptions, make_faults: Callable[[int], Faults] | None = lambda _: Faults()) -> Iterator[Hosted]:
+    """Run an engine whose every device is faulty as ``make_faults`` says, or with its devices as they are if that is
+    None; orderly stop at the end.
+    """
     with tempfile.TemporaryDirectory(prefix="bcachectl-") as runtime, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", runtime)
         if EXPORT:
@@ -143,8 +145,10 @@ def hosted(options: HostOptions, make_faults: Callable[[int], Faults] = lambda _
             # All in one thread: a ring that is slept in belongs to the one that made it.
             try:
                 host = EngineHost(options)
-                faults = [make_faults(index) for index in range(len(host.media))]
-                host.media[:] = [FaultyMedium(medium, fault) for medium, fault in zip(host.media, faults, strict=True)]
+                faults = [] if make_faults is None else [make_faults(index) for index in range(len(host.media))]
+                if faults:
+                    host.media[:] = [FaultyMedium(medium, fault)
+                                     for medium, fault in zip(host.media, faults, strict=True)]
                 stopper = Stopper(host.loop)
                 made.append((Hosted(host, faults), stopper))
                 try:

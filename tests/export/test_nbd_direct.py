@@ -3,28 +3,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from bcachectl.blockdev import open_device
 from bcachectl.engine import stats
 from bcachectl.engine.buckets import Buckets
-from bcachectl.engine.export.buffers import Buffer, BufferPool
 from bcachectl.engine.export.host import EngineHost, HostOptions
-from bcachectl.engine.export.nbd_direct import MAX_FLIGHTS, DirectReads
+from bcachectl.engine.export.nbd_direct import MAX_FLIGHTS, DirectReads, Read
+from bcachectl.engine.front import Request
 from bcachectl.engine.io import ring
 from bcachectl.engine.io.loop import make_backend, make_sched
 from bcachectl.engine.io.uring import RingBackend
-from bcachectl.engine.sched import NS_PER_S
+from bcachectl.engine.sched import NS_PER_S, Io
 from bcachectl.engine.streams import Congestion
+from bcachectl.engine.write_batch import WriteBatch
+from bcachectl.errors import DeviceError
 from bcachectl.ondisk.geometry import Geometry
 from tests.export.faulty import Hosted, hosted
 from tests.export.test_engine_run import make_set
-from tests.nbd_client import CMD_READ, CMD_WRITE, NbdClient
+from tests.nbd_client import CMD_READ, CMD_WRITE, FLAG_FUA, NbdClient
 
 SIZE_BYTES = 8 << 20
 
@@ -134,13 +138,14 @@ def test_the_time_that_the_loop_has_slept_is_no_slow_device(tmp_path: Path) -> N
     arrived: list[int] = []
 
     class Asked:
-        length = 4096
-        buffer: Buffer | None = BufferPool().take(4096)
+        is_open, is_structured, in_flight = True, False, 0
+        replies: ClassVar[list[memoryview]] = []
+        reply_slots: ClassVar[list[int]] = []
 
-        def arrived(self, offset: int) -> None:
-            arrived.append(offset)
+        def flush(self) -> None:
+            arrived.extend(self.reply_slots)
 
-        def failed(self, offset: int) -> None:
+        def read_again(self, read: Read) -> None:
             raise AssertionError
 
     with open_device(str(path)) as device:
@@ -149,10 +154,120 @@ def test_the_time_that_the_loop_has_slept_is_no_slow_device(tmp_path: Path) -> N
             pytest.skip("not here: io_uring")
         buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
         reads = DirectReads(backend, device.fd, buckets, congestion)
-        assert reads.start(Asked(), 4096, 0)
+        assert reads.start(Asked(), [(1, 0, 4096)], [4096]) == []
         sched.run(10 * NS_PER_S, [])
         while not arrived:
             backend.ring.enter(min_complete=1)
             backend.reap()
         backend.close()
     assert congestion.value == 0
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> Iterator[Hosted]:
+    """A set in writeback mode past the page cache, its loop asleep in the ring."""
+    make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)
+    try:
+        open_device(str(tmp_path / "cache.img"), direct=True).close()
+    except DeviceError:
+        pytest.skip("not here: a file system with direct I/O below the temporary directory")
+    options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), direct=True,
+                          debug_checks=True,
+                          tunables=(("cache_mode", "writeback"), ("writeback_running", "0"), ("sequential_cutoff", "0"),
+                                    ("congested_read_threshold_us", "0"), ("congested_write_threshold_us", "0")))
+    with hosted(options, None) as engine:
+        if not isinstance(engine.host.backend, RingBackend):
+            pytest.skip("not here: io_uring")
+        yield engine
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_reads_and_writes_in_flight_together(direct: Hosted, structured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[int] = []
+    serve = WriteBatch.serve
+
+    def counted(batch: WriteBatch, request: Request) -> None:
+        placed.append(len(batch.extents))
+        serve(batch, request)
+
+    monkeypatch.setattr(WriteBatch, "serve", counted)
+    dice = random.Random(4)
+    image = bytearray(dice.randbytes(SIZE_BYTES))
+    with NbdClient(direct.socket, structured=structured) as client:
+        client.write(0, image)
+        client.flush()
+        for _ in range(40):
+            # What is in flight together lies apart, so that each read has one right answer.
+            blocks = dice.sample(range(SIZE_BYTES // 65536), 60)
+            asked = {}
+            for block in blocks:
+                offset = block * 65536 + dice.randrange(0, 4) * 512
+                length = dice.choice((512, 4096, 4096, 4096, 12288, 32768))
+                if dice.random() < 0.5:
+                    asked[client.send(CMD_READ, offset, length)] = (offset, length)
+                else:
+                    image[offset:offset + length] = data = dice.randbytes(length)
+                    client.send(CMD_WRITE, offset, length, data, FLAG_FUA if dice.random() < 0.1 else 0)
+            while client.in_flight:
+                reply = client.receive()
+                assert reply.error == 0
+                if reply.cookie in asked:
+                    offset, length = asked[reply.cookie]
+                    assert reply.data == image[offset:offset + length]
+        assert client.read_all(1 << 20) == image
+    assert sum(placed) > 100
+    assert max(placed) > 1, "no writes went together"
+    assert direct.nbd.direct_reads is not None
+    assert len(direct.nbd.direct_reads.free) == MAX_FLIGHTS
+    volume = direct.host.cset.devices[0]
+    assert not volume.ranges.writes
+    assert not volume.dirty_writers
+    assert int(direct.host.cset.buckets.pin.max()) <= 1, "a bucket is pinned for ever"
+
+
+def test_a_client_that_takes_its_answers_late(direct: Hosted) -> None:
+    """More than the socket holds waits to be sent, and the slots are free for others meanwhile."""
+    image = random.Random(5).randbytes(SIZE_BYTES)
+    with NbdClient(direct.socket) as client, NbdClient(direct.socket) as other:
+        client.write(0, image)
+        asked = {client.send(CMD_READ, offset, 65536): offset for offset in range(0, SIZE_BYTES, 65536)}
+        for offset in range(0, SIZE_BYTES, 40960):
+            assert other.read(offset, 4096) == image[offset:offset + 4096]
+        while client.in_flight:
+            reply = client.receive()
+            assert reply.error == 0
+            offset = asked[reply.cookie]
+            assert reply.data == image[offset:offset + 65536]
+        assert client.read_all(1 << 20) == image
+    assert direct.nbd.direct_reads is not None
+    assert len(direct.nbd.direct_reads.free) == MAX_FLIGHTS
+
+
+def test_placed_writes_that_fail(direct: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients hear of it, and what was there before is there still."""
+    image = random.Random(6).randbytes(1 << 20)
+    backend, failed = direct.host.backend, []
+    assert isinstance(backend, RingBackend)
+    submit = backend.submit
+
+    def failing(ios: list[Io]) -> None:
+        for io in ios:
+            if io.what == "data of placed writes":
+                io.error = errno.EIO
+                failed.append(io)
+                backend.done.append(io)
+        submit([io for io in ios if not io.error])
+
+    with NbdClient(direct.socket) as client:
+        client.write(0, image)
+        client.flush()
+        monkeypatch.setattr(backend, "submit", failing)
+        cookies = [client.send(CMD_WRITE, block * 8192, 4096, bytes(4096)) for block in range(20)]
+        for _ in cookies:
+            assert client.receive().error == errno.EIO
+        monkeypatch.undo()
+        assert client.read_all(65536)[:len(image)] == image
+        client.write(8192, bytes(4096))
+        assert client.read(8192, 4096) == bytes(4096)
+    assert failed
+    assert not direct.host.cset.devices[0].ranges.writes

@@ -188,6 +188,7 @@ class World:
         self.flash: dict[int, bytes] = {}
         self.vanishing: set[int] = set()
         self.quick_writes = 0
+        self.placed_writes = 0
         self.quick_random = random.Random(f"quick/{seed}")
         self.group_random = random.Random(f"group/{seed}")
         self.is_calm = True
@@ -353,10 +354,13 @@ class World:
         """Offer plain writes (sector, nsectors) to the volume's batch, as an export does; what it declines goes the way
         of all requests.  The errno of each.
         """
-        if self.group_random.random() < 0.3:
+        way = self.group_random.random()
+        if way < 0.3:
             return await self.write_group(volume, writes, stable=self.group_random.random() < 0.5, stream=stream)
         begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
         datas = [stamps(volume, write.start, write.end, write.value) for write in begun]
+        if way < 0.55:
+            return await self._write_placed(volume, begun, datas, stream)
         is_done = self._write_quickly(volume, writes, datas, stream)
 
         async def slowly(index: int) -> int:
@@ -370,6 +374,46 @@ class World:
         rest = [index for index, done in enumerate(is_done) if not done]
         errors = dict(zip(rest, await self.together(*[slowly(index) for index in rest]), strict=True))
         return [errors.get(index, 0) for index in range(len(writes))]
+
+    async def write_placed(self, volume: int, writes: list[tuple[int, int]], *, stream: int = 0) -> list[int]:
+        """Plain writes (sector, nsectors) that the batch places and the engine writes; the errno of each."""
+        begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
+        datas = [stamps(volume, write.start, write.end, write.value) for write in begun]
+        return await self._write_placed(volume, begun, datas, stream)
+
+    async def _write_placed(self, volume: int, begun: list[Write], datas: list[bytes], stream: int) -> list[int]:
+        # What the batch places is written by the engine, from one piece of memory; the rest goes one by one.
+        batch = self.volumes[volume].batch
+        writes = [(write.start, write.end - write.start) for write in begun]
+        places = [NOT_NOW] * len(writes) if batch is None else batch.place(writes, stream)
+        placed = [index for index, place in enumerate(places) if place != NOT_NOW]
+        asks: list[Coroutine[Any, Any, list[int]]] = []
+        if batch is not None and placed:
+            request = Request(REQ_WRITE, 0, 0, b"".join(datas[index] for index in placed), 0, stream,
+                              _Pending(self.sched))
+            batch.serve(request)
+            self.placed_writes += len(placed)
+
+            async def together() -> list[int]:
+                while not request.tag.done:
+                    await request.tag.queue.wait()
+                if request.error and self.is_calm:
+                    raise SimFailure(f"volume {volume}: placed writes failed with errno {request.error}")
+                for index in placed:
+                    self.oracle.end_write(begun[index], error=request.error)
+                return [request.error] * len(placed)
+
+            asks.append(together())
+
+        async def slowly(index: int) -> list[int]:
+            error = await self._ask(volume, REQ_WRITE, *writes[index], datas[index], 0, stream)
+            self.oracle.end_write(begun[index], error=error)
+            return [error]
+
+        rest = [index for index in range(len(writes)) if index not in placed]
+        asks += [slowly(index) for index in rest]
+        errors = [error for some in await self.together(*asks) for error in some]
+        return [error for _, error in sorted(zip(placed + rest, errors, strict=True))]
 
     async def write_group(self, volume: int, writes: list[tuple[int, int]], *, stable: bool = False,
                           stream: int = 0) -> list[int]:

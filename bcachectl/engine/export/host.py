@@ -322,8 +322,13 @@ class EngineHost:
             time.sleep(0.02)
 
     def _make_backend(self) -> Backend:
+        options = self.options
+        if options.use_nbd and self.media[0].direct and options.io_backend != "sync" and not options.use_ublk:
+            # Direct reads of many clients' requests end in the ring, so there is the place to wait for more of them.
+            with contextlib.suppress(OSError):
+                return make_backend(self.media, waited_in=True)
         try:
-            return make_backend(self.media, self.options.io_backend, waited_in=self.options.use_ublk)
+            return make_backend(self.media, options.io_backend, waited_in=options.use_ublk)
         except OSError as error:
             if not self.options.use_ublk:
                 raise

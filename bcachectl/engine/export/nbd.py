@@ -43,8 +43,8 @@ class NbdServer:
         self.block_bytes = block_bytes
         self.volumes = volumes
         self.path = path
-        self.pool = BufferPool()
         self.direct_reads = direct_reads
+        self.pool = BufferPool() if direct_reads is None else direct_reads.pool
         # Quick reads take the page cache's copy, so they need a descriptor, and one that goes through the page cache.
         self.quick_fd = -1 if cache.direct else cache.fd
         self.nowait_flag = cache.nowait_flag

@@ -9,10 +9,11 @@ Its life:
    * a read that `bcachectl.engine.front.Volume.reads_nowait` knows at once is read from the page cache straight behind
      its reply header in the transmit arena: no object is made, nothing is copied in Python, and one ``send`` carries
      all such replies of a turn;
-   * on a cache device that goes past the page cache such a read is started, and answered when it has ended
-     (`bcachectl.engine.export.nbd_direct`);
+   * on a cache device that goes past the page cache the reads of a turn are started together, and answered when they
+     have ended (`bcachectl.engine.export.nbd_direct`);
    * small writes are gathered; at the end of the turn `Connection._write_batch` offers them to the volume's
-     `bcachectl.engine.write_batch.WriteBatch`, and writes what that places straight from the receive buffer;
+     `bcachectl.engine.write_batch.WriteBatch`, and writes what that places straight from the receive buffer; past the
+     page cache `Connection._write_directly` copies it to memory that a device can read, and the engine writes it;
    * everything else becomes a `bcachectl.engine.front.Request`, whose tag is a `_Pending`.  Its data lies in a pooled
      buffer that has room for the reply's header.  A write too large to be in the receive buffer as a whole is
      received straight into that buffer.
@@ -43,7 +44,7 @@ from typing import TYPE_CHECKING
 
 from bcachectl.engine.export import nbd_wire as wire
 from bcachectl.engine.export.buffers import PAGE_BYTES, Buffer
-from bcachectl.engine.export.nbd_direct import MAX_DIRECT_BYTES, DirectReads
+from bcachectl.engine.export.nbd_direct import MAX_DIRECT_BYTES, DirectReads, Read
 from bcachectl.engine.export.nbd_handshake import Handshake
 from bcachectl.engine.front import (
     EXTENT_CLEAN,
@@ -126,13 +127,20 @@ class _Pending:
         """The engine has completed the request."""
         self.connection.answer(self, request)
 
-    def arrived(self, offset: int) -> None:
-        """The data of a read hit is in the buffer."""
-        self.connection.read_arrived(self, offset)
 
-    def failed(self, offset: int) -> None:
-        """It is not; ask the volume."""
-        self.connection.read_again(self, offset)
+class _PendingWrites:
+    # Writes in flight that the engine writes together: the tag of their one `Request`.
+    __slots__ = ("connection", "cookies", "buffer", "length")
+
+    def __init__(self, connection: Connection, cookies: list[int], buffer: Buffer, length: int) -> None:
+        self.connection = connection
+        self.cookies = cookies
+        self.buffer = buffer
+        self.length = length
+
+    def answered(self, request: Request) -> None:
+        """The engine has completed them."""
+        self.connection.answer_writes(self, request.error)
 
 
 class Connection:
@@ -152,6 +160,9 @@ class Connection:
         self.in_flight = 0
         self.in_flight_bytes = 0
         self.out: deque[tuple[memoryview, Buffer | None]] = deque()
+        self.is_structured = False
+        self.replies: list[memoryview] = []         # to direct reads, each in a slot
+        self.reply_slots: list[int] = []
         self._rx = memoryview(bytearray(RX_BYTES))
         self._rx_start = self._rx_end = 0
         self._skip_bytes = 0                # of a refused write's payload
@@ -248,7 +259,10 @@ class Connection:
         if self.volume is None:
             self._negotiate()
         if self.volume is not None and self.is_open:
-            self._transmit()
+            if self.server.direct_reads is not None:
+                self._transmit_directly(self.volume, self.server.direct_reads)
+            else:
+                self._transmit()
         start, end = self._rx_start, self._rx_end
         if start == end:
             self._rx_start = self._rx_end = 0
@@ -274,6 +288,7 @@ class Connection:
     def choose(self, volume: Volume) -> None:
         """The negotiation is over: requests for the volume follow."""
         self.volume = volume
+        self.is_structured = self.handshake.structured
         self.size_bytes = volume.size_sectors << 9
         # Behind the replies to reads there is always room for those to one batch of writes.
         self._arena = memoryview(mmap.mmap(-1, ARENA_BYTES + MAX_BATCH * wire.SIMPLE_REPLY.size))
@@ -283,7 +298,7 @@ class Connection:
         volume, rx = self.volume, self._rx
         assert volume is not None
         quick_fd, unaligned = self.server.quick_fd, self.handshake.block_bytes - 1
-        unpack_request, direct = wire.REQUEST.unpack_from, self.server.direct_reads
+        unpack_request = wire.REQUEST.unpack_from
         size_bytes, start, end, filled = self.size_bytes, self._rx_start, self._rx_end, self._arena_end
         start += self._skip(end - start)
         batch: list[_Write] = []
@@ -317,20 +332,12 @@ class Connection:
             if not self._has_room():
                 self.blocked = True
                 break
-            if direct is not None and command == 0 and not flags and not (offset | length) & unaligned \
-                    and magic == 0x25609513 and 0 < length <= MAX_DIRECT_BYTES and offset + length <= size_bytes:
-                place = volume.read_nowait(offset >> 9, length >> 9)
-                if place >= 0 and self._read_directly(direct, place, cookie, offset, length):
-                    start += 28
-                    continue
             self._rx_start = start + 28
             self._request(magic, flags, command, cookie, offset, length)
             start = self._rx_start
             start += self._skip(end - start)
             if self.is_leaving or self._payload is not None:
                 break
-        if direct is not None:
-            direct.submit()
         self._arena_end = self._write_batch(batch, filled) if batch else filled
         self._rx_start = start
 
@@ -408,28 +415,93 @@ class Connection:
             quick.abandon()
             places = [NOT_NOW] * len(batch)
         pack_simple, arena = wire.SIMPLE_REPLY.pack_into, self._arena
-        for (cookie, offset, length, at), place in zip(batch, places, strict=True):
+        for write, place in zip(batch, places, strict=True):
             if place >= 0:
-                pack_simple(arena, filled, wire.SIMPLE_REPLY_MAGIC, 0, cookie)
+                pack_simple(arena, filled, wire.SIMPLE_REPLY_MAGIC, 0, write[0])
                 filled += 16
             else:
-                buffer = self.server.pool.take(length)
-                data = buffer.data(length)
-                data[:] = rx[at:at + length]
-                self.in_flight += 1
-                self.in_flight_bytes += length
-                self._submit(REQ_WRITE, _Pending(self, cookie, 0, length, buffer), offset >> 9, data)
+                self._write_alone(write)
         return filled
 
-    def _read_directly(self, direct: DirectReads, place: int, cookie: int, offset: int, length: int) -> bool:
-        pending = _Pending(self, cookie, 0, length, self.server.pool.take(length))
-        if not direct.start(pending, place, offset):
-            assert pending.buffer is not None
-            self.server.pool.release(pending.buffer)
-            return False
+    def _transmit_directly(self, volume: Volume, direct: DirectReads) -> None:
+        # As `_transmit`, for a cache device that goes past the page cache: what is plain is gathered and begins at the
+        # end.  Nothing of it is answered before, so the order among it and the others is free.
+        rx, unpack_request, unaligned = self._rx, wire.REQUEST.unpack_from, self.handshake.block_bytes - 1
+        size_bytes, start, end, has_batch = self.size_bytes, self._rx_start, self._rx_end, volume.batch is not None
+        start += self._skip(end - start)
+        reads: list[Read] = []
+        writes: list[_Write] = []
+        room, room_bytes = MAX_IN_FLIGHT - self.in_flight, MAX_IN_FLIGHT_BYTES - self.in_flight_bytes
+        while end - start >= 28:
+            if room <= 0 or room_bytes <= 0 or len(self.out) >= MAX_UNSENT:
+                self.blocked = True
+                break
+            magic, flags, command, cookie, offset, length = unpack_request(rx, start)
+            if command < 2 and not flags and not (offset | length) & unaligned and magic == 0x25609513 \
+                    and 0 < length <= MAX_DIRECT_BYTES and offset + length <= size_bytes:
+                if not command:
+                    reads.append((cookie, offset, length))
+                    start += 28
+                    room, room_bytes = room - 1, room_bytes - length
+                    continue
+                if has_batch and length <= MAX_QUICK_WRITE_BYTES:
+                    if end - start < 28 + length:
+                        break               # the rest of it comes with the next event
+                    writes.append((cookie, offset, length, start + 28))
+                    start += 28 + length
+                    room, room_bytes = room - 1, room_bytes - length
+                    continue
+            self._rx_start = start + 28
+            in_flight, in_flight_bytes = self.in_flight, self.in_flight_bytes
+            self._request(magic, flags, command, cookie, offset, length)
+            room, room_bytes = room - self.in_flight + in_flight, room_bytes - self.in_flight_bytes + in_flight_bytes
+            start = self._rx_start
+            start += self._skip(end - start)
+            if self.is_leaving or self._payload is not None:
+                break
+        self._served = len(reads) + len(writes)
+        if reads:
+            free = len(direct.free)
+            places = volume.reads_nowait([(offset >> 9, length >> 9) for _, offset, length in reads[:free]])
+            left = direct.start(self, reads[:free], places) + reads[free:]
+            self.in_flight += len(left)
+            for read in left:
+                self.read_again(read)
+        if writes:
+            self._write_directly(volume, writes)
+        self._rx_start = start
+
+    def _write_directly(self, volume: Volume, writes: list[_Write]) -> None:
+        # What the volume's batch places becomes one request, its data in one piece; the others each become one.
+        batch, pool, rx = volume.batch, self.server.pool, self._rx
+        assert batch is not None
+        places = batch.place([(offset >> 9, length >> 9) for _, offset, length, _ in writes], self.stream)
+        placed = [write for write, place in zip(writes, places, strict=True) if place >= 0]
+        if placed:
+            total = sum([length for _, _, length, _ in placed])
+            buffer = pool.take(total)
+            data = buffer.data(total)
+            filled = 0
+            for _, _, length, at in placed:
+                data[filled:filled + length] = rx[at:at + length]
+                filled += length
+            self.in_flight += len(placed)
+            self.in_flight_bytes += total
+            pending = _PendingWrites(self, [cookie for cookie, _, _, _ in placed], buffer, total)
+            batch.serve(Request(REQ_WRITE, 0, 0, data, 0, self.stream, pending))
+        if len(placed) < len(writes):
+            for write, place in zip(writes, places, strict=True):
+                if place < 0:
+                    self._write_alone(write)
+
+    def _write_alone(self, write: _Write) -> None:
+        cookie, offset, length, at = write
+        buffer = self.server.pool.take(length)
+        data = buffer.data(length)
+        data[:] = self._rx[at:at + length]
         self.in_flight += 1
         self.in_flight_bytes += length
-        return True
+        self._submit(REQ_WRITE, _Pending(self, cookie, 0, length, buffer), offset >> 9, data)
 
     def _skip(self, available_bytes: int) -> int:
         # How much of what has come belongs to the payload of a refused write.
@@ -523,20 +595,23 @@ class Connection:
             self.out.append((memoryview(wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, pending.cookie)), None))
         self.server.active.add(self)
 
-    def read_arrived(self, pending: _Pending, offset: int) -> None:
-        """Send what was read past the engine's tasks."""
-        self.in_flight -= 1
+    def answer_writes(self, pending: _PendingWrites, error: int) -> None:
+        """Put the replies to writes that the engine has written together among what is to be sent."""
+        self.in_flight -= len(pending.cookies)
         self.in_flight_bytes -= pending.length
-        assert pending.buffer is not None
+        self.server.pool.release(pending.buffer)
         if self.is_open:
-            self._send_data(pending, pending.buffer, offset)
-        else:
-            self.server.pool.release(pending.buffer)
+            pack, code = wire.SIMPLE_REPLY.pack, wire.wire_error(error) if error else 0
+            self.out.append((memoryview(b"".join([pack(0x67446698, code, cookie) for cookie in pending.cookies])),
+                             None))
+            self.server.active.add(self)
 
-    def read_again(self, pending: _Pending, offset: int) -> None:
-        """A read past the engine's tasks failed: it becomes a request, in flight as before."""
-        assert pending.buffer is not None
-        self._submit(REQ_READ, pending, offset >> 9, pending.buffer.data(pending.length))
+    def read_again(self, read: Read) -> None:
+        """A read past the engine's tasks was not to be had: it becomes a request, in flight as before."""
+        cookie, offset, length = read
+        buffer = self.server.pool.take(length)
+        self.in_flight_bytes += length
+        self._submit(REQ_READ, _Pending(self, cookie, 0, length, buffer), offset >> 9, buffer.data(length))
 
     def _send_data(self, pending: _Pending, buffer: Buffer, offset: int) -> None:
         # The bytes stay counted as in flight until they are sent: they are memory that the client makes us hold.
@@ -609,6 +684,8 @@ class Connection:
         out = self.out
         self._queue_arena(self._arena_end, self._arena_end)
         try:
+            if self.replies and (out or not self._send_replies()):
+                self._keep_replies()
             while out:
                 if len(out) == 1:
                     sent = self.sock.send(out[0][0])
@@ -628,6 +705,36 @@ class Connection:
             return False
         self._arena_queued = self._arena_end = 0
         return True
+
+    def _send_replies(self) -> bool:
+        # The usual case in one call: nothing else waits, and all of it leaves.  What was sent of it is not there any
+        # more.
+        replies, slots = self.replies, self.reply_slots
+        if len(replies) > _IOV_MAX:
+            return False
+        try:
+            sent = self.sock.send(replies[0]) if len(replies) == 1 else self.sock.sendmsg(replies)
+        except BlockingIOError:
+            return False
+        gone = 0
+        while gone < len(replies) and sent >= len(replies[gone]):
+            sent -= len(replies[gone])
+            gone += 1
+        assert self.server.direct_reads is not None
+        self.server.direct_reads.sent(slots[:gone])
+        self.replies, self.reply_slots = replies[gone:], slots[gone:]
+        if sent:
+            self.replies[0] = self.replies[0][sent:]
+        return not self.replies
+
+    def _keep_replies(self) -> None:
+        # The client does not take them now: their slots are free, their buffers are not.
+        assert self.server.direct_reads is not None
+        for reply, slot in zip(self.replies, self.reply_slots, strict=True):
+            buffer = self.server.direct_reads.keep(slot)
+            self.in_flight_bytes += buffer.capacity_bytes
+            self.out.append((reply, buffer))
+        self.replies, self.reply_slots = [], []
 
     def _queue_arena(self, end: int, start: int) -> None:
         # What the arena holds up to ``end`` is to be sent; what is sent after it begins at ``start``.
@@ -657,6 +764,10 @@ class Connection:
             if buffer is not None:
                 self._release_sent(buffer)
         self.out.clear()
+        if self.replies:
+            assert self.server.direct_reads is not None
+            self.server.direct_reads.sent(self.reply_slots)
+            self.replies, self.reply_slots = [], []
         self.server.forget(self)
         self.sock.close()
 
