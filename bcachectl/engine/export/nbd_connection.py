@@ -258,11 +258,10 @@ class Connection:
         self.blocked = False
         if self.volume is None:
             self._negotiate()
-        if self.volume is not None and self.is_open:
-            if self.server.direct_reads is not None:
-                self._transmit_directly(self.volume, self.server.direct_reads)
-            else:
-                self._transmit()
+        if self.volume is not None and self.is_open and self.server.direct_reads is not None:
+            self._transmit_directly(self.volume, self.server.direct_reads)
+        elif self.volume is not None and self.is_open:
+            self._transmit()
         start, end = self._rx_start, self._rx_end
         if start == end:
             self._rx_start = self._rx_end = 0
@@ -489,10 +488,9 @@ class Connection:
             self.in_flight_bytes += total
             pending = _PendingWrites(self, [cookie for cookie, _, _, _ in placed], buffer, total)
             batch.serve(Request(REQ_WRITE, 0, 0, data, 0, self.stream, pending))
-        if len(placed) < len(writes):
-            for write, place in zip(writes, places, strict=True):
-                if place < 0:
-                    self._write_alone(write)
+        for write, place in zip(writes, places, strict=True):
+            if place < 0:
+                self._write_alone(write)
 
     def _write_alone(self, write: _Write) -> None:
         cookie, offset, length, at = write
@@ -707,8 +705,7 @@ class Connection:
         return True
 
     def _send_replies(self) -> bool:
-        # The usual case in one call: nothing else waits, and all of it leaves.  What was sent of it is not there any
-        # more.
+        # True if all of them left, which is usual; those that did not are still there.
         replies, slots = self.replies, self.reply_slots
         if len(replies) > _IOV_MAX:
             return False
