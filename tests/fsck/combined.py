@@ -168,6 +168,8 @@ def judge(image: Image, truth: Truth, dice: random.Random, *, safe_only: bool) -
         repair = plan_repair(before, safe_only=safe_only)
     except BcachectlError:
         return
+    if not repair.steps:
+        return  # Nothing is written, so nothing is lost by it.
     left = {finding.code for finding in repair.left}
     work = copy_of(image)
     apply(work, repair)
