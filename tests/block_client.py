@@ -36,7 +36,7 @@ from tests.program import Process
 from tests.require import patience
 
 WORKERS = 32
-_BLKDISCARD, _BLKZEROOUT, _BLKSSZGET, _BLKGETSIZE64 = 0x1277, 0x127F, 0x1268, 0x80081272
+_BLKDISCARD, _BLKZEROOUT, _BLKSSZGET, _BLKROGET, _BLKGETSIZE64 = 0x1277, 0x127F, 0x1268, 0x125E, 0x80081272
 _SYNC_AND_WAIT = 7                      # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 _LOOK_S = 0.1
 
@@ -235,9 +235,12 @@ class BlockClient:
         try:
             fcntl.ioctl(self._fd, request, struct.pack("QQ", offset, length))
         except OSError as error:
-            # A discard is advice, and a device need not know it.
+            # A discard is advice, and a device need not know it.  The kernel looks at that first, and only then whether
+            # the device may be written.
             if command != CMD_TRIM or error.errno != errno.EOPNOTSUPP:
                 raise
+            if struct.unpack("i", fcntl.ioctl(self._fd, _BLKROGET, bytes(4)))[0]:
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM)) from error
         if is_fua:
             os.fsync(self._fd)
 

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A share of the tests of engines, over ublk: ``make over-ublk`` runs all (`tests.vm.over_ublk`).
+
+The share: the files about what a volume answers, of each function its first parameters; the first function of each
+file, then the second of each, and so on, as many as begin within `SECONDS`.  What the other files do for minutes, fio,
+file systems and SIGKILL under load, tests/vm/test_ublk.py does in short.
+"""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from tests.vm.over_ublk import Outcome, boot, report
+
+SHARE = ("tests/export/test_faults.py", "tests/export/test_golden_serve.py", "tests/export/test_engine_run.py",
+         "tests/export/test_writeback_serve.py", "tests/system/test_nothing_written.py", "tests/golden/test_killed.py",
+         "tests/export/test_changes.py", "tests/export/test_write_batch.py")
+SECONDS = 140
+MIN_PASSED = 5
+"""If fewer pass, most were left out or hung, and this test would prove nothing."""
+
+
+@pytest.mark.timeout(900)
+def test_a_share_of_the_tests_of_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = boot(list(SHARE), [], tmp_path / "job", seconds=SECONDS, only_first=True, test_seconds=300)
+    left = len(set(found.collected) - {one.test for one in found.outcomes})
+    text = report(found.outcomes, left)
+    with capsys.disabled():
+        print(f"\n{text}")
+    counts = collections.Counter(one.outcome for one in found.outcomes)
+    assert not counts["failed"], text
+    assert counts["passed"] >= MIN_PASSED, text
+
+
+def test_the_report_shows_each_failure() -> None:
+    text = report([Outcome("a", "passed", 1.0, ""), Outcome("b", "skipped", 0.1, "Skipped: only over nbd: x"),
+                   Outcome("c", "skipped", 0.1, "Skipped: only over nbd: x"), Outcome("d", "failed", 2.0, "why")], 3)
+    assert text.splitlines() == ["over ublk: 1 passed, 1 failed, 2 left out, 3 still to run",
+                                 "  left out, 2: only over nbd: x", "FAILED d", "why"]
