@@ -76,15 +76,15 @@ class Boot:
     console: str
 
 
-def boot(words: list[str], done: list[str], share: Path, *, seconds: float = BOOT_S, only_first: bool = False,
+def boot(words: list[str], done: list[str], share: Path, *, seconds: float = BOOT_S, share_of: int = 0,
          test_seconds: float = LAST_TEST_S) -> Boot:
-    """Run the tests that ``words`` of pytest's command line choose, but for those that are done; with ``only_first``,
-    each function with its first parameters only."""
+    """Run the tests that ``words`` of pytest's command line choose, but for those that are done; with ``share_of``, so
+    many of them at most, each function with its first parameters only (`tests.vm.over_side`)."""
     share.mkdir()
     (share / "done").write_text("".join(f"{name}\n" for name in done))
     (share / "go.sh").write_text(_GO.format(
         root=shlex.quote(str(TESTS.parent)), slowness=SLOWNESS, seconds=seconds, python=shlex.quote(sys.executable),
-        share="1" if only_first else "",
+        share=share_of or "",
         timeout_s=test_seconds, words=shlex.join(words)))
     started = machine.start(_JOB, [], share, host=True, memory_mib=MEMORY_MIB)
     try:
@@ -137,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bcachectl-over-") as name:
         for number in range(asked.boots):
             found = boot(words, [one.test for one in outcomes], Path(name) / str(number), seconds=asked.seconds,
-                         only_first=asked.first, test_seconds=asked.test_seconds)
+                         share_of=10_000 if asked.first else 0, test_seconds=asked.test_seconds)
             outcomes += found.outcomes
             left = len(set(found.collected) - {one.test for one in outcomes})
             for one in found.outcomes:
