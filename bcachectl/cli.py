@@ -167,7 +167,14 @@ def judge(error: BaseException) -> tuple[int, str]:
             sentence = error.format_message().strip().rstrip(".").replace(": Value error, ", ": ")
             return EXIT_USAGE, f"{sentence[0].lower()}{sentence[1:]}; see `{verb} --help`"
         case _:
-            return EXIT_FAILED, f"a bug, please report it with what --debug prints: {type(error).__name__}: {error}"
+            return EXIT_FAILED, (f"a bug, please report it with what --debug prints: {type(error).__name__}: {error}"
+                                 f" ({_place_of(error)})")
+
+
+def _place_of(error: BaseException) -> str:
+    # Where it was raised.  What happens once in a month is not waited for with --debug.
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else "nobody knows where"
 
 
 def build_app(asked: Sequence[str]) -> typer.Typer:

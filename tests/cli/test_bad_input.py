@@ -363,7 +363,7 @@ def test_a_bug_is_one_sentence_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("bcachectl.commands.show.open_device", broken)
-    one_sentence(cli("show", "x"), FAILED, "a bug", "--debug", "ZeroDivisionError: oops")
+    one_sentence(cli("show", "x"), FAILED, "a bug", "--debug", "ZeroDivisionError: oops (test_bad_input.py, line ")
     debugged = cli("show", "x", "--debug")
     assert debugged.status == FAILED
     assert "Traceback" in debugged.err
