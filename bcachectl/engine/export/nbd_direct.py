@@ -106,6 +106,7 @@ class DirectReads:
             flights[slot] = reader, cookie, offset, length, bucket, now_ns
         ring.tail = tail
         reader.in_flight += len(reads) - len(left)
+        self.backend.awaited_reads += len(reads) - len(left)
         if not self.backend.waited_in:
             ring.enter()
         return left
@@ -118,6 +119,7 @@ class DirectReads:
         slow_ns = congestion.read_threshold_us * 1000 if congestion.value >= 0 else -1
         now_ns = monotonic_ns()
         readers: dict[Reader, None] = {}
+        self.backend.awaited_reads -= len(completions)
         for slot, result in completions:
             flight = flights[slot]
             assert flight is not None
