@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -189,6 +190,22 @@ def direct(tmp_path: Path) -> Iterator[Hosted]:
         if not isinstance(engine.host.backend, RingBackend):
             pytest.skip("not here: io_uring")
         yield engine
+
+
+def test_a_set_that_is_only_read_refuses_writes_as_ever(tmp_path: Path) -> None:
+    make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)
+    try:
+        open_device(str(tmp_path / "cache.img"), direct=True).close()
+    except DeviceError:
+        pytest.skip("not here: a file system with direct I/O below the temporary directory")
+    options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), direct=True)
+    with hosted(options, None):
+        pass                                    # a set that has never run cannot be read only
+    with hosted(replace(options, read_only=True), None) as engine, NbdClient(engine.socket) as client:
+        client.send(CMD_WRITE, 0, 4096, bytes(4096))
+        assert client.receive().error == errno.EPERM
+        client.send(CMD_READ, 0, 4096)
+        assert client.receive().data == bytes(4096)
 
 
 @pytest.mark.parametrize("structured", [False, True])

@@ -426,7 +426,8 @@ class Connection:
         # As `_transmit`, for a cache device that goes past the page cache: what is plain is gathered and begins at the
         # end.  Nothing of it is answered before, so the order among it and the others is free.
         rx, unpack_request, unaligned = self._rx, wire.REQUEST.unpack_from, self.handshake.block_bytes - 1
-        size_bytes, start, end, has_batch = self.size_bytes, self._rx_start, self._rx_end, volume.batch is not None
+        size_bytes, start, end = self.size_bytes, self._rx_start, self._rx_end
+        has_batch = volume.batch is not None and not volume.read_only
         start += self._skip(end - start)
         reads: list[Read] = []
         writes: list[_Write] = []
