@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 from bcachectl.errors import DeviceError
 from bcachectl.fsck.check_backing import Backing
@@ -89,6 +90,14 @@ class Image:
         other.backings = [Device(device.name, device.base) for device in self.backings]
         other.nodes, other.walk = self.nodes, self.walk
         return other
+
+    def as_files(self, directory: Path) -> list[Path]:
+        """The devices as files there, the cache first."""
+        paths = []
+        for device in [self.cache, *self.backings]:
+            paths.append(directory / f"{device.name}.img")
+            paths[-1].write_bytes(device.content())
+        return paths
 
     # Superblocks.
 

@@ -141,10 +141,7 @@ def test_undo_of_an_interrupted_repair(golden: Callable[..., Path], tmp_path: Pa
     """The program dies at a write, before or in the middle of it; undo then restores every byte of every device."""
     image = base_image(golden(CASES[name].base)).fresh()
     CASES[name].edit(image)
-    paths = []
-    for device in [image.cache, *image.backings]:
-        paths.append(tmp_path / f"{device.name}.img")
-        paths[-1].write_bytes(device.content())
+    paths = image.as_files(tmp_path)
     before = [path.read_bytes() for path in paths]
     words = [str(path) for path in paths]
     writes = sum(len(step) for step in plan_repair(check(image), safe_only=False).steps)

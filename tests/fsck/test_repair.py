@@ -20,16 +20,12 @@ from tests.fsck.test_damage import base_image
 CASES = {case.name: case for case in cases()}
 
 
-def damaged_files(golden: Callable[..., Path], tmp_path: Path, case: Case) -> list[Path]:
-    """The devices of a case as files."""
-    image = base_image(golden(case.base)).fresh()
-    case.edit(image)
-    paths = []
-    for device in [image.cache, *image.backings]:
-        path = tmp_path / f"{device.name}.img"
-        path.write_bytes(device.content())
-        paths.append(path)
-    return paths
+def damaged_files(golden: Callable[..., Path], tmp_path: Path, *damages: Case) -> list[Path]:
+    """The devices of a case as files; of several with one base, if all of it has happened."""
+    image = base_image(golden(damages[0].base)).fresh()
+    for case in damages:
+        case.edit(image)
+    return image.as_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["prio_csum_dirty_crash", "sb_all_zero_attached_clean", "backing_csum_dirty_crash",
@@ -61,13 +57,7 @@ def test_output_leaves_the_device_alone(golden: Callable[..., Path], tmp_path: P
 
 
 def test_output_says_that_a_backing_device_stays_as_it_is(golden: Callable[..., Path], tmp_path: Path) -> None:
-    image = base_image(golden("dirty_crash")).fresh()
-    for name in ("prio_csum_dirty_crash", "backing_csum_dirty_crash"):
-        CASES[name].edit(image)
-    paths = []
-    for device in [image.cache, *image.backings]:
-        paths.append(tmp_path / f"{device.name}.img")
-        paths[-1].write_bytes(device.content())
+    paths = damaged_files(golden, tmp_path, CASES["prio_csum_dirty_crash"], CASES["backing_csum_dirty_crash"])
     before = [path.read_bytes() for path in paths]
     assert cli.run(["fsck", "-y", "--output", str(tmp_path / "copy.img"), *map(str, paths)]) == 1 | 4
     assert [path.read_bytes() for path in paths] == before
