@@ -174,18 +174,22 @@ def test_the_time_that_the_loop_has_slept_is_no_slow_device(tmp_path: Path) -> N
     assert congestion.value == 0
 
 
+def direct_set(directory: Path) -> HostOptions:
+    """A new set of files that an engine opens past the page cache."""
+    make_set(directory, backing_bytes=SIZE_BYTES + 8192)
+    try:
+        open_device(str(directory / "cache.img"), direct=True).close()
+    except DeviceError:
+        pytest.skip("not here: a file system with direct I/O below the temporary directory")
+    return HostOptions(cache=str(directory / "cache.img"), backings=(str(directory / "back0.img"),), direct=True)
+
+
 @pytest.fixture
 def direct(tmp_path: Path) -> Iterator[Hosted]:
     """A set in writeback mode past the page cache, its loop asleep in the ring."""
-    make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)
-    try:
-        open_device(str(tmp_path / "cache.img"), direct=True).close()
-    except DeviceError:
-        pytest.skip("not here: a file system with direct I/O below the temporary directory")
-    options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), direct=True,
-                          debug_checks=True,
-                          tunables=(("cache_mode", "writeback"), ("writeback_running", "0"), ("sequential_cutoff", "0"),
-                                    ("congested_read_threshold_us", "0"), ("congested_write_threshold_us", "0")))
+    options = replace(direct_set(tmp_path), debug_checks=True,
+                      tunables=(("cache_mode", "writeback"), ("writeback_running", "0"), ("sequential_cutoff", "0"),
+                                ("congested_read_threshold_us", "0"), ("congested_write_threshold_us", "0")))
     with hosted(options, None) as engine:
         if not isinstance(engine.host.backend, RingBackend):
             pytest.skip("not here: io_uring")
@@ -193,12 +197,7 @@ def direct(tmp_path: Path) -> Iterator[Hosted]:
 
 
 def test_a_set_that_is_only_read_refuses_writes_as_ever(tmp_path: Path) -> None:
-    make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)
-    try:
-        open_device(str(tmp_path / "cache.img"), direct=True).close()
-    except DeviceError:
-        pytest.skip("not here: a file system with direct I/O below the temporary directory")
-    options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), direct=True)
+    options = direct_set(tmp_path)
     with hosted(options, None):
         pass                                    # a set that has never run cannot be read only
     with hosted(replace(options, read_only=True), None) as engine, NbdClient(engine.socket) as client:
