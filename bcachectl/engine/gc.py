@@ -224,6 +224,9 @@ class Gc:
                 await cset.btree.changed.wait()
                 continue
             if leaf is not seen:
+                if seen is not None and self.position != seen.end:
+                    # That one was divided half-way: what comes before this leaf now was not visited.
+                    window.clear()
                 seen, stalest, bad, count = leaf, 0, 0, 0
             # All that ends at `position` or before is marked, in this leaf or in one that it has replaced.
             first = leaf.first_index(self.position)

@@ -95,7 +95,8 @@ class Splitter:
 
     async def coalesce(self, leaves: list[Node]) -> bool:
         """Put the extents of neighbouring leaves of one parent into one leaf less, if they fit well
-        (btree_gc_coalesce).
+        (btree_gc_coalesce).  False, and nothing done, if they are no neighbours any more: since the caller has found
+        them another may have come between them.
         """
         cset = self.cset
         geometry = cset.geometry
@@ -103,7 +104,7 @@ class Splitter:
             paths = [cset.btree.path(leaf) for leaf in leaves]
             if any(leaf.gone or leaf.frozen or len(path) < 2 for leaf, path in zip(leaves, paths, strict=True)):
                 return False
-            if any(path[-2] is not paths[0][-2] for path in paths) or not self.has_reserve(0, len(leaves)):
+            if not _are_neighbours(paths[0][-2], leaves) or not self.has_reserve(0, len(leaves)):
                 return False
             counts = [int(np.count_nonzero(np.array(leaf.meta, np.uint32) & np.uint32(HAS_PTR))) for leaf in leaves]
             two_thirds = geometry.node_blocks * 2 // 3
@@ -300,6 +301,8 @@ class Splitter:
         cset = self.cset
         alloc, buckets, geometry = cset.alloc, cset.buckets, cset.geometry
         parent = cset.btree.path(old[0])[-2]
+        # Before a word of it is on the disk: a parent's set that says otherwise takes a leaf's keys out of the map.
+        assert _are_neighbours(parent, old), "what is replaced lies side by side under one parent"
         # From here until the parent's set is durable these gens must not get into the prio sets.
         alloc.prio_blocked += len(old)
         markers = [node.ptr & ~0xFF | buckets.bump_gen(node.bucket) for node in old]
@@ -324,9 +327,8 @@ class Splitter:
 
     def _exchanged(self, parent: Node, old: list[Node], new: list[Node]) -> Children:
         # The parent's children with ``old`` exchanged for ``new``.
-        children = children_of(parent)
-        first = next(index for index, child in enumerate(children) if child[1] == old[0].ptr)
-        assert [child[1] for child in children[first : first + len(old)]] == [node.ptr for node in old]
+        assert _are_neighbours(parent, old), "what was replaced lay side by side under one parent"
+        children, first = children_of(parent), parent.child_index(old[0].end - 1)
         children[first : first + len(old)] = [(node.end, node.ptr, node) for node in new]
         return children
 
@@ -334,3 +336,9 @@ class Splitter:
 def children_of(node: Node) -> Children:
     """An interior node's children."""
     return list(zip(node.ends, node.ptrs, node.children, strict=True))
+
+
+def _are_neighbours(parent: Node, nodes: list[Node]) -> bool:
+    # Whether these are children of ``parent`` that follow each other.
+    first = parent.child_index(nodes[0].end - 1)
+    return list(parent.ptrs[first : first + len(nodes)]) == [node.ptr for node in nodes]

@@ -11,6 +11,7 @@ import pytest
 from bcachectl.engine import checks
 from bcachectl.engine.alloc import Reserve
 from bcachectl.engine.buckets import MARK_DIRTY, Lowest
+from bcachectl.engine.node import Node
 from bcachectl.ondisk.bkey import MAX_POS
 from tests.sim.world import Backing, Setup, World
 
@@ -130,6 +131,53 @@ def test_marks_are_true_at_every_moment_of_a_gc(mode: str, seed: int) -> None:
         assert runs >= 2
         assert during.count("walk") > 50
         assert "force" in during
+        await world.verify(everything=True)
+
+    world.run(story())
+
+
+def test_a_leaf_that_is_divided_behind_gc_is_not_passed_over() -> None:
+    """gc has marked all of a leaf that comes before the cut when the leaf is divided.  Then it goes on in the second
+    half; what it visited before that half's sibling is no neighbour of it, and is not put together with it.
+    """
+    setup = Setup(nbuckets=700, backings=(Backing(data_sectors=6000),), settles=False, options=SLICES)
+    world = World(setup, "divided")
+
+    def leaf_of(sector: int) -> Node:
+        dev = world.cset.devices[0]
+        leaf = world.cset.btree.leaf_nowait(dev.base + dev.data_offset + sector)
+        assert leaf is not None
+        return leaf
+
+    async def story() -> None:
+        await world.up()
+        cset = world.cset
+        for name, text in (("writeback_percent", "0"), ("sequential_cutoff", "0")):
+            await world.tune("bcache0", name, text)
+        for sector in range(0, 300, 2):
+            await world.write(0, sector, 1, sync=True)
+        first, second = leaf_of(0), leaf_of(298)
+        assert first is not second, "no leaf was divided"
+        cut = max(sector for sector in range(300) if leaf_of(sector) is first)
+        for sector in range(0, cut - 40, 32):
+            await world.write(0, sector, 32, sync=True)
+        sector = 300
+        while second.has_room(24, cset.geometry):
+            await world.write(0, sector, 1, sync=True)
+            sector += 2
+        assert leaf_of(0) is first
+        assert leaf_of(sector - 2) is second
+
+        async def divide() -> None:
+            behind = second.ends[len(second.ends) * 6 // 10]
+            while not behind <= cset.gc.position < MAX_POS:
+                await world.sched.yield_now()
+            assert leaf_of(cut + 5) is second, "divided too early"
+            await world.together(*[world.write(0, cut + 5 + 2 * index | 1, 1, sync=True) for index in range(12)])
+            assert not first.gone
+            assert leaf_of(cut + 5).end <= behind, "gc has not passed the cut"
+
+        await world.together(cset.run_gc(), divide())
         await world.verify(everything=True)
 
     world.run(story())
