@@ -232,6 +232,16 @@ def set_iteration_complaints(path: Path, source: str) -> Iterator[str]:
             yield f"{path}:{node.iter.lineno}: iterates over a set ({ast.unparse(node.iter)})"
 
 
+def assert_complaints(path: Path, source: str) -> Iterator[str]:
+    """Assertions in functions without a text: what a user reports of one is its text and its line, of whatever
+    version.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert) and node.msg is None and node not in tree.body:
+            yield f"{path}:{node.lineno}: the assertion does not say which promise was broken"
+
+
 def skip_complaints(path: Path, source: str) -> Iterator[str]:
     """Tests that are left out without saying why."""
     for node in ast.walk(ast.parse(source)):
@@ -312,6 +322,12 @@ def test_tree_core_iterates_over_no_set() -> None:
     judge(text for path, source in core.items() for text in set_iteration_complaints(path, source))
 
 
+def test_tree_assertions_of_the_engine_say_what_is_wrong() -> None:
+    engine = {path: source for path, source in PACKAGE_SOURCES.items() if path.is_relative_to(Path(PACKAGE, "engine"))}
+    assert Path(PACKAGE, "engine", "io", "ring.py") in engine
+    judge(text for path, source in engine.items() for text in assert_complaints(path, source))
+
+
 def test_tree_sizes() -> None:
     judge(text for path, source in ALL_SOURCES.items() for text in size_complaints(path, source))
 
@@ -389,6 +405,11 @@ def test_set_rule_fails(source: str) -> None:
 def test_set_rule_passes() -> None:
     source = "busy: set[int] = set()\nfor x in sorted(busy): pass\nfor y in [1]: pass\nok = 3 in busy"
     assert not list(set_iteration_complaints(Path("bcachectl/engine/alloc.py"), source))
+
+
+def test_assert_rule_fails() -> None:
+    assert list(assert_complaints(Path("a.py"), "def f(x):\n    assert x"))
+    assert not list(assert_complaints(Path("a.py"), "assert SIZE == 8\ndef f(x):\n    assert x, 'x is true'"))
 
 
 def test_size_rule_fails() -> None:

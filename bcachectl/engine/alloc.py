@@ -203,7 +203,8 @@ class Allocator:
         wanted = self.free[Reserve.PRIO].size + self.free[Reserve.BTREE].size
         for bucket in candidates[buckets.mark[candidates] == MARK_NONE][:wanted].tolist():
             self._bump(bucket)
-            assert self.free[Reserve.PRIO].push(bucket) or self.free[Reserve.BTREE].push(bucket)
+            is_kept = self.free[Reserve.PRIO].push(bucket) or self.free[Reserve.BTREE].push(bucket)
+            assert is_kept, "both reserves together have room for what was wanted"
 
     async def run(self) -> None:
         """The allocator thread (alloc.c, bch_allocator_thread); ends when the set stops or fails."""
@@ -382,7 +383,7 @@ class Allocator:
         buckets.prio[victims] = INITIAL_PRIO
         buckets.pin[victims] += 1
         self.free_inc.buckets.extend(numbers)
-        assert len(self.free_inc) <= self.free_inc.size
+        assert len(self.free_inc) <= self.free_inc.size, "no more is invalidated than free_inc has room for"
 
     def _bump(self, bucket: int) -> None:
         buckets = self.buckets

@@ -171,7 +171,7 @@ class Btree:
                     parent.children[here] = node
                     self.cache(node)
                 existing = parent.children[here]
-                assert existing is not None
+                assert existing is not None, "a child that was just put in its place is there"
                 return existing
             return node
         finally:

@@ -283,13 +283,13 @@ class Buckets:
 
     def complete_marks(self, metadata: list[int]) -> None:
         """Add what no key tells to the collected marks (btree.c, bch_btree_gc_finish)."""
-        assert self.marks is not None
+        assert self.marks is not None, "marks are completed while a gc collects them"
         self.marks.mark[metadata] = MARK_METADATA
 
     def put_in_force(self, first: int, last: int) -> None:
         """Put the collected marks of buckets ``first`` to ``last`` in force."""
         marks, part = self.marks, slice(first, last)
-        assert marks is not None
+        assert marks is not None, "marks are put in force while a gc collects them"
         self.mark[part] = marks.mark[part]
         self.sectors_used[part] = np.minimum(marks.sectors[part], MAX_SECTORS_USED)
         self.last_gc[part] = marks.gen[part] - marks.gap[part]

@@ -178,7 +178,7 @@ class Journal:
 
     async def add(self, keys: bytes) -> JournalPin | None:
         """Like `add_nowait`, but waits for space; None if the set has failed, or is new and not journaled yet."""
-        assert len(keys) <= self.request_max_bytes
+        assert len(keys) <= self.request_max_bytes, "the keys of one call fit one block of the journal"
         while self.cset.sync and not self.cset.io_disabled:
             pin = self.add_nowait(keys)
             if pin is not None:
@@ -367,7 +367,7 @@ class Journal:
         geometry = cset.geometry
         self._drop_free_pins()
         seq, last_seq, is_bare = self.seq, self.last_seq, not self.keys
-        assert is_bare or not self.guarded
+        assert is_bare or not self.guarded, "the first entry of a bucket that is still asked for has no keys"
         raw = self._encode(seq, last_seq, bytes(self.keys))
         blocks = len(raw) // geometry.block_bytes
         assert blocks <= self.blocks_free, (blocks, self.blocks_free)

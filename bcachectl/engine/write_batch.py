@@ -68,7 +68,7 @@ class WriteBatch:
         The sectors are the volume's.  After this comes `commit`, `serve` or `abandon`, before anything else of the
         engine runs.
         """
-        assert not self.extents
+        assert not self.extents, "what was placed before is committed, served or abandoned"
         dev = self.dev
         if not keeps_back(dev):
             return [NOT_NOW] * len(writes)

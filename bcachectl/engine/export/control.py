@@ -388,7 +388,7 @@ class ControlServer:
 
     def _publish(self, volume: Volume) -> str:
         # A volume gets its name when the volumes are listed for the first time.
-        assert any(one is volume for one in self.cset.volumes)
+        assert any(one is volume for one in self.cset.volumes), "only a volume of the set is published"
         self.host.publish(volume)
         return volume.name
 

@@ -262,7 +262,7 @@ class FuseFile:
         self.in_flight -= 1
         buffer = pending.buffer
         if request.op == REQ_READ and not request.error:
-            assert buffer is not None
+            assert buffer is not None, "a read has a buffer"
             self._reply_data(pending.unique, buffer, pending.length)
             return
         if buffer is not None:

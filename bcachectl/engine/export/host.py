@@ -456,7 +456,7 @@ class EngineHost:
             await self._start_loop(volume)
 
     async def _start_ublk(self, volume: MappedVolume) -> None:
-        assert self.ublk is not None and isinstance(self.backend, RingBackend)
+        assert self.ublk is not None and isinstance(self.backend, RingBackend), "ublk was opened with a ring"
         below = self.media[volume.backing.index] if isinstance(volume, CachedDev) else None
         mark = mark_of(self.cset.uuid, volume.uuid)
         export = UblkExport(

@@ -295,7 +295,7 @@ class Connection:
     def _transmit(self) -> None:
         # The hot loop: everything it needs is a local variable.
         volume, rx = self.volume, self._rx
-        assert volume is not None
+        assert volume is not None, "a connection that transmits has a volume"
         quick_fd, unaligned = self.server.quick_fd, self.handshake.block_bytes - 1
         unpack_request = wire.REQUEST.unpack_from
         size_bytes, start, end, filled = self.size_bytes, self._rx_start, self._rx_end, self._arena_end
@@ -344,7 +344,7 @@ class Connection:
         # Serves the reads at the head of what has come, as far as they are quick: the hits from the page cache, the
         # others as requests.  How many bytes of requests were used, and where the arena is filled to.
         volume, arena, unaligned, size_bytes = self.volume, self._arena, self.handshake.block_bytes - 1, self.size_bytes
-        assert volume is not None
+        assert volume is not None, "a connection that transmits has a volume"
         fd, nowait, preadv = self.server.quick_fd, self.server.nowait_flag, os.preadv
         structured = self.handshake.structured
         pack_chunk, pack_simple = wire.DATA_CHUNK.pack_into, wire.SIMPLE_REPLY.pack_into
@@ -404,7 +404,7 @@ class Connection:
     def _write_batch(self, batch: list[_Write], filled: int) -> int:
         # Does at once what the volume's batch takes and puts the replies in the arena; the others become requests.
         # Returns where the arena is filled to.
-        assert self.volume is not None and self.volume.batch is not None
+        assert self.volume is not None and self.volume.batch is not None, "writes gather where the volume has a batch"
         quick, rx = self.volume.batch, self._rx
         places = quick.place([(offset >> 9, length >> 9) for _, offset, length, _ in batch], self.stream)
         began_ns = monotonic_ns()
@@ -474,7 +474,7 @@ class Connection:
     def _write_directly(self, volume: Volume, writes: list[_Write]) -> None:
         # What the volume's batch places becomes one request, its data in one piece; the others each become one.
         batch, pool, rx = volume.batch, self.server.pool, self._rx
-        assert batch is not None
+        assert batch is not None, "writes gather where the volume has a batch"
         places = batch.place([(offset >> 9, length >> 9) for _, offset, length, _ in writes], self.stream)
         placed = [write for write, place in zip(writes, places, strict=True) if place >= 0]
         if placed:
@@ -541,7 +541,7 @@ class Connection:
 
     def _refusal(self, flags: int, command: int, offset: int, length: int) -> int:
         # The errno that this request gets without the engine seeing it, or 0.
-        assert self.volume is not None
+        assert self.volume is not None, "a connection that transmits has a volume"
         if command not in _OPERATIONS or flags & ~_ALLOWED_FLAGS[command]:
             return errno.EINVAL
         if command in _WRITING and self.volume.read_only:
@@ -562,7 +562,7 @@ class Connection:
         return 0
 
     def _submit(self, operation: int, pending: _Pending, sector: int, data: memoryview | None) -> None:
-        assert self.volume is not None
+        assert self.volume is not None, "a connection that transmits has a volume"
         flags = REQ_FUA if pending.flags & wire.CMD_FLAG_FUA and operation not in (REQ_READ, REQ_STATUS) else 0
         self.volume.submit(Request(operation, sector, pending.length >> 9, data, flags, self.stream, pending))
 
@@ -580,7 +580,7 @@ class Connection:
             return
         is_read = request.op == REQ_READ
         if is_read and not request.error:
-            assert buffer is not None
+            assert buffer is not None, "a read has a buffer"
             self._send_data(pending, buffer, request.sector << 9)
             return
         if buffer is not None:
@@ -718,7 +718,7 @@ class Connection:
         while gone < len(replies) and sent >= len(replies[gone]):
             sent -= len(replies[gone])
             gone += 1
-        assert self.server.direct_reads is not None
+        assert self.server.direct_reads is not None, "replies with slots are those of direct reads"
         self.server.direct_reads.sent(slots[:gone])
         self.replies, self.reply_slots = replies[gone:], slots[gone:]
         if sent:
@@ -727,7 +727,7 @@ class Connection:
 
     def _keep_replies(self) -> None:
         # The client does not take them now: their slots are free, their buffers are not.
-        assert self.server.direct_reads is not None
+        assert self.server.direct_reads is not None, "replies with slots are those of direct reads"
         for reply, slot in zip(self.replies, self.reply_slots, strict=True):
             buffer = self.server.direct_reads.keep(slot)
             self.in_flight_bytes += buffer.capacity_bytes
@@ -763,7 +763,7 @@ class Connection:
                 self._release_sent(buffer)
         self.out.clear()
         if self.replies:
-            assert self.server.direct_reads is not None
+            assert self.server.direct_reads is not None, "replies with slots are those of direct reads"
             self.server.direct_reads.sent(self.reply_slots)
             self.replies, self.reply_slots = [], []
         self.server.forget(self)
@@ -771,12 +771,12 @@ class Connection:
 
     def _drop_payload(self) -> None:
         # The rest of the write will not come: the write never was.
-        assert self._payload is not None
+        assert self._payload is not None, "a payload is under way"
         pending = self._payload[0]
         self._payload = None
         self.in_flight -= 1
         self.in_flight_bytes -= pending.length
-        assert pending.buffer is not None
+        assert pending.buffer is not None, "a write has a buffer"
         self.server.pool.release(pending.buffer)
 
 

@@ -122,7 +122,7 @@ class DirectReads:
         self.backend.awaited_reads -= len(completions)
         for slot, result in completions:
             flight = flights[slot]
-            assert flight is not None
+            assert flight is not None, "a slot whose entry completes is in flight"
             reader, cookie, offset, length, bucket, began_ns = flight
             flights[slot] = None
             pin_at[bucket] -= 1

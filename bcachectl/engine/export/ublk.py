@@ -191,7 +191,7 @@ class UblkExport:
         """Let go of the device and leave it to the driver, for an engine that takes it over."""
         self.device = None
         if self._base >= 0:
-            assert self._reads is not None
+            assert self._reads is not None, "a device with a place in the ring has its reads"
             self.backend.remove_quick(self._base, self._reads)
             self._reads.forget()
             self._reads = None

@@ -241,7 +241,7 @@ class RingBackend:
 
     def _push(self, index: int) -> bool:
         flight = self.flights[index]
-        assert flight is not None
+        assert flight is not None, "an index that is waiting or lands is in flight"
         io, fd, push = flight.io, flight.medium.fd, self.ring.push
         if io.op == FLUSH or flight.flushing:
             return push(_OP_FSYNC, fd=fd, offset=0, address=0, length=0, op_flags=_FSYNC_DATASYNC, user_data=index)
@@ -256,7 +256,7 @@ class RingBackend:
     def _landed(self, index: int, result: int) -> bool:
         # True if the flight goes on with another entry.
         flight = self.flights[index]
-        assert flight is not None
+        assert flight is not None, "an index that is waiting or lands is in flight"
         io = flight.io
         if result in (-errno.EINTR, -errno.EAGAIN):
             self.waiting.append(index)
