@@ -2,7 +2,8 @@
 """Random sets under random traffic, with power loss at random points.  ``make sim SEED=n`` takes all points of seed n.
 
 Everything is drawn from the seed: geometry, number of backing devices, modes, policy, discard, whether writeback runs,
-flash-only volumes, size of the node cache, how slow the disks are, the requests, the commands beside them, the points.
+flash-only volumes, size of the node cache and of slices, how slow the disks are, the requests, the commands beside
+them, the points.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def story(seed: int) -> Story:
                              data_offset=dice.choice((16, 64))) for _ in range(dice.randrange(0, 3)))
     node_bytes = max(8, bucket) << 9
     options = {"node_cache_bytes": dice.randrange(2, 5) * node_bytes} if dice.random() < 0.4 else {}
+    if seed % 3 == 0:
+        # Every walk over the tree or the buckets is interrupted again and again.
+        options |= {"slice_keys": dice.choice((20, 40, 80)), "slice_buckets": 64}
     setup = Setup(nbuckets=dice.choice((560, 600, 900)), bucket_sectors=max(8, bucket), block_sectors=block,
                   backings=backings, settles=False, atomic_sectors=dice.choice((1, block)), discard=dice.random() < 0.3,
                   replacement=dice.randrange(3), sluggish=dice.random() < 0.5, options=options)
