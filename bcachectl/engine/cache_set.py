@@ -107,6 +107,7 @@ class CacheSet:
         self.gens_final = False
         self.failed: str | None = None
         self.requests_in_flight = 0
+        self.back_sectors = 0
         self.cache_read_races = 0
         self.meta_sectors_written = 0
         self.io_error_count = 0

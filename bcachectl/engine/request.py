@@ -20,7 +20,7 @@ Orders that matter:
   (The kernel uses check keys for this, which do not see a bypassed write that is in flight: a stale fill can survive
   there.)
 * A write over a key that is being written back goes to the cache as dirty data, so that the older data cannot
-  overtake it.
+  overtake it; one that is too large for that (`has_share`) waits until the older data has arrived.
 
 Kernel: request.c, cached_dev_submit_bio and bch_data_insert; writeback.h, should_writeback.
 """
@@ -59,7 +59,7 @@ CUTOFF_CACHE_ADD = 95
 """With more of the cache in use than this percentage nothing is added (request.c)."""
 HOLE_SECTORS_MAX = 1 << 15
 WRITEBACK_SHARE_SHIFT = 3
-"""A single write of more than 1/8 of the cache is not kept back."""
+"""No more than 1/8 of the cache is kept back by requests that are under way at one time."""
 FILL_SECTORS_MAX = 2048
 """The largest part of a read miss that is kept for the cache (request.c, cached_dev_cache_miss)."""
 
@@ -194,17 +194,24 @@ def should_writeback(dev: CachedDev, request: Request, sector: int, *, bypass: b
     in_use = dev.cset.buckets.in_use_percent
     if dev.cache_mode != CacheMode.WRITEBACK or dev.detaching or in_use > dev.cset.cutoff_writeback_sync:
         return False
-    if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):
+    if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or not has_share(dev.cset, request.nsectors):
         return False
     if dev.stripes is not None and dev.stripes.is_dirty(dev.base + sector, dev.base + sector + request.nsectors):
         return True
     if bypass:
         return False
-    if request.nsectors > dev.cset.buckets.nbuckets << dev.cset.buckets.bucket_shift >> WRITEBACK_SHARE_SHIFT:
-        # Nothing of a write is written back before all of it has room, and so much room may never come.
-        return False
     # Who sets FUA or flushes waits for the write, as REQ_SYNC says it.
     return bool(request.flags & (REQ_SYNC | REQ_META | REQ_FUA | REQ_PREFLUSH)) or in_use <= dev.cset.cutoff_writeback
+
+
+def has_share(cset: CacheSet, nsectors: int) -> bool:
+    """Whether ``nsectors`` more can be kept back.
+
+    Nothing of a write is written back before all of it has room.  So what is under way together must find room in what
+    is free, without anything being written back: else all of it might wait for ever.
+    """
+    buckets = cset.buckets
+    return cset.back_sectors + nsectors <= buckets.nbuckets << buckets.bucket_shift >> WRITEBACK_SHARE_SHIFT
 
 
 def mode_for(dev: CachedDev, request: Request, sector: int, *, overlaps_writeback: bool = False) -> int:
@@ -501,7 +508,8 @@ async def write(dev: CachedDev, request: Request) -> None:
     sector = request.sector + dev.data_offset
     claim = await dev.ranges.enter(sector, sector + request.nsectors)
     try:
-        if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES):
+        if request.op in (REQ_DISCARD, REQ_WRITE_ZEROES) or not has_share(dev.cset, request.nsectors):
+            # It cannot be kept back, so it must not be overtaken by older data on its way to the backing device.
             await dev.writeback.settle(dev.base + sector, dev.base + sector + request.nsectors)
         # Only now: the device may have been detached, or its set have failed, while this request waited its turn.
         cached = dev.attached and not dev.cset.io_disabled
@@ -529,6 +537,7 @@ async def _write_cached(dev: CachedDev, request: Request, sector: int) -> int:
 async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
     durable = is_durable(request)
     dev.dirty_writers += 1
+    dev.cset.back_sectors += request.nsectors
     try:
         error = await dev.become_dirty()
         if error:
@@ -540,6 +549,7 @@ async def _write_back(dev: CachedDev, request: Request, start: int) -> int:
         return error
     finally:
         dev.dirty_writers -= 1
+        dev.cset.back_sectors -= request.nsectors
         if dev.detaching:
             dev.writeback.wake()
 
