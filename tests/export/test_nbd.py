@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl.engine.export import nbd, nbd_connection
+from bcachectl.engine.export import nbd, nbd_quick, nbd_request
 from bcachectl.engine.export.buffers import BufferPool
 from bcachectl.engine.export.nbd_handshake import Handshake
 from bcachectl.engine.front import REQ_FLUSH, REQ_FUA, REQ_WRITE
@@ -96,7 +96,7 @@ def test_eight_large_reads_at_once_do_not_hang(image: Path, socket_path: Path) -
     # performance.md: the transmit buffer is full, whole requests wait in the receive buffer, and no event will come.
     expected = image.read_bytes()
     with serve([image], socket_path), NbdClient(socket_path, timeout_s=10) as client:
-        for size_bytes in (1 << 20, nbd_connection.MAX_QUICK_BYTES // 2, 3 << 20, 256 << 10):
+        for size_bytes in (1 << 20, nbd_quick.MAX_QUICK_BYTES // 2, 3 << 20, 256 << 10):
             sent = {client.send(nbd_client.CMD_READ, n * 4096, size_bytes): n * 4096 for n in range(40)}
             time.sleep(0.05)
             while client.in_flight:
@@ -111,7 +111,7 @@ def test_a_client_that_reads_nothing_is_held_back(image: Path, socket_path: Path
             client.send(nbd_client.CMD_READ, 0, 4 << 20)
         time.sleep(0.5)
         (connection,) = served.server.connections.values()
-        assert connection.in_flight_bytes <= nbd_connection.MAX_IN_FLIGHT_BYTES + (8 << 20)
+        assert connection.in_flight_bytes <= nbd_request.MAX_IN_FLIGHT_BYTES + (8 << 20)
         with NbdClient(socket_path) as other:
             assert len(other.read(0, 4096)) == 4096
         for _ in range(count):
@@ -134,7 +134,7 @@ def test_a_client_that_reads_no_acknowledgements_is_held_back_too(image: Path, s
                     break
                 time.sleep(0.01)
         assert connection.blocked
-        assert len(connection.out) <= nbd_connection.MAX_UNSENT + nbd_connection.MAX_IN_FLIGHT
+        assert len(connection.out) <= nbd_request.MAX_UNSENT + nbd_request.MAX_IN_FLIGHT
         client._socket.settimeout(10)
         answers = 0
         while answers < sent // 28 * 16:

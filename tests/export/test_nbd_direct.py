@@ -50,12 +50,15 @@ def running(tmp_path: Path) -> Iterator[Hosted]:
 
 
 def redirect(running: Hosted, path: Path) -> DirectReads:
-    """Hits are read from ``path`` from now on."""
+    """Hits are read from ``path`` from now on, by clients that are there as well, of whom nothing is in flight."""
     host = running.host
     assert host.nbd is not None
     assert isinstance(host.backend, RingBackend)
     reads = DirectReads(host.backend, os.open(path, os.O_RDONLY), host.cset.buckets, host.cset.congestion)
     host.nbd.direct_reads = reads
+    for connection in host.nbd.connections.values():
+        if connection.volume is not None:
+            connection.choose(connection.volume)
     return reads
 
 

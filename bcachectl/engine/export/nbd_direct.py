@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`DirectReads`: read hits of NBD clients on a cache device that goes past the page cache, many in flight at once.
+"""NBD on a cache device that goes past the page cache: `DirectTransmission` gathers what a client asks in one turn,
+`DirectReads` are the read hits of all clients, many in flight at once.
+
+What is plain is gathered and begins at the end of the turn; nothing of it is answered before, so the order among it and
+other requests is free.  Small writes are offered to the volume's `bcachectl.engine.write_batch.WriteBatch`; what that
+places is copied to memory that a device can read, and the engine writes it as one request.
 
 Each read in flight has a slot: a buffer, and an entry of the ring that was written once (`Ring.reserve`).
 
@@ -20,14 +25,25 @@ processor time of each, but client and device then wait for one another in turns
 from __future__ import annotations
 
 from time import monotonic_ns
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.export import nbd_wire as wire
 from bcachectl.engine.export.buffers import Buffer, BufferPool
-from bcachectl.engine.front import NOT_NOW
+from bcachectl.engine.export.nbd_request import (
+    MAX_IN_FLIGHT,
+    MAX_IN_FLIGHT_BYTES,
+    MAX_QUICK_WRITE_BYTES,
+    MAX_UNSENT,
+    GatheredWrite,
+    PendingWrites,
+)
+from bcachectl.engine.front import NOT_NOW, REQ_WRITE, Request, Volume
 from bcachectl.engine.io.uring import OP_READ, RingBackend
 from bcachectl.engine.streams import Congestion
+
+if TYPE_CHECKING:
+    from bcachectl.engine.export.nbd_connection import Connection
 
 MAX_FLIGHTS = 128
 """The clients' half of the completion ring must hold them, and the ring their entries."""
@@ -35,6 +51,7 @@ SLOT_BYTES = 16 << 10
 """A longer read gets a buffer of its own."""
 MAX_DIRECT_BYTES = 256 << 10
 """A longer read takes the way of all other requests."""
+IOV_MAX = 512
 
 Read = tuple[int, int, int]
 """A client's cookie, the byte of the volume, the length in bytes."""
@@ -170,3 +187,125 @@ class DirectReads:
         self.buffers[slot] = buffer
         ring.sqe_u64[(self._first_entry + slot) * (ring.entry_bytes >> 3) + 2] = buffer.address
         return old
+
+
+class DirectTransmission:
+    """The transmission of one connection; ``served`` are the plain requests of the last `serve`."""
+
+    def __init__(self, connection: Connection, volume: Volume, reads: DirectReads) -> None:
+        self.connection = connection
+        self.volume = volume
+        self.reads = reads
+        self.served = 0
+
+    def serve(self) -> None:
+        """Serve every whole request in the connection's receive buffer."""
+        connection, volume, direct = self.connection, self.volume, self.reads
+        rx, unpack_request, unaligned = connection.rx, wire.REQUEST.unpack_from, connection.handshake.block_bytes - 1
+        size_bytes, start, end = connection.size_bytes, connection.rx_start, connection.rx_end
+        has_batch = volume.batch is not None and not volume.read_only
+        start += connection.skip(end - start)
+        reads: list[Read] = []
+        writes: list[GatheredWrite] = []
+        room, room_bytes = MAX_IN_FLIGHT - connection.in_flight, MAX_IN_FLIGHT_BYTES - connection.in_flight_bytes
+        while end - start >= 28:
+            if room <= 0 or room_bytes <= 0 or len(connection.out) >= MAX_UNSENT:
+                connection.blocked = True
+                break
+            magic, flags, command, cookie, offset, length = unpack_request(rx, start)
+            if command < 2 and not flags and not (offset | length) & unaligned and magic == 0x25609513 \
+                    and 0 < length <= MAX_DIRECT_BYTES and offset + length <= size_bytes:
+                if not command:
+                    reads.append((cookie, offset, length))
+                    start += 28
+                    room, room_bytes = room - 1, room_bytes - length
+                    continue
+                if has_batch and length <= MAX_QUICK_WRITE_BYTES:
+                    if end - start < 28 + length:
+                        break               # the rest of it comes with the next event
+                    writes.append((cookie, offset, length, start + 28))
+                    start += 28 + length
+                    room, room_bytes = room - 1, room_bytes - length
+                    continue
+            connection.rx_start = start + 28
+            in_flight, in_flight_bytes = connection.in_flight, connection.in_flight_bytes
+            connection.request(magic, flags, command, cookie, offset, length)
+            room -= connection.in_flight - in_flight
+            room_bytes -= connection.in_flight_bytes - in_flight_bytes
+            start = connection.rx_start
+            start += connection.skip(end - start)
+            if connection.is_leaving or connection.payload is not None:
+                break
+        self.served = len(reads) + len(writes)
+        if reads:
+            free = len(direct.free)
+            places = volume.reads_nowait([(offset >> 9, length >> 9) for _, offset, length in reads[:free]])
+            left = direct.start(connection, reads[:free], places) + reads[free:]
+            connection.in_flight += len(left)
+            for read in left:
+                connection.read_again(read)
+        if writes:
+            self._write(writes)
+        connection.rx_start = start
+
+    def _write(self, writes: list[GatheredWrite]) -> None:
+        # What the volume's batch places becomes one request, its data in one piece; the others each become one.
+        connection, batch, pool = self.connection, self.volume.batch, self.reads.pool
+        assert batch is not None, "writes gather where the volume has a batch"
+        rx = connection.rx
+        places = batch.place([(offset >> 9, length >> 9) for _, offset, length, _ in writes], connection.stream)
+        placed = [write for write, place in zip(writes, places, strict=True) if place >= 0]
+        if placed:
+            total = sum([length for _, _, length, _ in placed])
+            buffer = pool.take(total)
+            data = buffer.data(total)
+            filled = 0
+            for _, _, length, at in placed:
+                data[filled:filled + length] = rx[at:at + length]
+                filled += length
+            connection.in_flight += len(placed)
+            connection.in_flight_bytes += total
+            pending = PendingWrites(connection, [cookie for cookie, _, _, _ in placed], buffer, total)
+            batch.serve(Request(REQ_WRITE, 0, 0, data, 0, connection.stream, pending))
+        for write, place in zip(writes, places, strict=True):
+            if place < 0:
+                connection.write_alone(write)
+
+    # Sending
+
+    def hand_over(self) -> None:
+        """Send the replies that lie in slots, if nothing waits before them; what the client does not take now is put
+        among what is to be sent.  Raises OSError if the client is gone.
+        """
+        connection = self.connection
+        if connection.replies and (connection.out or not self._send_replies()):
+            self._keep_replies()
+
+    def _send_replies(self) -> bool:
+        # True if all of them left, which is usual; those that did not are still there.
+        connection = self.connection
+        replies, slots = connection.replies, connection.reply_slots
+        if len(replies) > IOV_MAX:
+            return False
+        try:
+            sent = connection.sock.send(replies[0]) if len(replies) == 1 else connection.sock.sendmsg(replies)
+        except BlockingIOError:
+            return False
+        gone = 0
+        while gone < len(replies) and sent >= len(replies[gone]):
+            sent -= len(replies[gone])
+            gone += 1
+        self.reads.sent(slots[:gone])
+        connection.replies, connection.reply_slots = replies[gone:], slots[gone:]
+        if sent:
+            connection.replies[0] = connection.replies[0][sent:]
+        return not connection.replies
+
+    def _keep_replies(self) -> None:
+        # The client does not take them now: their slots are free, their buffers are not.
+        connection = self.connection
+        for reply, slot in zip(connection.replies, connection.reply_slots, strict=True):
+            buffer = self.reads.keep(slot)
+            connection.in_flight_bytes += buffer.capacity_bytes
+            connection.out.append((reply, buffer))
+        connection.replies, connection.reply_slots = [], []
