@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl.engine.export import nbd, nbd_quick, nbd_request
+from bcachectl.engine.export import nbd, nbd_connection, nbd_quick, nbd_request
 from bcachectl.engine.export.buffers import BufferPool
 from bcachectl.engine.export.nbd_handshake import Handshake
 from bcachectl.engine.front import REQ_FLUSH, REQ_FUA, REQ_WRITE
@@ -102,6 +102,26 @@ def test_eight_large_reads_at_once_do_not_hang(image: Path, socket_path: Path) -
             while client.in_flight:
                 reply = client.receive()
                 assert reply.data == expected[sent[reply.cookie]:][:size_bytes]
+
+
+def test_what_the_last_parse_of_a_turn_answers_is_sent(image: Path, socket_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arenas full of answers, and one parse a turn besides the first: nothing is left to parse then, and no event
+    will come for what that parse has answered.
+    """
+    monkeypatch.setattr(nbd_quick, "ARENA_BYTES", 64 << 10)
+    monkeypatch.setattr(nbd_connection, "PARSES_PER_TURN", 1)
+    expected = image.read_bytes()
+    with serve([image], socket_path) as served, NbdClient(socket_path, timeout_s=10) as client:
+        requests = b"".join(struct.pack(">IHHQQI", 0x25609513, 0, nbd_client.CMD_READ, n, n * 4096, 4096)
+                            for n in range(30))
+        client._socket.sendall(requests)
+        got = bytearray()
+        while len(got) < 30 * (16 + 4096):
+            got += client._socket.recv(1 << 20)
+        assert served.volumes[0].seen == []             # all the quick way
+    for n in range(30):
+        assert got[n * 4112 + 16:(n + 1) * 4112] == expected[n * 4096:(n + 1) * 4096]
 
 
 def test_a_client_that_reads_nothing_is_held_back(image: Path, socket_path: Path) -> None:

@@ -335,6 +335,10 @@ class Connection:
             if not (self.is_open and self.send() and self.blocked and self._may_go_on()):
                 break
             self._parse()
+        else:
+            # What the last of them has answered; if all is parsed now, nothing else would bring us here.
+            if self.is_open:
+                self.send()
         if not self.is_open:
             return
         is_sent = not self.out
