@@ -223,15 +223,14 @@ def measure(path: Path, keys: int, rounds: int) -> bool:
     return own_mib < MEMORY_TARGET_MIB
 
 
-def steps(path: Path) -> None:
-    """Print where the time of one process goes: reading, checksums, columns, runs and counting, by key."""
+def steps(path: Path, keys: int) -> None:
+    """Print where the time of one thread goes: reading, checksums, columns, runs and counting, by key."""
     with open_device(str(path)) as device:
         walk = Walk(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9, processes=1)
         leaves = [item.value for item in walk.structures() if isinstance(getattr(item, "value", None), PlainLeaf)]
         assert walk.superblock is not None and walk.plain_journal is not None
         tallier = Tallier(walk.read, walk.geometry, bset_magic(walk.superblock.set_uuid), walk.gens,
                           walk.plain_journal)
-        keys = sum(leaf.tally.extents for leaf in leaves)
         names = ["read", "log and checksum", "columns", "runs and counts"]
         depths = [0, 1, 2, 3]
         if tallier.scan is not None:
@@ -239,7 +238,7 @@ def steps(path: Path) -> None:
         spent = [min(_step(tallier, [leaf.place for leaf in leaves], depth) for _ in range(3)) / keys * 1e9
                  for depth in depths]
         parts = zip(names, spent, [0.0, *spent], strict=False)
-        row("  one process, ns a key", f"{spent[-1]:.1f}", ", ".join(f"{name} {now - before:.1f}"
+        row("  one thread, ns a key", f"{spent[-1]:.1f}", ", ".join(f"{name} {now - before:.1f}"
                                                                   for name, now, before in parts))
 
 
@@ -247,7 +246,7 @@ def _step(tallier: Tallier, places: list[Place], depth: int) -> float:
     start_s = time.process_time()
     for place in places:
         if depth == 3:
-            tallier.tally(place)
+            (tallier.count if tallier.can_count else tallier.tally)(place)
             continue
         view = memoryview(tallier.read(place.sector, place.nsectors))
         if depth > 0:
@@ -286,7 +285,7 @@ def main() -> int:
                             *(["--old"] if kind == "old" else [])], check=True)
             print(f" {kind} cache")
             is_good &= measure(path, args.keys, args.rounds)
-            steps(path)
+            steps(path, args.keys)
             if kind == "new":
                 small = Path(folder) / "small.img"
                 count = min(args.keys, 1_000_000)

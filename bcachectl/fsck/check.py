@@ -43,7 +43,7 @@ from bcachectl.fsck.salvage import (
     leaf_map,
     older_keys,
 )
-from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Spread, Tally, joined_spreads, run_buckets
+from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Place, Spread, Tally, joined_spreads, run_buckets
 from bcachectl.fsck.walk import Damage, JournalEntry, Node, PlainLeaf, Read, Slot, Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
@@ -172,6 +172,9 @@ class Check:
         self._pending: list[_Pending] = []
         self._lost: list[Extents] = []
         self._plain: dict[int, PlainLeaf] = {}
+        self._is_all_plain = self._is_counted = False
+        self._counted_places: list[Place] = []
+        self._marks: list[npt.NDArray[np.uint64]] = []
         self._taken: list[npt.NDArray[np.uint64]] = []
         self._max_ahead: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         self._disk_gens: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
@@ -318,6 +321,7 @@ class Check:
                     self._plain_leaf(item.value, item.where)
                 if walk.nodes % 64 == 0:
                     yield Progress("btree", walk.nodes, 0)
+        self._note_marks()
         yield Progress("btree", walk.nodes, walk.nodes)
 
     def _superblock(self, sb: Superblock) -> None:
@@ -408,8 +412,10 @@ class Check:
 
     def _plain_leaf(self, leaf: PlainLeaf, where: str) -> None:
         self._claim(leaf.bucket, where)
-        if len(leaf.tally.marks):
-            self._note_gens(leaf.tally.marks)
+        if len(leaf.marks):
+            self._marks.append(leaf.marks)
+            if len(self._marks) == LEAVES_AT_ONCE:
+                self._note_marks()
         self._plain[leaf.place.sector] = leaf
 
     def _interior(self, node: Node, where: str) -> None:
@@ -422,8 +428,14 @@ class Check:
                 self._add(Finding("BTREE_PTR_OFFSET", where, f"sector {key.ptrs[0].sector}", node.bucket,
                                   key.ptrs[0].sector), start, end)
 
+    def _note_marks(self) -> None:
+        self._note_gens(np.concatenate([np.zeros(0, np.uint64), *self._marks]))
+        self._marks.clear()
+
     def _note_gens(self, ptr: npt.NDArray[np.uint64]) -> None:
         walk = self.walk
+        if not len(ptr):
+            return
         if not len(self._max_ahead):
             self._max_ahead = np.zeros(walk.geometry.nbuckets, np.uint8)
         bucket = (PTR_OFFSET.get(ptr) // np.uint64(walk.geometry.bucket_size_sectors)).astype(np.intp)
@@ -474,7 +486,9 @@ class Check:
                 self.claims.setdefault(walk.geometry.bucket_of(slot.leaf.sector), "btree leaf")
         metadata = np.zeros(walk.geometry.nbuckets, np.bool_)
         metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
-        tallied = self._tallied()
+        leaves = self._plain_leaves()
+        self._is_counted = self._take_counted(leaves, metadata)
+        tallied = self._tallied(leaves)
         for number in range(0, len(self.slots), LEAVES_AT_ONCE):
             some = list(islice(tallied, LEAVES_AT_ONCE))
             for slot in self._add_tallies(some, metadata):
@@ -482,24 +496,40 @@ class Check:
             yield Progress("extents", number, len(self.slots))
         yield Progress("extents", len(self.slots), len(self.slots))
 
-    def _tallied(self) -> Iterator[tuple[Slot, Tally | None]]:
-        # Each leaf with its tally, None if it has none, or one that may not be believed: where keys or generations
-        # are missing.  Tallies that newer generations overtook are made anew.
-        walk = self.walk
+    def _plain_leaves(self) -> list[PlainLeaf | None]:
+        # For each slot, its leaf if that is plain and may be believed: where keys or generations are missing, none.
         plain, self._plain = self._plain, {}
-        is_sure = self.known_buckets == walk.geometry.nbuckets
+        is_sure = self.known_buckets == self.walk.geometry.nbuckets
         leaves = [plain.get(slot.leaf.sector) if slot.leaf is not None and is_sure else None for slot in self.slots]
-        leaves = [leaf if leaf is not None and (leaf.place.start, leaf.place.end) == (slot.start, slot.end) else None
-                  for slot, leaf in zip(self.slots, leaves, strict=True)]
-        plain.clear()
-        is_late = [leaf is not None and leaf.raised != walk.raised for leaf in leaves]
-        places = [leaf.place for leaf, late in zip(leaves, is_late, strict=True) if leaf is not None and late]
-        tallies = [leaf.tally if leaf is not None and not late else None
-                   for leaf, late in zip(leaves, is_late, strict=True)]
-        leaves.clear()
+        found = [leaf if leaf is not None and (leaf.place.start, leaf.place.end) == (slot.start, slot.end) else None
+                 for slot, leaf in zip(self.slots, leaves, strict=True)]
+        self._is_all_plain = sum(leaf is not None for leaf in found) == len(plain)
+        return found
+
+    def _take_counted(self, leaves: Sequence[PlainLeaf | None], metadata: npt.NDArray[np.bool_]) -> bool:
+        # Add what all leaves without a tally hold, if that can be done, and every one of them is still what it was.
+        counted = self.walk.counted
+        if counted is None or not self._is_all_plain or not counted.settle(self.walk.gens):
+            return False
+        if bool((counted.used & metadata).any()):
+            return False
+        self.used |= counted.used
+        self._counted_places = [leaf.place for leaf in leaves if leaf is not None and leaf.tally is None]
+        self.dirty = counted.dirty
+        self.totals = Totals(self.walk.nodes, counted.extents, counted.dirty_sectors, counted.clean_sectors, 0, 0)
+        return True
+
+    def _tallied(self, leaves: Sequence[PlainLeaf | None]) -> Iterator[tuple[Slot, Tally | None]]:
+        # Each leaf that is not counted yet with its tally, None if it has none.  Tallies that newer generations
+        # overtook are made anew.
+        walk = self.walk
+        rest = [(slot, leaf) for slot, leaf in zip(self.slots, leaves, strict=True)
+                if leaf is None or leaf.tally is not None or not self._is_counted]
+        is_late = [leaf is not None and (leaf.tally is None or leaf.raised != walk.raised) for _slot, leaf in rest]
+        places = [leaf.place for (_slot, leaf), late in zip(rest, is_late, strict=True) if leaf is not None and late]
         again = walk.tallies(places) if places else iter(())
-        for slot, first, late in zip(self.slots, tallies, is_late, strict=True):
-            yield slot, next(again) if late else first
+        for (slot, leaf), late in zip(rest, is_late, strict=True):
+            yield slot, next(again) if late else leaf.tally if leaf is not None else None
 
     def _add_tallies(self, leaves: Sequence[tuple[Slot, Tally | None]], metadata: npt.NDArray[np.bool_]) -> list[Slot]:
         # Count what needs no further look.  The others are left: those without a tally, or with a bucket of metadata.
@@ -588,6 +618,12 @@ class Check:
             self._add(self._extent_finding("BTREE_PTR_TOO_STALE", too_stale, row, f"stale by {int(behind[row])}"))
 
     def _overlaps(self) -> None:
+        counted = self.walk.counted
+        if counted is not None and self._is_counted:
+            if all(map(counted.claim, self._taken)):
+                return
+            # Only runs tell whether they share a sector, where they share a block.
+            self._taken += [tally.taken for tally in self.walk.tallies(self._counted_places) if tally is not None]
         taken = np.concatenate([np.zeros(0, np.uint64), *self._taken])
         self._taken.clear()
         if len(_overlapping(taken)):

@@ -13,9 +13,14 @@ nothing is lost where this file is cautious, and what it does say must be what t
 2. The keys of the first set are counted as they pass (`_base`), if they are all of one volume and have one pointer to
    the cache each.  Otherwise the first set becomes the bottom of the map.  A key that a row touches is cut (`_cut`):
    what is left of it is a row as well.
-3. Keys that follow each other on the cache device, in one bucket, are one run.  One whose generation is that of its
-   bucket is done with (`_close`); the few others are looked at again (`_settle`).
+3. Keys that follow each other on the cache device, in one bucket, are one run.  The few whose generation is not that of
+   their bucket are looked at again (`_settle`).
 4. The rows are counted (`_count`).
+
+`Scan.leaf` gives what one leaf holds, with the generations as they are.  `Scan.count` adds it to what all leaves hold
+that were counted before, and keeps no more of it than sums, and a bit for each block that is taken (`Scan._keep`).  It
+takes the generations that it has for those that buckets have in the end.  Keys with others wait, as if they were live,
+for `Scan.settle`, which knows them all.
 
 Rows stand in arrays of words, four each: start, end, pointer to the first sector, kind.  The kind of what only hides
 others is 0, of clean data 1, of dirty data 3.
@@ -29,7 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bcachectl.fsck.extents import Extents
-from bcachectl.ondisk.bkey import HIGH_ONE, KEY_PTRS, PTR_DEV
+from bcachectl.ondisk.bkey import HIGH_ONE, KEY_DIRTY, KEY_PTRS, KEY_SIZE, PTR_DEV
+from bcachectl.ondisk.bset import BSET_VERSION
 from bcachectl.ondisk.geometry import Geometry
 from bcachectl.ondisk.validity import BUCKET_GC_GEN_MAX
 
@@ -44,10 +50,20 @@ JOURNAL_ROWS_MAX = 4096
 """Rows of the journal in one leaf; more are left to the columns."""
 SPREADS_MAX = 16
 """Volumes with dirty data in one leaf."""
+ALL_SPREADS_MAX = 64
+"""Volumes with dirty data in all leaves that are counted together."""
+LATE_MAX = 1 << 20
+"""Runs that can wait for `Scan.settle`."""
+CLAIM_BYTES_MAX = 32 << 20
+"""For the bits of all blocks; where they need more, leaves are not counted together."""
+COUNTED_BEHIND_MAX = BUCKET_GC_GEN_MAX // 2
+"""So far behind its bucket a pointer may be in a leaf that is counted; if generations rise by no more than this
+afterwards, none of them is too far behind in the end."""
 
 _ROW_WORDS, _RUN_WORDS, _SPREAD_WORDS = 4, 3, 4
 _BEHIND_MAX = 128
 _GOOD, _DOUBTFUL, _OTHER_FORM = 1, 0, -1
+_ALL_BITS, _LOW_HALF = (1 << 64) - 1, (1 << 32) - 1
 
 
 def _room(words: int) -> memoryview:
@@ -58,20 +74,25 @@ def _room(words: int) -> memoryview:
 class Scan:
     """Scans leaves of ``geometry.node_sectors``, one after the other, with the generations in ``gens``.
 
-    After `leaf` the results stand in the attributes.  ``journal`` is a flat map without keys that no kernel accepts.
+    After `leaf` its results stand in the attributes, after `settle` those of all leaves that were counted.
+    ``journal`` is a flat map without keys that no kernel accepts, ``magic`` that of the set's nodes.
     """
 
-    def __init__(self, geometry: Geometry, gens: npt.NDArray[np.uint8], journal: Extents) -> None:
+    def __init__(self, geometry: Geometry, gens: npt.NDArray[np.uint8], journal: Extents, magic: int = 0) -> None:
         bucket_sectors = geometry.bucket_size_sectors
         self.gens = gens.data
-        self.node_sectors = geometry.node_sectors
+        self.magic, self.version = magic, BSET_VERSION
+        self.node_sectors, self.block_words = geometry.node_sectors, geometry.block_bytes // 8
+        self.node_blocks = geometry.node_bytes // geometry.block_bytes
+        self.block_shift, self.in_block = geometry.block_size_sectors.bit_length() - 1, geometry.block_size_sectors - 1
         self.shift = 8 + geometry.bucket_shift
         self.in_bucket = (bucket_sectors - 1) << 8
         self.bucket_end = bucket_sectors << 8
         self.ptr_min = geometry.first_bucket * bucket_sectors << 8
         self.ptr_limit = min(geometry.nbuckets * bucket_sectors << 8, 1 << PTR_DEV.offset)
         self.gen_max, self.behind_max = BUCKET_GC_GEN_MAX, _BEHIND_MAX
-        self.base_high = (HIGH_ONE | 1 << KEY_PTRS.offset) >> 37
+        self.journal_rows_max, self.spreads_max, self.all_spreads_max = JOURNAL_ROWS_MAX, SPREADS_MAX, ALL_SPREADS_MAX
+        self.form, self.varying = HIGH_ONE | 1 << KEY_PTRS.offset, KEY_SIZE.mask | KEY_DIRTY.mask
         self.place_start = self.place_end = 0
 
         is_data = (journal.nptrs > 0) & (PTR_DEV.get(journal.ptr) == 0)
@@ -86,14 +107,57 @@ class Scan:
         self.odd = _room(_RUN_WORDS * rows)
         self.spread_words = _room(_SPREAD_WORDS * SPREADS_MAX)
         self.taken_words, self.mark_words = _room(4 * rows), _room(2 * rows)
-        self.is_leaf = 0
-        self.nodd = self.ncuts = self.nspreads = self.ntaken = self.nmarks = 0
+        self.log_words, self.doubtful_block = _room(2 * self.node_blocks + 2), 0
+        self.is_leaf = self.nsets = self.nodd = self.ncuts = self.nspreads = self.ntaken = self.nmarks = 0
         self.extents = self.dirty_sectors = self.sectors = 0
+
+        # What all leaves that are counted hold together.
+        blocks = geometry.nbuckets * bucket_sectors >> self.block_shift
+        self.can_count = blocks // 8 < CLAIM_BYTES_MAX and not geometry.block_size_sectors & self.in_block
+        self.is_counting = self.is_unsure = 0
+        self.claims = np.zeros(blocks // 64 + 1 if self.can_count else 0, np.uint64)
+        self.claim_words = self.claims.data
+        self.late, self.late_max = _room(_RUN_WORDS * LATE_MAX if self.can_count else 0), LATE_MAX
+        self.all_spread_words = _room(_SPREAD_WORDS * ALL_SPREADS_MAX)
+        self.nlate = self.nall_spreads = 0
+        self.all_extents = self.all_dirty_sectors = self.all_sectors = 0
 
     def leaf(self, words: memoryview, log: list[tuple[int, int]], start: int, end: int) -> bool:
         """Whether it is known what the leaf holds whose sets' keys stand at ``log`` (first word, how many)."""
-        done = self._leaf(words, log, start, end, 1)
-        return (self._leaf(words, log, start, end, 0) if done == _OTHER_FORM else done) == _GOOD
+        self.is_counting, self.gen_max = 0, BUCKET_GC_GEN_MAX
+        return self._scan(words, log, start, end)
+
+    def count(self, words: memoryview, log: list[tuple[int, int]], start: int, end: int) -> bool:
+        """`leaf`, and if it is known, it is added to what the leaves before it hold."""
+        self.is_counting, self.gen_max = 1, COUNTED_BEHIND_MAX
+        return self._scan(words, log, start, end)
+
+    def log(self, words: memoryview) -> list[tuple[int, int]]:
+        """The keys of each set of a node, oldest first, as the index of their first word and how many words; empty if
+        anything is wrong.
+
+        What takes a checksum to tell is for the caller to look at: those of the sets, and whether at `doubtful_block`,
+        if that is not 0, there is a set of the node whose number is wrong.
+        """
+        nsets = self._log(words)
+        log_words = memoryview(self.log_words)[:2 * nsets].tolist()
+        return list(zip(log_words[::2], log_words[1::2], strict=True))
+
+    def settle(self, gens: npt.NDArray[np.uint8]) -> bool:
+        """Judge the runs that have waited by the generations that buckets have in the end.
+
+        False if that makes more than counting of it: then what was counted is not to be used.
+        """
+        self.gens, self.gen_max, self.is_counting = gens.data, COUNTED_BEHIND_MAX, 0
+        with cython.nogil:
+            done = self._judge_late()
+        return done == _GOOD and not self.is_unsure
+
+    def claim(self, runs: npt.NDArray[np.uint64]) -> bool:
+        """Take the blocks of runs, as `bcachectl.fsck.tally.Tally.taken` has them; False if some are taken already."""
+        for run in runs.tolist():
+            self._claim(run >> 21, run & 0x1FFFFF)
+        return not self.is_unsure
 
     def taken(self) -> bytes:
         """The words of `bcachectl.fsck.tally.Tally.taken`."""
@@ -104,17 +168,59 @@ class Scan:
         return bytes(memoryview(self.mark_words)[:self.nmarks])
 
     def spreads(self) -> list[tuple[int, int, int, int]]:
-        """Dirty data of each volume: its device number, sectors, start, end."""
-        words = memoryview(self.spread_words)[:_SPREAD_WORDS * self.nspreads].tolist()
-        return [(words[at], words[at + 1], words[at + 2], words[at + 3]) for at in range(0, len(words), _SPREAD_WORDS)]
+        """Dirty data of each volume in the last leaf: its device number, sectors, start, end."""
+        return _spreads_in(memoryview(self.spread_words)[:_SPREAD_WORDS * self.nspreads])
 
-    def _leaf(self, words: memoryview, log: list[tuple[int, int]], start: int, end: int, has_base: int) -> int:
+    def all_spreads(self) -> list[tuple[int, int, int, int]]:
+        """`spreads` of all leaves that were counted."""
+        return _spreads_in(memoryview(self.all_spread_words)[:_SPREAD_WORDS * self.nall_spreads])
+
+    def _scan(self, words: memoryview, log: list[tuple[int, int]], start: int, end: int) -> bool:
+        log_words = memoryview(self.log_words)
+        for index, (at, length) in enumerate(log):
+            log_words[2 * index], log_words[2 * index + 1] = at, length
+        self.nsets = len(log)
+        with cython.nogil:
+            done = self._leaf(words, start, end, 1)
+            if done == _OTHER_FORM:
+                done = self._leaf(words, start, end, 0)
+            if done == _GOOD and self.is_counting:
+                done = self._keep()
+        return done == _GOOD
+
+    def _log(self, words: memoryview) -> int:
+        # The sets in ``log_words``, and how many they are.
+        count = block = 0
+        block_words, node_blocks = self.block_words, self.node_blocks
+        seq = words[2]
+        while block < node_blocks:
+            at = block * block_words
+            if words[at + 2] != seq:
+                break
+            length = words[at + 3] >> 32
+            blocks = (4 + length + block_words - 1) // block_words
+            if not seq or words[at + 3] & _LOW_HALF != self.version or words[at + 1] != self.magic:
+                return 0
+            if (count and not length) or block + blocks > node_blocks:
+                return 0
+            self.log_words[2 * count], self.log_words[2 * count + 1] = at + 4, length
+            count += 1
+            block += blocks
+        self.doubtful_block = block if block < node_blocks and words[block * block_words + 1] == self.magic else 0
+        while block < node_blocks:
+            if words[block * block_words + 2] == seq:
+                return 0
+            block += 1
+        return count
+
+    def _leaf(self, words: memoryview, start: int, end: int, has_base: int) -> int:
         self.place_start, self.place_end = start, end
         self.is_leaf = self.nodd = self.ncuts = self.nspreads = self.ntaken = self.nmarks = 0
         self.extents = self.dirty_sectors = self.sectors = 0
         count = 0
-        for at, length in log[has_base:]:
-            over = self._decode(words, at, at + length, self.cuts)
+        for index in range(has_base, self.nsets):
+            at = self.log_words[2 * index]
+            over = self._decode(words, at, at + self.log_words[2 * index + 1], self.cuts)
             if over < 0:
                 return _DOUBTFUL
             count = self._over(over, count)
@@ -123,11 +229,13 @@ class Scan:
             return _DOUBTFUL
         count = self._over(over, count)
         if has_base:
-            at, length = log[0]
-            done = self._base(words, at, at + length, count)
+            at = self.log_words[0]
+            done: int = self._base(words, at, at + self.log_words[1], count)
             if done != _GOOD:
                 return done
-        if not self.is_leaf or not self._settle() or not self._count(self.rows, count):
+        if not self.is_leaf or not (self._judge_odd() if self.is_counting else self._settle()):
+            return _DOUBTFUL
+        if not self._count(self.rows, count):
             return _DOUBTFUL
         return _GOOD if self._count(self.cuts, self.ncuts) else _DOUBTFUL
 
@@ -153,7 +261,7 @@ class Scan:
                 low = middle + 1
         count = 0
         while low < self.journal_rows and journal[4 * low] < end:
-            if count == JOURNAL_ROWS_MAX:
+            if count == self.journal_rows_max:
                 return -1
             first, last, ptr, kind = journal[4 * low], journal[4 * low + 1], journal[4 * low + 2], journal[4 * low + 3]
             if first < start:
@@ -214,35 +322,37 @@ class Scan:
 
     # The first set.
 
+    @cython.boundscheck(False)  # type: ignore[untyped-decorator]
     def _base(self, words: memoryview, at: int, stop: int, count: int) -> int:
-        # Its keys, less what the ``count`` rows of the map hide.  What is not seen here of a wrong one, `_close` sees.
+        # Its keys, less what the ``count`` rows of the map hide.
         if at == stop or (stop - at) % 3:
             return _OTHER_FORM
-        rows, base_high, ptr_min, ptr_limit = self.rows, self.base_high, self.ptr_min, self.ptr_limit
-        in_bucket, node_sectors, place_end = self.in_bucket, self.node_sectors, self.place_end
-        inode = words[at] & 0xFFFFF
-        offset = inode << 44
+        if at < 0 or stop > len(words) or 4 * count > len(self.rows) or stop - at > len(self.taken_words):
+            return _DOUBTFUL
+        rows, taken, gens, shift = self.rows, self.taken_words, self.gens, self.shift
+        ptr_min, ptr_limit, in_bucket, bucket_end = self.ptr_min, self.ptr_limit, self.in_bucket, self.bucket_end
+        node_sectors, place_end, inode = self.node_sectors, self.place_end, words[at] & 0xFFFFF
+        form, fixed, offset = self.form | inode, ~self.varying & _ALL_BITS, inode << 44
         last = offset if offset > self.place_start else self.place_start
         # Up to here, no key touches a row.
         row, untouched_end = 0, rows[0] if count else place_end
-        head = tail = length = is_dirty = lows = evidence = 0
+        tail = run = ntaken = seen = lows = evidence = 0
         extents = sectors = dirty_sectors = dirty_start = dirty_end = 0
         if inode == 0xFFFFF:
             return _OTHER_FORM
         while at < stop:
             high, low, ptr = words[at], words[at + 1], words[at + 2]
             at += 3
-            if high >> 37 != base_high or high & 0xFFFFF != inode:
-                return _OTHER_FORM
             size, dirty = high >> 20 & 0xFFFF, high >> 36 & 1
             pos = offset | low
-            if not size or ptr < ptr_min or ptr >= ptr_limit:
+            if (high ^ form) & fixed or not size or ptr < ptr_min or ptr >= ptr_limit:
                 return _OTHER_FORM
-            if pos < last + size:
+            if pos < last + size or (ptr & in_bucket) + (size << 8) > bucket_end:
                 return _DOUBTFUL
             last = pos
             lows |= low
-            evidence |= dirty | (size ^ node_sectors) | ptr & in_bucket
+            if not evidence:
+                evidence = dirty | (size ^ node_sectors) | ptr & in_bucket
             if pos > untouched_end:
                 while row < count and rows[4 * row + 1] <= pos - size:
                     row += 1
@@ -251,26 +361,33 @@ class Scan:
                     if not self._cut(pos - size, pos, ptr, dirty, row, count):
                         return _DOUBTFUL
                     continue
-            if ptr != tail or not ptr & in_bucket:
-                if length and not self._close(head, tail, length, is_dirty):
-                    return _DOUBTFUL
-                head = ptr
-                length = is_dirty = 0
-            tail = ptr + (size << 8)
-            length += 1
             extents += 1
             sectors += size
+            if dirty > seen:
+                dirty_start = pos - size
+                seen = 1
+            dirty_sectors += size * dirty
             if dirty:
-                if not dirty_sectors:
-                    dirty_start = pos - size
-                is_dirty = 1
-                dirty_sectors += size
                 dirty_end = pos
-        if lows >> 44 or last > place_end or (length and not self._close(head, tail, length, is_dirty)):
+            if gens[ptr >> shift] != ptr & 0xFF:
+                self._postpone(ptr, ptr + (size << 8), 2 | dirty)
+            elif ptr == tail and ptr & in_bucket:
+                run += size
+                tail += size << 8
+            else:
+                if run:
+                    taken[ntaken] = run
+                    ntaken += 1
+                run = ptr >> 8 << 21 | size
+                tail = ptr + (size << 8)
+        if lows >> 44 or last > place_end:
             return _DOUBTFUL
+        if run:
+            taken[ntaken] = run
+            ntaken += 1
         if evidence:
             self.is_leaf = 1
-        self.extents, self.sectors = extents, sectors
+        self.extents, self.sectors, self.ntaken = extents, sectors, ntaken
         if dirty_sectors:
             return self._note(inode, dirty_sectors, dirty_start, dirty_end)
         return _GOOD
@@ -289,21 +406,15 @@ class Scan:
             self.ncuts = _put(self.cuts, self.ncuts, at, end, ptr + ((at - start) << 8), 1 + 2 * dirty)
         return 1
 
-    def _close(self, head: int, tail: int, length: int, is_dirty: int) -> int:
-        # A run of so many keys; 0 if it crosses its bucket.
-        if (head & self.in_bucket) + (tail - head) > self.bucket_end:
-            return 0
-        if self.gens[head >> self.shift] == head & 0xFF:
-            self.taken_words[self.ntaken] = head >> 8 << 21 | (tail - head) >> 8
-            self.ntaken += 1
-            return 1
+    def _postpone(self, head: int, tail: int, what: int) -> int:
+        # A key with another generation than its bucket's: 2, and 1 more if it is dirty.
         odd, at = self.odd, 3 * self.nodd
-        odd[at], odd[at + 1], odd[at + 2] = head, tail, length << 1 | is_dirty
+        odd[at], odd[at + 1], odd[at + 2] = head, tail, what
         self.nodd += 1
         return 1
 
     def _settle(self) -> int:
-        # Runs with other generations than their buckets'; 0 if one is too old, or dirty data was reused.
+        # Keys with other generations than their buckets'; 0 if one is too old, or dirty data was reused.
         odd = self.odd
         for index in range(self.nodd):
             head, tail, length = odd[3 * index], odd[3 * index + 1], odd[3 * index + 2]
@@ -320,6 +431,13 @@ class Scan:
                 self.ntaken += 1
         return 1
 
+    def _judge_odd(self) -> int:
+        # The runs that `_settle` would judge, which wait.
+        for index in range(self.nodd):
+            if not self._judge(self.odd[3 * index]):
+                return 0
+        return 1
+
     # Counting.
 
     def _count(self, rows: memoryview, count: int) -> int:
@@ -334,12 +452,17 @@ class Scan:
             if (ptr & self.in_bucket) + ((end - start) << 8) > self.bucket_end:
                 return 0
             behind = (self.gens[ptr >> self.shift] - ptr) & 0xFF
-            if behind and behind <= self.behind_max:
+            if behind and self.is_counting:
+                if behind > self.gen_max and behind <= self.behind_max:
+                    return 0
+                self._postpone(ptr, ptr + ((end - start) << 8), 2 | kind >> 1)
+            elif behind and behind <= self.behind_max:
                 if behind > self.gen_max or kind > 1:
                     return 0
                 continue
-            self.taken_words[self.ntaken] = ptr >> 8 << 21 | (end - start)
-            self.ntaken += 1
+            else:
+                self.taken_words[self.ntaken] = ptr >> 8 << 21 | (end - start)
+                self.ntaken += 1
             self.extents += 1
             self.sectors += end - start
             if kind > 1 and self._note((end - 1) >> 44, end - start, start, end) != _GOOD:
@@ -358,12 +481,100 @@ class Scan:
                 if end > words[at + 3]:
                     words[at + 3] = end
                 return _GOOD
-        if self.nspreads == SPREADS_MAX:
+        if self.nspreads == self.spreads_max:
             return _DOUBTFUL
         at = 4 * self.nspreads
         words[at], words[at + 1], words[at + 2], words[at + 3] = inode, sectors, start, end
         self.nspreads += 1
         return _GOOD
+
+    # All leaves together.
+
+    def _keep(self) -> int:
+        # The leaf that was scanned is added to what was counted; `_DOUBTFUL` if there is no room for it.
+        if self.nlate + self.nodd > self.late_max or self.nall_spreads + self.nspreads > self.all_spreads_max:
+            return _DOUBTFUL
+        for index in range(3 * self.nodd):
+            self.late[3 * self.nlate + index] = self.odd[index]
+        self.nlate += self.nodd
+        self._claim_taken()
+        for index in range(0, 4 * self.nspreads, 4):
+            self._add_spread(self.spread_words[index], self.spread_words[index + 1], self.spread_words[index + 2],
+                             self.spread_words[index + 3])
+        self.all_extents += self.extents
+        self.all_sectors += self.sectors
+        self.all_dirty_sectors += self.dirty_sectors
+        return _GOOD
+
+    @cython.boundscheck(False)  # type: ignore[untyped-decorator]
+    def _claim_taken(self) -> int:
+        # Most runs are one block.  They end before the device does, and the device before the bits.
+        taken, claims = self.taken_words, self.claim_words
+        block_shift, block_sectors = self.block_shift, self.in_block + 1
+        in_block, one, is_twice = self.in_block, 1, 0
+        for index in range(self.ntaken):
+            sector, length = taken[index] >> 21, taken[index] & 0x1FFFFF
+            if length != block_sectors or sector & in_block:
+                self._claim(sector, length)
+                continue
+            block = sector >> block_shift
+            bit = one << (block & 63)
+            is_twice |= claims[block >> 6] & bit
+            claims[block >> 6] |= bit
+        if is_twice:
+            self.is_unsure = 1
+        return 1
+
+    def _claim(self, sector: int, length: int) -> int:
+        # The blocks of a run.  Where it does not consist of whole blocks, bits do not tell who shares one.
+        claims = self.claim_words
+        if (sector | length) & self.in_block:
+            self.is_unsure = 1
+        block, last = sector >> self.block_shift, (sector + length - 1) >> self.block_shift
+        while block <= last:
+            first = block & 63
+            count = last + 1 - block if last >> 6 == block >> 6 else 64 - first
+            bits = _ALL_BITS >> (64 - count) << first
+            if claims[block >> 6] & bits:
+                self.is_unsure = 1
+            claims[block >> 6] |= bits
+            block += count
+        return 1
+
+    def _add_spread(self, inode: int, sectors: int, start: int, end: int) -> int:
+        words = self.all_spread_words
+        for at in range(0, 4 * self.nall_spreads, 4):
+            if words[at] == inode:
+                words[at + 1] += sectors
+                if start < words[at + 2]:
+                    words[at + 2] = start
+                if end > words[at + 3]:
+                    words[at + 3] = end
+                return 1
+        at = 4 * self.nall_spreads
+        words[at], words[at + 1], words[at + 2], words[at + 3] = inode, sectors, start, end
+        self.nall_spreads += 1
+        return 1
+
+    def _judge_late(self) -> int:
+        # Dirty data that was reused is for others to report, and so is a pointer from the future.
+        late = self.late
+        for index in range(self.nlate):
+            head, tail, length = late[3 * index], late[3 * index + 1], late[3 * index + 2]
+            behind = (self.gens[head >> self.shift] - head) & 0xFF
+            if not behind:
+                self._claim(head >> 8, (tail - head) >> 8)
+                continue
+            if behind > self.behind_max or length & 1:
+                return _DOUBTFUL
+            self.all_extents -= length >> 1
+            self.all_sectors -= (tail - head) >> 8
+        return _GOOD
+
+
+def _spreads_in(view: memoryview) -> list[tuple[int, int, int, int]]:
+    words = view.tolist()
+    return [(words[at], words[at + 1], words[at + 2], words[at + 3]) for at in range(0, len(words), _SPREAD_WORDS)]
 
 
 def _put(rows: memoryview, count: int, start: int, end: int, ptr: int, kind: int) -> int:

@@ -15,6 +15,7 @@ whenever those would make one.
    the runs (`Tally.taken`) are what is kept, to see whether two extents use the same sectors.
 
 Where `bcachectl.fsck.scan` is compiled, it is asked first, and does 2 to 4 at once.  It declines more than this does.
+It can also add leaves up, so that nothing is kept of each of them (`Tallier.count`).
 
 A tally holds for the generations it was made with.  `Tally.marks` are the pointers whose generation is another than
 their bucket's, in order; if they, or whatever comes later, raise a generation, the leaf has to be tallied again.
@@ -68,6 +69,9 @@ _SIZE_SHIFT, _SIZE_WIDTH, _SIZE_MASK = np.uint64(KEY_SIZE.offset), np.uint64(KEY
 _GEN_SHIFT, _RUN_SHIFT = np.uint64(GEN_BITS), np.uint64(RUN_BITS)
 _NONE: U64 = np.zeros(0, np.uint64)
 _ZERO = np.zeros(1, np.intp)
+_ALL_ONES = (1 << 64) - 1
+_CSUM_WORDS = BSET_HEADER_BYTES // 8 - 1
+"""A checksum covers the header behind itself as well."""
 
 
 class Spread(NamedTuple):
@@ -146,15 +150,13 @@ class Tallier:
         self._bucket_end = bucket_sectors << GEN_BITS
         self._ptr_min = geometry.first_bucket * bucket_sectors << GEN_BITS
         self._ptr_limit = min(geometry.nbuckets * bucket_sectors << GEN_BITS, 1 << PTR_DEV.offset)
-        self.scan = Scan(geometry, gens, journal) if IS_COMPILED and sys.byteorder == "little" else None
+        self.scan = Scan(geometry, gens, journal, magic) if IS_COMPILED and sys.byteorder == "little" else None
+        self.can_count = self.scan is not None and self.scan.can_count
 
     def tally(self, place: Place) -> Tally | None:
         """What the leaf holds; None if it takes more than counting to tell."""
-        if place.sector % self.geometry.bucket_size_sectors:
-            return None
-        try:
-            view = memoryview(self.read(place.sector, place.nsectors))
-        except BcachectlError:
+        view = self._read(place)
+        if view is None:
             return None
         log = self.log(view, place)
         if not log:
@@ -163,6 +165,39 @@ class Tallier:
         if scan is not None and place.nsectors == scan.node_sectors and scan.leaf(view.cast("Q"), log, place.start,
                                                                                   place.end):
             return _scanned(scan)
+        return self._tally(view, log, place)
+
+    def count(self, place: Place) -> U64 | Tally | None:
+        """The leaf is added to what `Scan.settle` tells about all of them together, and its marks are given; if it is
+        not for that, what `tally` says."""
+        scan, view = self.scan, self._read(place)
+        if view is None:
+            return None
+        if scan is None or not self.can_count or place.nsectors != scan.node_sectors:
+            return self.tally(place)
+        words = view.cast("Q")
+        log = scan.log(words)
+        seed = place.seed ^ _ALL_ONES
+        for at, count in log:
+            if crc64(view[(at - _CSUM_WORDS) * 8:(at + count) * 8], seed) != words[at - BSET_HEADER_BYTES // 8]:
+                return None
+        if scan.doubtful_block and self._is_more_behind(view, place, scan.doubtful_block, words[_SEQ_WORD],
+                                                        len(view) // self.geometry.block_bytes):
+            return None
+        if not log or not scan.count(words, log, place.start, place.end):
+            return self.tally(place)
+        return np.frombuffer(scan.marks(), np.uint64)
+
+    def _read(self, place: Place) -> memoryview | None:
+        if place.sector % self.geometry.bucket_size_sectors:
+            return None
+        try:
+            return memoryview(self.read(place.sector, place.nsectors))
+        except BcachectlError:
+            return None
+
+    def _tally(self, view: memoryview, log: list[tuple[int, int]], place: Place) -> Tally | None:
+        # In columns.
         words = np.frombuffer(view, "<u8")
         at, count = log[0]
         rows, marks = self.base(words[at:at + count], place), _NONE

@@ -19,7 +19,8 @@ other, and gives the live map: sets of the leaf, newer over older, the journal's
 
 Whoever only counts asks for tallies: then a leaf that is beyond doubt comes as a `PlainLeaf`, with what it holds, and
 is not decoded (`bcachectl.fsck.tally`).  Such a tally is final if `Walk.raised` is still what it was made at;
-`Walk.tallies` makes it again.
+`Walk.tallies` makes it again.  Where leaves are added up as they are scanned, most come without a tally: `Walk.counted`
+has what all of them hold.
 
 Limits: no bucket is read as two structures of the tree, which bounds the walk whatever the pointers say; of the keys
 only one node's and the journal's are in memory at a time.
@@ -28,6 +29,7 @@ only one node's and the journal's are in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +40,7 @@ import numpy.typing as npt
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck import levels
+from bcachectl.fsck.counted import Counted
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import tallies
 from bcachectl.fsck.tally import RUN_MASK, Place, Tallier, Tally
@@ -74,6 +77,8 @@ Child = tuple[int, Bkey, int, int]
 
 BUCKETS_LIMIT = 1 << 24
 """A superblock that claims more buckets than this, and more than the device has room for, is not believed."""
+MARKS_AT_ONCE = 64
+"""The pointers of so many leaves are looked at together."""
 JOURNAL_PIECE_BYTES = 256 << 10
 """What stands behind a piece of this size matters only if the valid part of the bucket comes close to its end."""
 
@@ -103,11 +108,15 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class PlainLeaf:
-    """A leaf that nothing is wrong with, and what was live in it when generations had been raised ``raised`` times."""
+    """A leaf that nothing is wrong with, and what was live in it when generations had been raised ``raised`` times.
+
+    ``marks`` are its pointers whose generation is not their bucket's.  Without ``tally`` it is among `Walk.counted`.
+    """
 
     bucket: int
     place: Place
-    tally: Tally
+    tally: Tally | None
+    marks: npt.NDArray[np.uint64]
     raised: int
 
 
@@ -172,6 +181,8 @@ class Walk:
         self.processes = processes
         self.raised = 0
         """How often the generation of a bucket was raised."""
+        self.counted: Counted | None = None
+        """The leaves that were added up; to be settled when all generations are known."""
         self._instead = instead
         self._more = more
         self.superblock: Superblock | None = None
@@ -279,8 +290,8 @@ class Walk:
     def _walk_journal(self) -> Iterator[Record | Damage]:
         assert self.superblock is not None
         torn: list[Damage] = []
-        for index, bucket in enumerate(self.superblock.d):
-            for found in self._journal_bucket(index, bucket):
+        for some in self._journal_buckets(self.superblock.d):
+            for found in some:
                 if isinstance(found, Damage):
                     torn.append(found)
                     continue
@@ -306,6 +317,15 @@ class Walk:
                 yield Damage("journal", f"journal entries {expected}-{entry.jset.seq - 1} missing! "
                                         f"(replaying {newest.last_seq}-{newest.seq})", 0, 0, 0, MAX_POS)
             expected = entry.jset.seq + 1
+
+    def _journal_buckets(self, buckets: Sequence[int]) -> Iterator[list[Record | Damage]]:
+        # Most of the time goes into the system's copying, which threads can do side by side.
+        if self.processes < 2:
+            yield from (list(self._journal_bucket(index, bucket)) for index, bucket in enumerate(buckets))
+            return
+        with ThreadPoolExecutor(self.processes) as pool:
+            yield from pool.map(lambda index, bucket: list(self._journal_bucket(index, bucket)),
+                                range(len(buckets)), buckets)
 
     def _journal_bucket(self, index: int, bucket: int) -> Iterator[Record | Damage]:
         assert self.superblock is not None
@@ -334,9 +354,9 @@ class Walk:
         except BcachectlError:
             return
         # By the second word of each block.
-        step, first = block_bytes // 8, end // block_bytes
-        magics = (np.frombuffer(part, "<u8")[1::step] for part in (buf, rest) if part)
-        if magic not in np.concatenate([np.zeros(0, np.uint64), *magics])[first:].tolist():
+        step = block_bytes // 8
+        words = [np.frombuffer(buf, "<u8")[end // 8:], np.frombuffer(rest, "<u8")]
+        if not any((part[1::step] == np.uint64(magic)).any() for part in words):
             self.journal_exhausted.add(index)
 
     # Prio sets and uuids.
@@ -452,22 +472,37 @@ class Walk:
         is_new = ~self._visited[buckets]
         is_new &= np.array([first_of[bucket] == row for row, bucket in enumerate(buckets.tolist())], np.bool_)
         places = [_place_of(child) for child in children]
-        raised = self.raised
         asked = [place for place, new in zip(places, is_new.tolist(), strict=True) if new]
-        with closing(tallies(tallier, asked, self.processes)) as found:
+        self._count_by(tallier)
+        raised = self.raised if self.counted is None else self.counted.raised
+        late: list[npt.NDArray[np.uint64]] = []
+        with closing(tallies(tallier, asked, self.processes) if self.counted is None
+                     else self.counted.counts(asked)) as found:
             for child, bucket, new, place in zip(children, buckets.tolist(), is_new.tolist(), places, strict=True):
-                tally = next(found) if new else None
-                if tally is None:
+                said = next(found) if new else None
+                if said is None:
                     yield from self._walk_node(child)
                     continue
+                tally, marks = (said, said.marks) if isinstance(said, Tally) else (None, said)
                 self._visited[bucket] = True
                 self.nodes += 1
                 _level, key, start, end = child
                 yield Record(f"btree node at bucket {bucket}, level 0", key.ptrs[0].sector, key.size,
-                             PlainLeaf(bucket, place, tally, raised))
+                             PlainLeaf(bucket, place, tally, marks, raised))
                 self.slots.append(Slot(start, end, key.ptrs[0], key.size))
-                if len(tally.marks):
-                    self._mark_words(tally.marks)
+                late.append(marks)
+                if self.counted is None or len(late) == MARKS_AT_ONCE:
+                    # Leaves that are counted do not look at generations before the end.
+                    self._mark_words(np.concatenate(late))
+                    late.clear()
+        self._mark_words(np.concatenate([np.zeros(0, np.uint64), *late]))
+
+    def _count_by(self, tallier: Tallier) -> None:
+        # From the first leaf on, with the generations of that moment.
+        if self.counted is None and tallier.can_count:
+            gens = self.gens.copy()
+            self.counted = Counted([Tallier(self.read, self.geometry, tallier.magic, gens, tallier.journal)
+                                    for _ in range(self.processes)], gens, self.raised)
 
     def tallies(self, places: Sequence[Place]) -> Generator[Tally | None, None, None]:
         """Leaves once more, with the generations as they are now, None for those that are not plain any more."""
@@ -588,6 +623,8 @@ class Walk:
             self._mark_words(keys.ptr[usable])
 
     def _mark_words(self, ptr: npt.NDArray[np.uint64]) -> None:
+        if not len(ptr):
+            return
         bucket = (PTR_OFFSET.get(ptr) // self.geometry.bucket_size_sectors).astype(np.intp)
         self._mark(bucket, PTR_GEN.get(ptr).astype(np.uint8))
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +97,7 @@ _LONG_STREAM_WORDS = 512    # of this length; in a shorter one it visits each
 SHORTEST_KEY_WORDS = 2
 _KEY2 = struct.Struct("<QQ")
 _KEY3 = struct.Struct("<QQQ")
+_PAD = struct.Struct(f"<{BKEY_PAD_WORDS}Q")
 _DIRTY_KEY3 = HIGH_ONE | 1 << 60 | 1 << 36
 KEY_BYTES = _KEY3.size
 """Bytes of a key with one pointer."""
@@ -220,7 +222,13 @@ def decode_padded_key(buf: Buffer, offset: int) -> Bkey:
 
     Pointers that the pad has no room for (KEY_PTRS = 7) are left out.
     """
-    words = struct.unpack_from(f"<{BKEY_PAD_WORDS}Q", buf, offset)
+    return _padded_key(bytes(buf[offset:offset + _PAD.size]))
+
+
+@lru_cache(maxsize=64)
+def _padded_key(data: bytes) -> Bkey:
+    # Journal entries say mostly the same.
+    words = _PAD.unpack(data)
     return _bkey(words[0], words[1], words[2:2 + (words[0] >> 60 & 7)])
 
 

@@ -17,9 +17,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from bcachectl.fsck import extents as extent
+from bcachectl.fsck.counted import Counted
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.scan import JOURNAL_ROWS_MAX, SPREADS_MAX, Scan
-from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Place, Tallier, Tally
+from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Place, Spread, Tallier, Tally, joined_spreads
 from bcachectl.ondisk.bkey import HIGH_ONE, INODE_SHIFT, MAX_POS, PTR_CHECK_DEV
 from bcachectl.ondisk.bset import encode_bset
 from bcachectl.ondisk.geometry import Geometry
@@ -198,6 +199,47 @@ def test_wrong_keys(leaf: tuple[list[list[Key]], Extents, tuple[int, int]], data
 def test_any_generations(leaf: tuple[list[list[Key]], Extents, tuple[int, int]], gens: list[int]) -> None:
     sets, journal, (start, end) = leaf
     compare(sets, journal, np.array(gens, np.uint8), start, end)
+
+
+@settings(max_examples=400)
+@given(st.lists(leaves(), min_size=1, max_size=3), st.lists(st.sampled_from([0] * 40 + [1, 2, 47, 48, 49, 100]),
+                                                            min_size=GEOMETRY.nbuckets, max_size=GEOMETRY.nbuckets))
+def test_leaves_that_are_counted(some: list[tuple[list[list[Key]], Extents, tuple[int, int]]], rise: list[int]) -> None:
+    """What leaves hold together is what their tallies say that are made when all generations are known."""
+    journal, ranges = some[0][1], [place for _sets, _journal, place in some]
+    nodes = [node(sets) for sets, _journal, _place in some]
+    places = [Place(index * 64, PLACE_PTR, GEOMETRY.node_sectors, start, end)
+              for index, (start, end) in enumerate(ranges)]
+
+    def tallier(gens: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> Tallier:
+        made = Tallier(lambda sector, _count: nodes[sector // 64], GEOMETRY, MAGIC, gens, journal)
+        made.scan = Scan(GEOMETRY, gens, journal, MAGIC)
+        made.can_count = True
+        return made
+
+    gens = GENS + np.array(rise, np.uint8)
+    counted = Counted([tallier(GENS), tallier(GENS)], GENS, 0)
+    said = [counted.talliers[index % 2].count(place) for index, place in enumerate(places)]
+    is_settled = counted.settle(gens)
+    event(f"settled: {is_settled}")
+    if not is_settled:
+        return
+    columns = tallier(gens)
+    columns.scan = None
+    expected = [columns.tally(place) for place, what in zip(places, said, strict=True) if isinstance(what, np.ndarray)]
+    assert counted.extents == sum(tally.extents for tally in expected if tally is not None)
+    assert counted.dirty_sectors == sum(tally.dirty_sectors for tally in expected if tally is not None)
+    assert counted.clean_sectors == sum(tally.clean_sectors for tally in expected if tally is not None)
+    dirty: dict[int, Spread] = {}
+    taken: list[int] = []
+    for tally in expected:
+        assert tally is not None
+        dirty = joined_spreads(dirty, tally.dirty)
+        taken += [sector for word in tally.taken.tolist()
+                  for sector in range(word >> RUN_BITS, (word >> RUN_BITS) + (word & RUN_MASK))]
+    assert counted.dirty == dirty
+    assert len(taken) == len(set(taken))
+    assert np.flatnonzero(counted.used).tolist() == sorted({sector // 64 for sector in taken})
 
 
 def row_of_keys(count: int) -> list[Key]:
