@@ -13,7 +13,7 @@ from typing import Any
 
 from bcachectl.errors import Corrupt
 from bcachectl.fsck.extents import Extents
-from bcachectl.fsck.walk import Damage, JournalEntry, Node
+from bcachectl.fsck.records import Damage, JournalEntry, Node
 from bcachectl.ondisk.bkey import (
     INODE_SHIFT,
     MAX_POS,

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from bcachectl import describe
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.errors import BcachectlError, UsageError, WrongState
-from bcachectl.fsck.walk import Damage, Node, Record, Walk
+from bcachectl.fsck.live import leaf_extents
+from bcachectl.fsck.records import Damage, Node, Record
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.magic import BCACHE_MAGIC
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, BdevState, Superblock, parse_superblock
 from bcachectl.ondisk.uuids import UuidEntry
@@ -66,7 +68,7 @@ def require_magic(device: BlockDevice, found: Read) -> None:
 
 @contextmanager
 def walk_cache(path: str) -> Iterator[Walked]:
-    """Open a cache device and walk all of it; it stays open for `Walk.leaf_extents`."""
+    """Open a cache device and walk all of it; it stays open for `bcachectl.fsck.live`."""
     with open_device(path) as device:
         found = read_superblock(device)
         require_magic(device, found)
@@ -110,7 +112,7 @@ def only_copy(device: BlockDevice) -> str:
         with walk_cache(device.path) as walked:
             if any(not damage.is_harmless for damage in walked.damages):
                 return f"is damaged, and may hold {way_out}"
-            is_dirty = any(bool(extents.dirty.any()) for _slot, extents in walked.walk.leaf_extents())
+            is_dirty = any(bool(extents.dirty.any()) for _slot, extents in leaf_extents(walked.walk))
     except BcachectlError:
         return f"is damaged, and may hold {way_out}"
     return f"holds {way_out}" if is_dirty else ""

@@ -31,10 +31,11 @@ import numpy.typing as npt
 
 from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.fsck.check import Check, run
+from bcachectl.fsck.records import PlainLeaf
 from bcachectl.fsck.rescue import open_check
 from bcachectl.fsck.scan import IS_COMPILED
 from bcachectl.fsck.tally import Place, Tallier
-from bcachectl.fsck.walk import PlainLeaf, Walk
+from bcachectl.fsck.walk import Walk
 from bcachectl.fsck.writeback import find_dirty
 from bcachectl.ondisk.bkey import MAX_POS, encode_key_columns, pack_key, ptr_make
 from bcachectl.ondisk.bset import encode_bset

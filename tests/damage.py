@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from bcachectl.fsck.walk import JournalEntry, Node
+from bcachectl.fsck.live import leaf_extents
+from bcachectl.fsck.records import JournalEntry, Node
 from bcachectl.ondisk.bkey import ptr_make, ptr_sector
 from tests.damage_rare import rare_cases
 from tests.fsck.full_journal import fill_journal
@@ -300,7 +301,7 @@ def _child_gen(image: Image, node: Node, number: int, row: int) -> None:
 def _live_rows(image: Image, node: Node, *, dirty: bool | None = None, count: int = 1) -> list[tuple[int, int]]:
     # Sets and rows of keys of a leaf that are live just as they stand, and that the journal does not touch.
     live: set[tuple[int, int]] = set()
-    for slot, found in image.walk.leaf_extents():
+    for slot, found in leaf_extents(image.walk):
         if slot.leaf is not None and image.walk.geometry.bucket_of(slot.leaf.sector) == node.bucket:
             live = set(zip(found.end.tolist(), found.ptr.tolist(), strict=True))
             sizes = dict(zip(found.end.tolist(), found.size.tolist(), strict=True))
@@ -403,7 +404,7 @@ def _gen(image: Image, by: int) -> None:
     # A bucket with dirty extents that only leaves know of.
     size = image.walk.geometry.bucket_size_sectors
     journal = {ptr_sector(ptr) // size for ptr in image.walk.journal_map.ptr.tolist()}
-    ptrs = (ptr for _slot_, found in image.walk.leaf_extents() for ptr in found.ptr[found.dirty].tolist())
+    ptrs = (ptr for _slot_, found in leaf_extents(image.walk) for ptr in found.ptr[found.dirty].tolist())
     chosen = next(ptr for ptr in ptrs if ptr_sector(ptr) // size not in journal)
     image.bucket_gen(ptr_sector(chosen) // size, lambda _old: (chosen & 0xFF) + by)
 

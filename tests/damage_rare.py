@@ -7,7 +7,8 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from bcachectl.fsck.walk import Node
+from bcachectl.fsck.live import leaf_extents
+from bcachectl.fsck.records import Node
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET, ptr_make, ptr_sector
 from bcachectl.ondisk.crc64 import crc64_seeded
 from bcachectl.ondisk.magic import INVALID_UUID
@@ -111,7 +112,7 @@ def _never_attached(image: Image) -> None:
 
 def _written_back(image: Image) -> None:
     # Write-back is done and the device marked clean; the cleared dirty bits never reached the cache.
-    for _slot, found in image.walk.leaf_extents():
+    for _slot, found in leaf_extents(image.walk):
         rows = found.take(found.dirty)
         for start, end, ptr in zip(rows.start.tolist(), rows.end.tolist(), rows.ptr.tolist(), strict=True):
             data = image.cache.read(ptr_sector(ptr), end - start)
@@ -232,7 +233,7 @@ def _interior_child(image: Image) -> None:
 
 def _unused(image: Image) -> int:
     geometry = image.walk.geometry
-    used = {int(bucket) for _slot, found in image.walk.leaf_extents()
+    used = {int(bucket) for _slot, found in leaf_extents(image.walk)
             for bucket in PTR_OFFSET.get(found.ptr) // geometry.bucket_size_sectors}
     used |= {node.bucket for node in image.nodes} | set(image.walk.prio_buckets)
     used |= {(image.uuid_at >> 9) // geometry.bucket_size_sectors, *journal_buckets(image)}

@@ -17,7 +17,9 @@ from bcachectl.blockdev import open_device
 from bcachectl.commands.options import DeviceArgument, Json, print_json, print_json_list
 from bcachectl.errors import UsageError
 from bcachectl.fsck import extents as extent
-from bcachectl.fsck.walk import Damage, JournalEntry, Walk
+from bcachectl.fsck.live import leaf_extents, too_stale
+from bcachectl.fsck.records import Damage, JournalEntry
+from bcachectl.fsck.walk import Walk
 from bcachectl.offline import Walked
 from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK, decode_keys, ptr_gen, ptr_sector
 from bcachectl.ondisk.prio import PrioSet
@@ -183,10 +185,10 @@ def _bucket(walk: Walk, ptrs: tuple[Any, ...]) -> int | None:
 def _keys(walked: Walked) -> Iterator[extent.Extents]:
     # The live keys, leaf by leaf, joined as the kernel joins them in memory.
     walk = walked.walk
-    for slot, found in walk.leaf_extents():
-        too_stale = int(walk.too_stale(found).sum())
-        if too_stale:
-            walked.damages.append(Damage("btree", f"key too stale: {too_stale} keys", 0, 0, slot.start, slot.end))
+    for slot, found in leaf_extents(walk):
+        count = int(too_stale(walk, found).sum())
+        if count:
+            walked.damages.append(Damage("btree", f"key too stale: {count} keys", 0, 0, slot.start, slot.end))
         yield extent.merge(found, bucket_size_sectors=walk.geometry.bucket_size_sectors)
 
 

@@ -14,6 +14,7 @@ from bcachectl import control, offline
 from bcachectl.blockdev import open_device
 from bcachectl.commands.options import Json, VolumeArgument, print_json
 from bcachectl.errors import UsageError, WrongState
+from bcachectl.fsck.live import lookup
 from bcachectl.fsck.walk import Walk
 from bcachectl.offline import Slot
 from bcachectl.ondisk.bkey import INODE_SHIFT, SECTOR_MASK, ptr_gen, ptr_sector
@@ -130,7 +131,7 @@ def _find_volume(walk: Walk, cache: str, volume: str, data_offset: int | None) -
 
 def _pieces(walk: Walk, volume: Volume, *, start: int, end: int) -> Iterator[dict[str, Any]]:
     base = (volume.slot.inode << INODE_SHIFT) + volume.data_offset
-    found = walk.lookup(start=base + start, end=base + end)
+    found = lookup(walk, start=base + start, end=base + end)
     at = start
     for row in range(len(found.start)):
         key_start, key_end, ptr = int(found.start[row]), int(found.end[row]), int(found.ptr[row])

@@ -33,6 +33,8 @@ from bcachectl.fsck.check_sizes import check_sizes
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Loss, Severity
+from bcachectl.fsck.live import staleness
+from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Slot
 from bcachectl.fsck.salvage import (
     TAG_UNKNOWN_GEN,
     LeafMap,
@@ -44,7 +46,7 @@ from bcachectl.fsck.salvage import (
     older_keys,
 )
 from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Place, Spread, Tally, joined_spreads, run_buckets
-from bcachectl.fsck.walk import Damage, JournalEntry, Node, PlainLeaf, Read, Slot, Walk
+from bcachectl.fsck.walk import Read, Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_GEN, PTR_OFFSET, SECTOR_MASK, ptr_make
 from bcachectl.ondisk.magic import bset_magic
@@ -608,12 +610,12 @@ class Check:
                        key + (" dirty" if extents.dirty[row] else ""))
 
     def _judge_stale(self, stale_dirty: Extents, too_stale: Extents) -> None:
-        behind = self.walk.staleness(stale_dirty)
+        behind = staleness(self.walk, stale_dirty)
         for row in range(len(stale_dirty.start)):
             self._add(self._extent_finding("BTREE_PTR_STALE_DIRTY", stale_dirty, row, f"stale by {int(behind[row])}"),
                       int(stale_dirty.start[row]), int(stale_dirty.end[row]))
         self._lost.append(stale_dirty)
-        behind = self.walk.staleness(too_stale)
+        behind = staleness(self.walk, too_stale)
         for row in range(len(too_stale.start)):
             self._add(self._extent_finding("BTREE_PTR_TOO_STALE", too_stale, row, f"stale by {int(behind[row])}"))
 

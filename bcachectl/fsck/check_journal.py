@@ -14,7 +14,8 @@ import numpy as np
 
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck.findings import Finding
-from bcachectl.fsck.walk import JournalEntry, Walk
+from bcachectl.fsck.records import JournalEntry
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, JSET_VERSION, decode_jset

@@ -61,6 +61,11 @@ def from_keys(keys: KeyColumns) -> Extents:
     return Extents(pos - keys.size[rows], pos, keys.dirty[rows], keys.nptrs[rows], keys.ptr[rows], keys.csum[rows])
 
 
+def without(keys: KeyColumns, rows: npt.NDArray[np.bool_]) -> KeyColumns:
+    """The keys that are not among ``rows``."""
+    return KeyColumns._make(column[~rows] for column in keys) if rows.any() else keys
+
+
 def concatenate(parts: list[Extents]) -> Extents:
     """The rows of all ``parts``, one behind the other."""
     if not parts:

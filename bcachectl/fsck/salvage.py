@@ -40,7 +40,9 @@ from bcachectl.fsck import extents as extent
 from bcachectl.fsck import levels
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
-from bcachectl.fsck.walk import Slot, Walk
+from bcachectl.fsck.live import staleness
+from bcachectl.fsck.records import Slot
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
     INODE_SHIFT,
@@ -551,7 +553,7 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
         merged = older
     for image in sets or []:
         rows = _tagged(walk, image)
-        behind = walk.staleness(rows) > validity.BUCKET_GC_GEN_MAX
+        behind = staleness(walk, rows) > validity.BUCKET_GC_GEN_MAX
         if image.is_valid:
             too_stale = extent.concatenate([too_stale, rows.take(behind & (rows.csum == TAG_NONE))])
         else:
@@ -561,7 +563,7 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
             merged = extent.overlay(extent.overlay(merged.take(~is_clean), older), dropped)
         merged = extent.overlay(merged, extent.flatten(rows))
         if not image.is_valid:
-            merged = extent.overlay(merged, older.take((older.nptrs > 0) & (walk.staleness(older) == 0)))
+            merged = extent.overlay(merged, older.take((older.nptrs > 0) & (staleness(walk, older) == 0)))
     if len(merged.start) and (int(merged.start[0]) < slot.start or int(merged.end[-1]) > slot.end):
         before = extent.clip(merged, start=0, end=slot.start)
         outside = extent.concatenate([before, extent.clip(merged, start=slot.end, end=MAX_POS)])
@@ -572,7 +574,7 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
     merged = _retag(merged, is_unsure & (merged.csum <= TAG_JOURNAL), TAG_UNKNOWN_GEN)
     merged = extent.concatenate([merged, outside])
     has_data = (merged.nptrs > 0) & ((PTR_DEV.get(merged.ptr) == 0) | (merged.csum == TAG_LOST))
-    stale = (walk.staleness(merged) > 0) & (bucket_of(walk, merged) < walk.geometry.nbuckets)
+    stale = (staleness(walk, merged) > 0) & (bucket_of(walk, merged) < walk.geometry.nbuckets)
     kept = has_data & ~stale & (merged.csum <= TAG_JOURNAL)
     lost = has_data & ~stale & (merged.csum > TAG_JOURNAL)
     stale_dirty = has_data & stale & merged.dirty & (merged.csum == TAG_NONE)

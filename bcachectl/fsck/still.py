@@ -14,7 +14,9 @@ import numpy.typing as npt
 from bcachectl import census
 from bcachectl.errors import Corrupt, WrongState
 from bcachectl.fsck.extents import Extents
-from bcachectl.fsck.walk import Damage, Node, Read, Walk
+from bcachectl.fsck.live import leaf_extents
+from bcachectl.fsck.records import Damage, Node
+from bcachectl.fsck.walk import Read, Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_GEN, PTR_OFFSET
 from bcachectl.ondisk.superblock import Superblock
@@ -53,7 +55,7 @@ class Still:
         self.is_dirty: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
         self.dirty_sectors: dict[int, int] = {}
         self.keys = 0
-        for _slot, extents in walk.leaf_extents():
+        for _slot, extents in leaf_extents(walk):
             self._count(extents)
 
     def snapshot(self, cells: int) -> SetSnapshot:

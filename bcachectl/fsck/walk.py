@@ -14,8 +14,7 @@ on the way stays in the walk's attributes: `Walk.superblock`, `Walk.gens`, `Walk
    marker of a freed node is what makes the pointer to it stale (btree.c, bch_initial_mark_key);
 6. keys of the journal raise gens likewise.
 
-Only then is it known which extents are stale, so `Walk.leaf_extents` reads the leaves a second time, one after the
-other, and gives the live map: sets of the leaf, newer over older, the journal's keys on top.
+Only then is it known which extents are stale: `bcachectl.fsck.live` gives the live map of a set that has been walked.
 
 Whoever only counts asks for tallies: then a leaf that is beyond doubt comes as a `PlainLeaf`, with what it holds, and
 is not decoded (`bcachectl.fsck.tally`).  Such a tally is final if `Walk.raised` is still what it was made at;
@@ -31,7 +30,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -43,12 +41,12 @@ from bcachectl.fsck import levels
 from bcachectl.fsck.counted import Counted
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import tallies
+from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Record, Slot
 from bcachectl.fsck.tally import RUN_MASK, Place, Tallier, Tally
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
     INODE_SHIFT,
     MAX_POS,
-    PTR_DEV,
     PTR_GEN,
     PTR_OFFSET,
     SECTOR_MASK,
@@ -61,11 +59,11 @@ from bcachectl.ondisk.bkey import (
     ptr_sector,
     text,
 )
-from bcachectl.ondisk.bset import BsetImage, check_node_end, decode_node
+from bcachectl.ondisk.bset import check_node_end, decode_node
 from bcachectl.ondisk.geometry import Geometry
 from bcachectl.ondisk.jset import JSET_MAX_BYTES, JSET_VERSION_UUIDV1, Jset, judge_jset, walk_journal_bucket
 from bcachectl.ondisk.magic import bset_magic, jset_magic, prio_magic
-from bcachectl.ondisk.prio import PrioSet, decode_prio_set
+from bcachectl.ondisk.prio import decode_prio_set
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, Superblock, check_superblock, decode_superblock
 from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, decode_uuids_v0
 
@@ -83,102 +81,24 @@ JOURNAL_PIECE_BYTES = 256 << 10
 """What stands behind a piece of this size matters only if the valid part of the bucket comes close to its end."""
 
 
-@dataclass(frozen=True, slots=True)
-class JournalEntry:
-    """A valid jset and its place: the index of its journal bucket and the byte there."""
-
-    index: int
-    offset_bytes: int
-    jset: Jset
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A btree node as read.  It covers positions [start, end); ``gen`` is that of the pointer that led to it."""
-
-    bucket: int
-    gen: int
-    level: int
-    start: int
-    end: int
-    nsectors: int
-    sets: tuple[BsetImage, ...]
-    written_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlainLeaf:
-    """A leaf that nothing is wrong with, and what was live in it when generations had been raised ``raised`` times.
-
-    ``marks`` are its pointers whose generation is not their bucket's.  Without ``tally`` it is among `Walk.counted`.
-    """
-
-    bucket: int
-    place: Place
-    tally: Tally | None
-    marks: npt.NDArray[np.uint64]
-    raised: int
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A structure that could be read: where it stands, and what it says."""
-
-    where: str
-    sector: int
-    nsectors: int
-    value: Superblock | JournalEntry | PrioSet | tuple[UuidEntry, ...] | Node | PlainLeaf
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Something that is not as it should be: ``why`` is the kernel's word for it.
-
-    ``start, end`` are the positions whose keys cannot be known because of it, both 0 if it costs no keys.
-    ``is_harmless`` marks what any power failure leaves behind: a torn entry at the end of the journal.
-    """
-
-    where: str
-    why: str
-    sector: int
-    nsectors: int
-    start: int = 0
-    end: int = 0
-    is_harmless: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.why}"
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A stretch [start, end) of the address space and the leaf that covers it; None where the tree is damaged.
-
-    There ``lost`` is the pointer to the node of ``level`` that could not be read, if there is a pointer at all.
-    """
-
-    start: int
-    end: int
-    leaf: Ptr | None
-    nsectors: int
-    lost: Ptr | None = None
-    level: int = 0
-    is_doubtful: bool = False
-    """Found without a parent, and not the only one that could be meant."""
-
-
 class Walk:
     """One walk over one device.  Exhaust `structures` before asking for anything else."""
 
     def __init__(self, read: Read, size_sectors: int, *, instead: Superblock | None = None,
-                 more: Sequence[JournalEntry] = (), processes: int = 0) -> None:
+                 more: Sequence[JournalEntry] = (), processes: int = 0,
+                 within: Sequence[tuple[int, int]] | None = None) -> None:
         """``instead`` is what to go by in place of the device's own superblock; ``more`` are journal entries that stand
-        behind damaged ones.  With ``processes`` plain leaves are tallied, by so many."""
+        behind damaged ones.  With ``processes`` plain leaves are tallied, by so many.
+
+        With ``within`` only nodes that have keys of these positions are read, and of the journal only its entries; it
+        may be said when the uuid array is known.
+        """
         self.read = read
         self.size_sectors = size_sectors
         self.logical_block_sectors = 1
         """The device's own block: a kernel refuses a superblock that says less."""
         self.processes = processes
+        self.within = within
         self.raised = 0
         """How often the generation of a bucket was raised."""
         self.counted: Counted | None = None
@@ -349,6 +269,8 @@ class Walk:
         why = judge_jset(buf, end, magic=magic, limit_bytes=length_bytes - end) if end < length_bytes else ""
         if why in ("too big", "bad csum"):
             yield Damage(f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
+        if self.within is not None:
+            return
         try:
             rest = self.read(sector + (length_bytes >> 9), (self.geometry.bucket_bytes - length_bytes) >> 9)
         except BcachectlError:
@@ -428,6 +350,8 @@ class Walk:
             return
         while todo:
             child = todo.pop()
+            if not self._is_wanted(child):
+                continue
             node = yield from self._walk_node(child)
             if node is None or not node.level:
                 continue
@@ -437,6 +361,10 @@ class Walk:
                 yield from self._walk_leaves(children, tallier)
             else:
                 todo.extend(reversed(children))
+
+    def _is_wanted(self, child: Child) -> bool:
+        _level, _key, start, end = child
+        return self.within is None or any(start < last and first < end for first, last in self.within)
 
     def _walk_node(self, child: Child) -> Generator[Record | Damage, None, Node | None]:
         level, key, start, end = child
@@ -584,7 +512,7 @@ class Walk:
             children.append((node.level - 1, key, start, pos))
             start = pos
         if start < node.end:
-            # The journal may still hold keys there; `leaf_extents` finds the gap by itself.
+            # The journal may still hold keys there; `bcachectl.fsck.live` finds the gap by itself.
             damages.append(Damage(where, "no child for the end of the node's range", sector, node.nsectors, start,
                                   node.end))
         return children, damages
@@ -661,71 +589,8 @@ class Walk:
                 yield Damage(where, f"bad key {text(_leaf_key(keys, int(row)))}", 0, 0,
                              max(end - int(keys.size[row]), 0), end)
             self.mark_columns([keys], 0)
-            parts.append(extent.from_keys(_sound(keys, fatal)))
+            parts.append(extent.from_keys(extent.without(keys, fatal)))
         self.journal_map = extent.flatten(extent.concatenate(parts))
-
-    # The live map.
-
-    def leaf_extents(self, *, with_journal: bool = True) -> Iterator[tuple[Slot, Extents]]:
-        """Each leaf's live extents, in key order, as a start of the set would find them: no holes, check keys or
-        stale extents.  Where a leaf is damaged there are those of the journal alone."""
-        for slot in self._slots_and_gaps():
-            yield slot, self._live(slot, with_journal=with_journal)
-
-    def lookup(self, *, start: int, end: int) -> Extents:
-        """The live extents that touch positions [start, end), whole, joined where the kernel joins keys."""
-        parts = [self._live(slot, with_journal=True) for slot in self._slots_and_gaps()
-                 if slot.start < end and start < slot.end]
-        joined = extent.merge(extent.concatenate(parts), bucket_size_sectors=self.geometry.bucket_size_sectors)
-        return joined.take((joined.end > np.uint64(start)) & (joined.start < np.uint64(end)))
-
-    def _live(self, slot: Slot, *, with_journal: bool) -> Extents:
-        merged = extent.empty()
-        if slot.leaf is not None:
-            for image in self._reread(slot):
-                fatal = validity.extents_fatal(image.keys, self.geometry)
-                merged = extent.overlay(merged, extent.flatten(extent.from_keys(_sound(image.keys, fatal))))
-        if with_journal:
-            merged = extent.overlay(merged, extent.clip(self.journal_map, start=slot.start, end=slot.end))
-        return merged.take(~self._is_dead(merged))
-
-    def too_stale(self, extents: Extents) -> npt.NDArray[np.bool_]:
-        """Which extents are so far behind their bucket that the kernel would fail the set: "key too stale"."""
-        return self.staleness(extents) > validity.BUCKET_GC_GEN_MAX
-
-    def _slots_and_gaps(self) -> Iterator[Slot]:
-        at = 0
-        for slot in self.slots:
-            if slot.start > at:
-                yield Slot(at, slot.start, None, 0)
-            yield slot
-            at = slot.end
-        if at < MAX_POS and self.superblock is not None:
-            yield Slot(at, MAX_POS, None, 0)
-
-    def _reread(self, slot: Slot) -> list[BsetImage]:
-        assert slot.leaf is not None and self.superblock is not None
-        block_bytes = self.geometry.block_bytes
-        try:
-            sets, _written = decode_node(
-                self.read(slot.leaf.sector, slot.nsectors), magic=bset_magic(self.superblock.set_uuid),
-                seed=ptr_make(slot.leaf.sector, slot.leaf.gen, slot.leaf.dev), block_bytes=block_bytes,
-                node_blocks=(slot.nsectors << 9) // block_bytes, where="")
-        except BcachectlError:
-            # It was good a moment ago: somebody writes to the device.  The first reading counted it as good.
-            return []
-        return sets
-
-    def staleness(self, extents: Extents) -> npt.NDArray[np.uint8]:
-        """How many generations each extent's pointer is behind its bucket; 0 for holes and check keys."""
-        bucket = (PTR_OFFSET.get(extents.ptr) // self.geometry.bucket_size_sectors).astype(np.intp)
-        ahead = self.gens[np.minimum(bucket, len(self.gens) - 1)] - PTR_GEN.get(extents.ptr).astype(np.uint8)
-        ahead[(ahead > 128) | (extents.nptrs == 0) | _no_cache(extents)] = 0
-        return ahead
-
-    def _is_dead(self, extents: Extents) -> npt.NDArray[np.bool_]:
-        dead: npt.NDArray[np.bool_] = (extents.nptrs == 0) | _no_cache(extents) | (self.staleness(extents) > 0)
-        return dead
 
     # Small things.
 
@@ -754,15 +619,6 @@ def _is_usable(sb: Superblock, size_sectors: int) -> bool:
         return False
     limit = max(BUCKETS_LIMIT, size_sectors // sb.bucket_size)
     return 0 < sb.nbuckets <= limit and all(bucket < sb.nbuckets for bucket in sb.d)
-
-
-def _no_cache(extents: Extents) -> npt.NDArray[np.bool_]:
-    elsewhere: npt.NDArray[np.bool_] = PTR_DEV.get(extents.ptr) != 0
-    return elsewhere
-
-
-def _sound(keys: KeyColumns, fatal: npt.NDArray[np.bool_]) -> KeyColumns:
-    return KeyColumns._make(column[~fatal] for column in keys) if fatal.any() else keys
 
 
 def _is_here(key: Bkey) -> bool:

@@ -30,9 +30,10 @@ from bcachectl.fsck import rescue_map
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.records import Slot
 from bcachectl.fsck.rescue_map import DONE, DOUBTED, LOST, UNKNOWN, Owner, RescueMap
 from bcachectl.fsck.salvage import leaf_map, read_sets
-from bcachectl.fsck.walk import Read, Slot
+from bcachectl.fsck.walk import Read
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET
 
 PIECE_SECTORS = 8192

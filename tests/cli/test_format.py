@@ -18,7 +18,8 @@ import pytest
 
 from bcachectl import formatter, writeplan
 from bcachectl.blockdev import BlockDevice, open_device
-from bcachectl.fsck.walk import Damage, Walk
+from bcachectl.fsck.records import Damage
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.magic import jset_magic
 from bcachectl.ondisk.superblock import (
     SB_BYTES,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bcachectl.errors import DeviceError
 from bcachectl.fsck.check_backing import Backing
-from bcachectl.fsck.walk import Damage, JournalEntry, Node, Walk
+from bcachectl.fsck.records import Damage, JournalEntry, Node
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import ptr_make
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES
 from bcachectl.ondisk.crc64 import crc64, crc64_seeded

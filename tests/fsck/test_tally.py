@@ -18,9 +18,10 @@ import pytest
 
 from bcachectl.fsck import fanout, tally
 from bcachectl.fsck.check import Check, run
+from bcachectl.fsck.records import Damage, PlainLeaf
 from bcachectl.fsck.salvage import journal_map, leaf_map
 from bcachectl.fsck.scan import IS_COMPILED
-from bcachectl.fsck.walk import Damage, PlainLeaf, Walk
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS
 from tests.fsck.image import Image
 

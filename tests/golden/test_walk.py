@@ -23,7 +23,9 @@ import pytest
 
 from bcachectl import describe
 from bcachectl.fsck import extents as extent
-from bcachectl.fsck.walk import Damage, JournalEntry, Node, Walk
+from bcachectl.fsck.live import leaf_extents
+from bcachectl.fsck.records import Damage, JournalEntry, Node
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, ptr_sector
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES
@@ -48,7 +50,7 @@ def open_walk(image: Path) -> tuple[Walk, list[Damage], list[object]]:
 
 
 def our_keys(walk: Walk) -> list[str]:
-    return [line for _slot, found in walk.leaf_extents() for line in describe.kernel_lines(
+    return [line for _slot, found in leaf_extents(walk) for line in describe.kernel_lines(
         extent.merge(found, bucket_size_sectors=walk.geometry.bucket_size_sectors))]
 
 
@@ -109,7 +111,7 @@ def test_content(golden: Callable[..., Path], name: str) -> None:
             content, offset = bytearray(entry.sectors << 9), 0
         else:
             content, offset = bytearray(backings.pop(0).read_bytes()), 16
-        for _slot, found in walk.leaf_extents():
+        for _slot, found in leaf_extents(walk):
             for start, end, ptr in zip(found.start.tolist(), found.end.tolist(), found.ptr.tolist(), strict=True):
                 if start >> INODE_SHIFT == inode:
                     base = inode << INODE_SHIFT

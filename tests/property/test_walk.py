@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcachectl.errors import DeviceError
-from bcachectl.fsck.walk import Damage, JournalEntry, Node, Walk
+from bcachectl.fsck.live import leaf_extents, too_stale
+from bcachectl.fsck.records import Damage, JournalEntry, Node
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import ptr_make
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, decode_bset_header
 from bcachectl.ondisk.crc64 import crc64, crc64_seeded
@@ -62,9 +64,9 @@ def reader(data: bytes | bytearray) -> Callable[[int, int], bytes]:
 def walk_whole(data: bytes | bytearray) -> tuple[Walk, list[Damage]]:
     walk = Walk(reader(data), len(data) >> 9)
     damages = [item for item in walk.structures() if isinstance(item, Damage)]
-    for _slot, found in walk.leaf_extents():
+    for _slot, found in leaf_extents(walk):
         assert (found.end > found.start).all()
-        walk.too_stale(found)
+        too_stale(walk, found)
     return walk, damages
 
 

@@ -18,7 +18,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from bcachectl.errors import Corrupt
-from bcachectl.fsck.walk import Damage, Walk
+from bcachectl.fsck.live import leaf_extents
+from bcachectl.fsck.records import Damage
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_CHECK_DEV, Bkey, Ptr, decode_keys, ptr_make, ptr_sector
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, decode_bset_header, decode_node
 from bcachectl.ondisk.geometry import Geometry
@@ -303,7 +305,7 @@ def check_walk(found: Image) -> None:
     damages = [str(each) for each in walk.structures() if isinstance(each, Damage) and not each.is_harmless]
     found.rule(not damages, f"walk: {damages[:3]}")
     theirs: set[tuple[int, int, bool]] = set()
-    for _slot, extents in walk.leaf_extents():
+    for _slot, extents in leaf_extents(walk):
         for start, end, dirty, ptr in zip(extents.start.tolist(), extents.end.tolist(), extents.dirty.tolist(),
                                           extents.ptr.tolist(), strict=True):
             theirs.update((start + at, ptr_sector(ptr) + at, dirty) for at in range(end - start))

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from bcachectl.fsck.walk import Node, Record, Walk
+from bcachectl.fsck.records import Node, Record
+from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import pack_key, ptr_make
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.jset import Jset, walk_journal_bucket

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a walk over a cache device yields: a `Record` for each structure that could be read, a `Damage` for each other.
+
+`bcachectl.fsck.walk` makes them.  A `Slot` is what stays in the walk of a leaf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bcachectl.fsck.tally import Place, Tally
+from bcachectl.ondisk.bkey import Ptr
+from bcachectl.ondisk.bset import BsetImage
+from bcachectl.ondisk.jset import Jset
+from bcachectl.ondisk.prio import PrioSet
+from bcachectl.ondisk.superblock import Superblock
+from bcachectl.ondisk.uuids import UuidEntry
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """A valid jset and its place: the index of its journal bucket and the byte there."""
+
+    index: int
+    offset_bytes: int
+    jset: Jset
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A btree node as read.  It covers positions [start, end); ``gen`` is that of the pointer that led to it."""
+
+    bucket: int
+    gen: int
+    level: int
+    start: int
+    end: int
+    nsectors: int
+    sets: tuple[BsetImage, ...]
+    written_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLeaf:
+    """A leaf that nothing is wrong with, and what was live in it when generations had been raised ``raised`` times.
+
+    ``marks`` are its pointers whose generation is not their bucket's.  Without ``tally`` it is among `Walk.counted`.
+    """
+
+    bucket: int
+    place: Place
+    tally: Tally | None
+    marks: npt.NDArray[np.uint64]
+    raised: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A structure that could be read: where it stands, and what it says."""
+
+    where: str
+    sector: int
+    nsectors: int
+    value: Superblock | JournalEntry | PrioSet | tuple[UuidEntry, ...] | Node | PlainLeaf
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something that is not as it should be: ``why`` is the kernel's word for it.
+
+    ``start, end`` are the positions whose keys cannot be known because of it, both 0 if it costs no keys.
+    ``is_harmless`` marks what any power failure leaves behind: a torn entry at the end of the journal.
+    """
+
+    where: str
+    why: str
+    sector: int
+    nsectors: int
+    start: int = 0
+    end: int = 0
+    is_harmless: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A stretch [start, end) of the address space and the leaf that covers it; None where the tree is damaged.
+
+    There ``lost`` is the pointer to the node of ``level`` that could not be read, if there is a pointer at all.
+    """
+
+    start: int
+    end: int
+    leaf: Ptr | None
+    nsectors: int
+    lost: Ptr | None = None
+    level: int = 0
+    is_doubtful: bool = False
+    """Found without a parent, and not the only one that could be meant."""
