@@ -177,28 +177,25 @@ async def _wait_until_unused(host: EngineHost) -> None:
 def _refuse_small(cache: str, backings: list[str]) -> None:
     # The engine finds this out as well, once the set has started, which writes to the cache device.  What cannot be
     # opened or is damaged is the engine's to refuse.
-    from bcachectl.fsck.check import Check, run
-    from bcachectl.fsck.check_backing import slot_of
-    from bcachectl.ondisk.bkey import INODE_SHIFT
+    from bcachectl.fsck.beyond import dirty_beyond
     from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, parse_superblock
 
-    small: list[str] = []
     with contextlib.ExitStack() as stack:
         try:
             device, *members = [stack.enter_context(open_device(path)) for path in (cache, *backings)]
-            if not members:
-                return
-            check = run(Check(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9))
             superblocks = [parse_superblock(member.read(SB_SECTOR << 9, SB_BYTES)) for member in members]
+            # The smallest last: it counts, if one is named with a copy of it.
+            found = sorted(((member.size_bytes >> 9, member.path, sb.uuid)
+                            for member, sb in zip(members, superblocks, strict=True) if sb.is_backing), reverse=True)
+            if not found:
+                return
+            small = dirty_beyond(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
+                                 {uuid: end for end, _path, uuid in found})
         except BcachectlError:
             return
-        for member, sb in zip(members, superblocks, strict=True):
-            slot = slot_of(check.walk, sb.uuid) if sb.is_backing else None
-            if slot is not None and slot in check.dirty:
-                if check.dirty[slot].end - (slot << INODE_SHIFT) > member.size_bytes >> 9:
-                    small.append(member.path)
-    if small:
-        raise WrongState(f"{small[0]} is smaller than the dirty data that its cache holds for it (truncated?)")
+    for _end, path, uuid in reversed(found):
+        if uuid in small:
+            raise WrongState(f"{path} is smaller than the dirty data that its cache holds for it (truncated?)")
 
 
 def _complain(why: str) -> None:
