@@ -49,7 +49,7 @@ flips: setup-dev ## every byte of all metadata flipped (40 minutes of processor 
 nofalse: setup-dev ## fsck finds nothing on thousands of images from the simulator
 	BCACHECTL_NOFALSE_EVERY=10 $(PYTEST) -n $(WORKERS) tests/fsck/test_no_false.py
 
-over-ublk: setup-dev ## the tests of engines over ublk, in the virtual machine (two hours); RESULTS=file to go on
+over-ublk: setup-dev ## the tests of engines over ublk, in the virtual machine (half an hour); RESULTS=file to go on
 	$(BIN)/python -m tests.vm.over_ublk $(if $(RESULTS),--results $(RESULTS))
 
 system: setup-dev ## engines as processes: fio, ext4, SIGKILL, dying devices, damaged images

@@ -10,8 +10,11 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+
+Item = TypeVar("Item")
 
 _SHARE = Path("/job")
 _UNTIL_S = time.monotonic() + float(os.environ.get("BCACHECTL_OVER_SECONDS", "1e9"))
@@ -21,6 +24,7 @@ _UNTIL_S = time.monotonic() + float(os.environ.get("BCACHECTL_OVER_SECONDS", "1e
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("BCACHECTL_OVER_SHARE"):
         items[:] = share_of(items)[:int(os.environ["BCACHECTL_OVER_SHARE"])]
+    items[:] = part_of(items, os.environ.get("BCACHECTL_OVER_PART", "1/1"))
     done = set((_SHARE / "done").read_text().splitlines())
     (_SHARE / "collected").write_text("".join(f"{item.nodeid}\n" for item in items))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
@@ -37,6 +41,12 @@ def share_of(items: list[pytest.Item]) -> list[pytest.Item]:
         files.setdefault(item.path, []).append(item)
     rounds = itertools.zip_longest(*files.values())
     return [item for some in rounds for item in some if item is not None]
+
+
+def part_of(items: list[Item], part: str) -> list[Item]:
+    """Part ``2/3``: the second of each three."""
+    number, _, parts = part.partition("/")
+    return items[int(number) - 1::int(parts)]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

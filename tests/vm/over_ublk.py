@@ -8,17 +8,21 @@ of other exports (test_nbd.py, test_nbd_direct.py, test_loop.py).
 
 The machine is emulated, and a test takes up to 30 times as long as usual.  So the tests are run in boots of a few
 minutes, each of which goes on where the one before has stopped; a test that hangs or takes the machine along fails, and
-the next boot begins behind it.
+the next boot begins behind it.  Several machines, one for each processor, share the tests (`run_all`).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import json
+import os
 import shlex
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +38,7 @@ FILES = (
 )
 SLOWNESS = 15
 MEMORY_MIB = 3072
-BOOT_S = 180
+BOOT_S = 420
 """How long a boot goes on with further tests."""
 LAST_TEST_S = 900
 """How long a test may take, and so the last one of a boot besides."""
@@ -49,7 +53,7 @@ cd {root}
 mkdir -p /run/t
 export HOME=/run TMPDIR=/run/t XDG_STATE_HOME=/run/state PATH=/usr/sbin:/usr/bin:/sbin:/bin PYTHONDONTWRITEBYTECODE=1
 export BCACHECTL_TEST_EXPORT=ublk BCACHECTL_TEST_FORK=1 BCACHECTL_SLOWNESS={slowness} BCACHECTL_OVER_SECONDS={seconds}
-export BCACHECTL_OVER_SHARE={share}
+export BCACHECTL_OVER_SHARE={share} BCACHECTL_OVER_PART={part}
 {python} -m pytest -p no:cacheprovider -p no:xdist -p tests.vm.over_side --basetemp=/run/t/p --timeout {timeout_s} \\
     --durations=0 {words}
 status=$?
@@ -77,14 +81,15 @@ class Boot:
 
 
 def boot(words: list[str], done: list[str], share: Path, *, seconds: float = BOOT_S, share_of: int = 0,
-         test_seconds: float = LAST_TEST_S) -> Boot:
+         test_seconds: float = LAST_TEST_S, part: str = "1/1") -> Boot:
     """Run the tests that ``words`` of pytest's command line choose, but for those that are done; with ``share_of``, so
-    many of them at most, each function with its first parameters only (`tests.vm.over_side`)."""
+    many of them at most, each function with its first parameters only; of these a ``part`` (`tests.vm.over_side`).
+    """
     share.mkdir()
     (share / "done").write_text("".join(f"{name}\n" for name in done))
     (share / "go.sh").write_text(_GO.format(
         root=shlex.quote(str(TESTS.parent)), slowness=SLOWNESS, seconds=seconds, python=shlex.quote(sys.executable),
-        share=share_of or "",
+        share=share_of or "", part=part,
         timeout_s=test_seconds, words=shlex.join(words)))
     started = machine.start(_JOB, [], share, host=True, memory_mib=MEMORY_MIB)
     try:
@@ -121,6 +126,35 @@ def report(outcomes: list[Outcome], left: int) -> str:
     return "\n".join(lines)
 
 
+def run_all(boot_part: Callable[[str, list[str], Path], Boot], outcomes: list[Outcome], machines: int, boots: int,
+            note: Callable[[list[Outcome]], None]) -> int:
+    """Run boots, each of so many machines a part of the tests, until all is done or each has booted ``boots`` times.
+
+    ``boot_part`` is told the part (``1/2``), which tests are done, and a directory to make.  What became of each test
+    is appended to ``outcomes``; ``note`` is told what a boot has brought.  How many tests are left.
+    """
+    lock = threading.Lock()
+    left = [1] * machines
+
+    def run_part(number: int, directory: Path) -> None:
+        for boot_number in range(boots):
+            with lock:
+                done = [one.test for one in outcomes]
+            found = boot_part(f"{number + 1}/{machines}", done, directory / f"{number}-{boot_number}")
+            with lock:
+                outcomes.extend(found.outcomes)
+                left[number] = len(set(found.collected) - {one.test for one in outcomes})
+                note(found.outcomes)
+            if not left[number]:
+                break
+
+    with tempfile.TemporaryDirectory(prefix="bcachectl-over-") as name, \
+            concurrent.futures.ThreadPoolExecutor(machines) as pool:
+        for task in [pool.submit(run_part, number, Path(name)) for number in range(machines)]:
+            task.result()
+    return sum(left)
+
+
 def main() -> None:
     """Run boots until all is done."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -129,25 +163,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=BOOT_S, help="of a boot")
     parser.add_argument("--test-seconds", type=float, default=LAST_TEST_S, help="of a test")
     parser.add_argument("--first", action="store_true", help="each function with its first parameters only")
+    parser.add_argument("--machines", type=int, default=min(4, os.cpu_count() or 1),
+                        help="so many at once, 3 GiB each")
     parser.add_argument("words", nargs="*", help="of pytest's command line, instead of all files")
     asked = parser.parse_args()
-    words = asked.words or list(FILES)
     outcomes = [Outcome(**json.loads(line)) for line in _lines(asked.results)] if asked.results else []
-    left = 1
-    with tempfile.TemporaryDirectory(prefix="bcachectl-over-") as name:
-        for number in range(asked.boots):
-            found = boot(words, [one.test for one in outcomes], Path(name) / str(number), seconds=asked.seconds,
-                         share_of=10_000 if asked.first else 0, test_seconds=asked.test_seconds)
-            outcomes += found.outcomes
-            left = len(set(found.collected) - {one.test for one in outcomes})
-            for one in found.outcomes:
-                print(f"{one.outcome:<8}{one.seconds:>7.1f} s  {one.test}", flush=True)
-                if one.outcome == "failed":
-                    print(one.reason, flush=True)
-            if asked.results:
-                asked.results.write_text("".join(json.dumps(vars(one)) + "\n" for one in outcomes))
-            if not left:
-                break
+
+    def boot_part(part: str, done: list[str], directory: Path) -> Boot:
+        return boot(asked.words or list(FILES), done, directory, seconds=asked.seconds,
+                    share_of=10_000 if asked.first else 0, test_seconds=asked.test_seconds, part=part)
+
+    def note(found: list[Outcome]) -> None:
+        for one in found:
+            print(f"{one.outcome:<8}{one.seconds:>7.1f} s  {one.test}", flush=True)
+            if one.outcome == "failed":
+                print(one.reason, flush=True)
+        if asked.results:
+            asked.results.write_text("".join(json.dumps(vars(one)) + "\n" for one in outcomes))
+
+    left = run_all(boot_part, outcomes, asked.machines, asked.boots, note)
     print(report(outcomes, left))
     sys.exit(any(one.outcome == "failed" for one in outcomes))
 
