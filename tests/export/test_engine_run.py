@@ -25,7 +25,7 @@ from tests import program
 from tests.export.engine import ROOT, Engine
 from tests.export.test_golden_serve import digest, options_for
 from tests.export.test_loop import is_left_behind
-from tests.nbd_client import NbdClient
+from tests.nbd_client import CMD_WRITE, NbdClient
 from tests.over import exported, need_block_export, only
 from tests.require import need, need_root, patience
 
@@ -478,3 +478,18 @@ def test_dirty_data_of_a_device_that_is_not_here(golden: Callable[..., Path], tm
     assert f"Absent      backing device {absent['uuid']}" in page
     assert "Nothing is lost" in page
     assert max(map(len, page.splitlines())) < 200
+
+
+def test_large_writes_at_once_that_are_larger_than_the_cache_together(tmp_path: Path) -> None:
+    """Each is less than is kept back at one time; all of them together would never find room."""
+    options = make_set(tmp_path, cache_bytes=24 << 20, backing_bytes=64 << 20, mode="writeback", bucket="16k")
+    data, each = os.urandom(5 << 19), 5 << 19
+    with Engine(tmp_path, *options, "--export", "nbd", "--set", "sequential_cutoff=0") as engine:
+        with engine.client() as client:
+            for n in range(24):
+                client.send(CMD_WRITE, n * each, each, data)
+            while client.in_flight:
+                assert client.receive().error == 0
+            for n in range(24):
+                assert client.read(n * each, each) == data
+    assert engine.status == 0
