@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bcachectl.ondisk.bkey import KEY_SIZE_MAX, KeyColumns
+from bcachectl.ondisk.bkey import KEY_SIZE_MAX, PTR_DEV, KeyColumns
 
 U64 = npt.NDArray[np.uint64]
 
@@ -202,8 +202,10 @@ def merge(extents: Extents, *, bucket_size_sectors: int) -> Extents:
 
 
 def _cut(extents: Extents, start: U64, end: U64) -> Extents:
-    # New bounds within (or joined beyond the end of) each extent: the pointer follows the start; what is empty goes.
-    moved = (start - extents.start) << np.uint64(GEN_BITS)
+    # New bounds within (or joined beyond the end of) each extent: a pointer to the cache follows the start, others,
+    # which lead nowhere, stay; what is empty goes.
+    moved = np.where((extents.nptrs > 0) & (PTR_DEV.get(extents.ptr) == 0),
+                     (start - extents.start) << np.uint64(GEN_BITS), np.uint64(0))
     rows = end > start
-    cut = extents._replace(start=start, end=end, ptr=np.where(extents.nptrs > 0, extents.ptr + moved, extents.ptr))
+    cut = extents._replace(start=start, end=end, ptr=extents.ptr + moved)
     return cut if bool(rows.all()) else cut.take(rows)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.extents import Extents
-from bcachectl.ondisk.bkey import KEY_SIZE_MAX, ptr_gen, ptr_make, ptr_sector
+from bcachectl.ondisk.bkey import KEY_SIZE_MAX, PTR_CHECK_DEV, ptr_gen, ptr_make, ptr_sector
 
 SPACE = 60
 BUCKET = 16
@@ -94,3 +94,13 @@ def test_merge_stops_at_the_longest_key() -> None:
     merged = extent.merge(columns(some), bucket_size_sectors=1 << 20)
     assert merged.size.tolist() == [KEY_SIZE_MAX, 3 * half - KEY_SIZE_MAX]
     assert [ptr_sector(ptr) for ptr in merged.ptr.tolist()] == [0, KEY_SIZE_MAX]
+
+
+def test_the_pointer_of_a_cache_miss_is_no_place() -> None:
+    """It is random but for its device number; moved on like a sector, it can become a pointer to the cache."""
+    nonce = PTR_CHECK_DEV << 51 | (1 << 43) - 4 << 8 | 7
+    miss = Extents(np.array([0], np.uint64), np.array([16], np.uint64), np.zeros(1, np.bool_), np.ones(1, np.uint8),
+                   np.array([nonce], np.uint64), np.zeros(1, np.uint8))
+    assert extent.clip(miss, start=8, end=16).ptr.tolist() == [nonce]
+    over = columns([(4, 8, True, 100)])
+    assert extent.overlay(miss, over).ptr.tolist() == [nonce, ptr_make(100, 7), nonce]
