@@ -34,6 +34,7 @@ from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.live import staleness
+from bcachectl.fsck.lost_prios import lost_prio_sets
 from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Slot
 from bcachectl.fsck.salvage import (
     TAG_UNKNOWN_GEN,
@@ -57,6 +58,8 @@ from bcachectl.units import counted
 FINDINGS_LIMIT = 10_000
 UNKNOWN_CODES = ("JOURNAL_GAP", "JOURNAL_CSUM", "JOURNAL_KEYS", "JOURNAL_EMPTY", "BTREE_ROOT_PTR")
 """Codes of damage that may have hit keys anywhere."""
+LOST_PRIO_CODES = ("PRIO_PTR", "PRIO_CSUM", "PRIO_MAGIC", "PRIO_IO", "PRIO_LOOP", "PRIO_INTO_JOURNAL")
+"""Codes of damage that hides prio sets."""
 RANGES_LIMIT = 1_000
 RUNS_AT_ONCE = 1 << 17
 LEAVES_AT_ONCE = 64
@@ -487,6 +490,8 @@ class Check:
                 # One that was found without its parent is no free room for a repair either.
                 self.claims.setdefault(walk.geometry.bucket_of(slot.leaf.sector), "btree leaf")
         metadata = np.zeros(walk.geometry.nbuckets, np.bool_)
+        if any(pending.finding.code in LOST_PRIO_CODES for pending in self._pending):
+            metadata[lost_prio_sets(walk, self.claims)] = True
         metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
         leaves = self._plain_leaves()
         self._is_counted = self._take_counted(leaves, metadata)
@@ -591,7 +596,8 @@ class Check:
         self.totals = Totals(self.walk.nodes, totals.extents + len(size), totals.dirty_sectors + dirty,
                              totals.clean_sectors + int(size.sum()) - dirty, 0, 0)
         for row in np.flatnonzero(metadata[bucket]).tolist():
-            what = self.claims[int(bucket[row])]
+            # A repair may use the others, but while a key points here it has to stay what it is.
+            what = self.claims.setdefault(int(bucket[row]), "prio set that nothing leads to")
             code = "EXTENT_INTO_JOURNAL" if "journal" in what else "EXTENT_IN_METADATA"
             self._add(self._extent_finding(code, kept, row, f"the bucket is that of the {what}"),
                       int(kept.start[row]), int(kept.end[row]))

@@ -188,6 +188,10 @@ def salvage_sets(buf: bytes, *, magic: int, seed: int, block_bytes: int,
         if start + keys * 8 <= end:
             end = start + keys * 8
         found.append(_damaged(node, block, node.view[start:end]))
+        if found[-1].is_whole:
+            # The next one stands where it ends, damaged or not.
+            block += node.set_blocks(keys)
+            continue
         if later is None:
             break
         block = later

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from bcachectl.fsck.check import Check
+from bcachectl.fsck.owners import live_extents
 from bcachectl.fsck.repair import plan_repair
 from bcachectl.fsck.salvage import leaf_map
+from bcachectl.ondisk.bkey import PTR_OFFSET, ptr_make
 from bcachectl.ondisk.superblock import BdevState
-from tests.damage import cases
+from tests.damage import _live_rows, cases
 from tests.fsck.combined import MOVING, Truth, bases, damaged, judge, listed, truth_of, wrong_after_writeback
 from tests.fsck.image import Image
 from tests.fsck.test_damage import apply, base_image, check, serious
@@ -128,6 +130,49 @@ def test_a_leaf_that_is_lost_twice_is_not_its_neighbour_s(golden: Callable[..., 
         assert listed(check(image)).unknown
     assert not list(wrong_after_writeback(image, known))
     assert not list(judge(image, known, random.Random(1), safe_only=False))
+
+
+@pytest.mark.parametrize(("base", "first"), [("deep_crash", -2), ("deep_crash", -3), ("killed", -2),
+                                             ("thrash_crash", -2)])
+def test_two_damaged_sets_in_a_row(golden: Callable[..., Path], base: str, first: int) -> None:
+    """That all keys of one are known does not say that there is none behind it."""
+    known = truth(golden, base)
+    image = known.image.fresh()
+    node = next(node for node in image.nodes if not node.level and len(node.sets) > -first)
+    count = len(node.sets)
+    image.cache.flip(image.set_at(node, count + first) + 16, 0x5A)
+    image.cache.put(image.set_at(node, count + first + 1), bytes(range(8)))
+    found = check(image)
+    slot = next(slot for slot in found.slots if slot.lost is not None)
+    assert (slot.start, slot.end) == (node.start, node.end)
+    leaf = leaf_map(found.walk, slot, found.journal, known_buckets=found.known_buckets)
+    assert leaf.is_unknown or leaf.is_clean_unknown
+    assert not list(wrong_after_writeback(image, known))
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
+
+
+@pytest.mark.parametrize(("damage", "number", "is_dirty"), [
+    ("prio_in_journal_gen_churn", 0, False), ("prio_third_csum", 4, False), ("prio_third_csum", 4, True),
+    ("prio_csum_deep_crash", 1, True), ("prio_csum_deep_crash", 4, False), ("prio_csum_deep_crash", 4, True),
+])
+def test_an_extent_where_a_prio_set_is_that_nothing_leads_to(golden: Callable[..., Path], damage: str, number: int,
+                                                             is_dirty: bool) -> None:
+    """The chain breaks off before it, or leads elsewhere; what stands there is no data."""
+    known = truth(golden, CASES[damage].base)
+    image = known.image.fresh()
+    bucket = image.walk.prio_buckets[number]
+    node, (set_number, row) = next((node, rows[0]) for node in image.nodes if not node.level
+                                   if (rows := _live_rows(image, node, dirty=is_dirty)))
+    image.key(node, set_number, row, ptr=ptr_make(image.walk.geometry.sector_of(bucket), int(image.walk.gens[bucket])))
+    CASES[damage].edit(image)
+    found = check(image)
+    live = live_extents(found)
+    assert bucket not in {image.walk.geometry.bucket_of(sector) for sector in PTR_OFFSET.get(live.ptr).tolist()}
+    # Clean data in a bucket whose generation nobody knows is dropped anyway.
+    assert ("EXTENT_IN_METADATA" in serious(found)) == (is_dirty or bucket < found.known_buckets)
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
 
 
 def test_an_interior_node_is_not_taken_for_a_leaf(golden: Callable[..., Path]) -> None:
