@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bcachectl.engine.buckets import BTREE_PRIO, MARK_DIRTY, MARK_METADATA, MARK_RECLAIMABLE
-from bcachectl.engine.node import DIRTY, HAS_PTR, PENDING, SIZE_MASK
+from bcachectl.engine.node import DIRTY, HAS_PTR, PENDING, SIZE_MASK, Node
 from bcachectl.ondisk.bkey import INODE_SHIFT
 
 if TYPE_CHECKING:
@@ -70,6 +70,18 @@ def check_open_buckets(cset: CacheSet) -> None:
         assert buckets.gen_at[bucket] == open_bucket.ptr & 0xFF, ("I22: stale open bucket", bucket)
 
 
+def _check_children(node: Node) -> None:
+    # Each is where its parent says, and a leaf's extents begin where its range does.
+    begin = 0
+    for end, child in zip(node.ends, node.children, strict=True):
+        if child is not None:
+            assert child.end == end, ("B1: child's end", child)
+            assert child.level == node.level - 1, ("B3", child)
+            if not child.level and len(child.ends):
+                assert child.extent(0).start >= begin, ("B2: before the leaf's range", child)
+        begin = end
+
+
 def check_btree(cset: CacheSet) -> None:
     """I6 to I9, I24, B1 to B4, W2: every node in memory, every extent in it."""
     buckets = cset.buckets
@@ -87,11 +99,8 @@ def check_btree(cset: CacheSet) -> None:
         assert bool((ends[1:] > ends[:-1]).all()), ("B1: order", node)
         if node.level:
             assert node.ends[-1] == node.end, ("B1: last child", node)
-            for end, child in zip(node.ends, node.children, strict=True):
-                complete &= child is not None
-                if child is not None:
-                    assert child.end == end, ("B1: child's end", child)
-                    assert child.level == node.level - 1, ("B3", child)
+            _check_children(node)
+            complete &= None not in node.children
             continue
         meta = np.array(node.meta, np.uint32)
         size = (meta & np.uint32(SIZE_MASK)).astype(np.uint64)
