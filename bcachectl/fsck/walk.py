@@ -28,7 +28,6 @@ only one node's and the journal's are in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
 
@@ -77,8 +76,9 @@ BUCKETS_LIMIT = 1 << 24
 """A superblock that claims more buckets than this, and more than the device has room for, is not believed."""
 MARKS_AT_ONCE = 64
 """The pointers of so many leaves are looked at together."""
-JOURNAL_PIECE_BYTES = 256 << 10
-"""What stands behind a piece of this size matters only if the valid part of the bucket comes close to its end."""
+JOURNAL_PIECE_BYTES, JOURNAL_ENTRIES_BYTES = 1 << 20, 256 << 10
+"""What stands behind a piece of this size matters only if the valid part of the bucket comes close to its end.  The
+smaller one is for who looks at entries only."""
 
 
 class Walk:
@@ -210,8 +210,8 @@ class Walk:
     def _walk_journal(self) -> Iterator[Record | Damage]:
         assert self.superblock is not None
         torn: list[Damage] = []
-        for some in self._journal_buckets(self.superblock.d):
-            for found in some:
+        for index, bucket in enumerate(self.superblock.d):
+            for found in self._journal_bucket(index, bucket):
                 if isinstance(found, Damage):
                     torn.append(found)
                     continue
@@ -238,31 +238,28 @@ class Walk:
                                         f"(replaying {newest.last_seq}-{newest.seq})", 0, 0, 0, MAX_POS)
             expected = entry.jset.seq + 1
 
-    def _journal_buckets(self, buckets: Sequence[int]) -> Iterator[list[Record | Damage]]:
-        # Most of the time goes into the system's copying, which threads can do side by side.
-        if self.processes < 2:
-            yield from (list(self._journal_bucket(index, bucket)) for index, bucket in enumerate(buckets))
-            return
-        with ThreadPoolExecutor(self.processes) as pool:
-            yield from pool.map(lambda index, bucket: list(self._journal_bucket(index, bucket)),
-                                range(len(buckets)), buckets)
-
     def _journal_bucket(self, index: int, bucket: int) -> Iterator[Record | Damage]:
         assert self.superblock is not None
         where, sector, block_bytes = f"journal bucket {index}", self._sector_of(bucket), self.geometry.block_bytes
         magic = jset_magic(self.superblock.set_uuid)
-        length_bytes = min(JOURNAL_PIECE_BYTES, self.geometry.bucket_bytes)
+        entries_bytes = min(JOURNAL_ENTRIES_BYTES, self.geometry.bucket_bytes)
+        length_bytes = min(JOURNAL_PIECE_BYTES, self.geometry.bucket_bytes) if self.within is None else entries_bytes
+        has_more = False
         while True:
             try:
                 buf = self.read(sector, length_bytes >> 9)
             except BcachectlError as error:
+                if length_bytes > entries_bytes and not has_more:
+                    # It may be only what stands behind the entries.
+                    length_bytes = entries_bytes
+                    continue
                 yield self._damage(error, where, sector, length_bytes >> 9)
                 return
             found = walk_journal_bucket(buf, magic=magic, block_bytes=block_bytes)
             end = found[-1][0] + found[-1][1].blocks * block_bytes if found else 0
             if length_bytes == self.geometry.bucket_bytes or end + JSET_MAX_BYTES <= length_bytes:
                 break
-            length_bytes = self.geometry.bucket_bytes
+            length_bytes, has_more = self.geometry.bucket_bytes, True
         for offset_bytes, jset in found:
             yield Record(f"journal entry {jset.seq} in bucket {index}", sector + (offset_bytes >> 9),
                          jset.blocks * self.geometry.block_size_sectors, JournalEntry(index, offset_bytes, jset))
@@ -271,14 +268,15 @@ class Walk:
             yield Damage(f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
         if self.within is not None:
             return
-        try:
-            rest = self.read(sector + (length_bytes >> 9), (self.geometry.bucket_bytes - length_bytes) >> 9)
-        except BcachectlError:
-            return
+        parts = [memoryview(buf)[end:]]
+        if length_bytes < self.geometry.bucket_bytes:
+            try:
+                parts.append(memoryview(self.read(sector + (length_bytes >> 9),
+                                                  (self.geometry.bucket_bytes - length_bytes) >> 9)))
+            except BcachectlError:
+                return
         # By the second word of each block.
-        step = block_bytes // 8
-        words = [np.frombuffer(buf, "<u8")[end // 8:], np.frombuffer(rest, "<u8")]
-        if not any((part[1::step] == np.uint64(magic)).any() for part in words):
+        if not any((np.frombuffer(part, "<u8")[1::block_bytes // 8] == np.uint64(magic)).any() for part in parts):
             self.journal_exhausted.add(index)
 
     # Prio sets and uuids.
