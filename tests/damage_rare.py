@@ -87,7 +87,13 @@ def _notes() -> Iterator[RareCase]:
     yield backing("backing_flags", "attached_clean", "BACKING_FLAGS", 104, "Q", 1 << 61 | 1 << 30)
     yield RareCase("note_backing_not_attached", "attached_clean", _never_attached, (), ("BACKING_NOT_ATTACHED",))
     yield backing("backing_dirty_clean", "attached_clean", "BACKING_DIRTY_CLEAN", 104, "Q", 2 << 61)
+    yield RareCase("note_backing_newer", "dirty_crash", _newer, (), ("BACKING_NEWER",))
     yield RareCase("note_backing_clean_keys", "dirty_crash", _written_back, (), ("BACKING_CLEAN_KEYS",))
+
+
+def _newer(image: Image) -> None:
+    # Of a run that began after the last one that the set knows of.
+    image.sb(200, "I", image.walk.uuids[0].last_reg + 1, device=image.backings[0])
 
 
 def _torn(image: Image) -> None:

@@ -115,6 +115,9 @@ class CachedDev:
         self.backing = backing
         self.sb = sb
         self.raw = raw
+        # Each superblock that is written says when it was read, as the kernel's do (super.c, read_super): that is never
+        # later than the uuid array's word for the attach.
+        self.mount_s = cset.sched.wall_s & 0xFFFFFFFF
         self.name = ""
         self.slot = NO_SLOT
         self.base = 0
@@ -376,7 +379,7 @@ class CachedDev:
         self.durable_state = None
         if self.is_untouched:
             return 0
-        raw = encode_superblock(replace(sb, last_mount=self.cset.sched.wall_s), self.raw)
+        raw = encode_superblock(replace(sb, last_mount=self.mount_s), self.raw)
         error = await self.backing.write(SB_SECTOR, raw, PREFLUSH | FUA, "backing superblock")
         if self.count_backing_error(error):
             self.sb = old

@@ -125,6 +125,18 @@ def slot_of(walk: Walk, uuid: bytes) -> int | None:
                  if entry.uuid == uuid and not entry.is_free and not entry.is_flash_only), None)
 
 
+def ran_later(walk: Walk, sb: Superblock, slot: int | None) -> bool:
+    """Whether a dirty device's superblock was written in a run that began after the last one that the set knows of.
+
+    The kernel reads it (last_mount), attaches the device (last_reg, in the uuid array), and only then marks it dirty.
+    But the journal entry that leads to the new array is not waited for, and clocks are set back: it is no proof.
+    """
+    if slot is None or sb.state is not BdevState.DIRTY:
+        return False
+    # An entry that a repair has made says 0.
+    return 0 < walk.uuids[slot].last_reg < sb.last_mount
+
+
 def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> Iterator[Finding]:
     assert walk.superblock is not None
     name, cache = backing.name, walk.superblock
@@ -159,6 +171,9 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> I
                   f"{differs} of {sectors} dirty sectors differ")
     elif sb.state is BdevState.DIRTY and not sectors:
         yield say("BACKING_DIRTY_CLEAN", "no dirty key")
+    if ran_later(walk, sb, slot):
+        assert slot is not None
+        yield say("BACKING_NEWER", f"last_mount {sb.last_mount}, last_reg {walk.uuids[slot].last_reg} in slot {slot}")
     if slot is None or not sectors:
         return
     base = slot << INODE_SHIFT

@@ -255,6 +255,9 @@ CODES: dict[str, Meaning] = {
     "BACKING_CLEAN_KEYS": Meaning(_N, "A backing device is marked clean while keys still say dirty; their data was "
                                       "written back."),
     "BACKING_DIRTY_CLEAN": Meaning(_N, "A backing device is marked dirty, and no key is; the next start settles that."),
+    "BACKING_NEWER": Meaning(_N, "A dirty backing device has run later than its set knows. Power may have failed just "
+                                 "then, or the clock been set back; or the cache device is an older copy of itself, "
+                                 "whose dirty data must not be written back over newer data."),
     "BACKING_INCONSISTENT": Meaning(_E, "A backing device was run without its dirty cache; `bcachectl "
                                         "resolve` tells what each choice loses.", safe=False),
     "BACKING_SMALL": Meaning(_E, "The cache holds dirty data beyond the end of a backing device.", safe=False),

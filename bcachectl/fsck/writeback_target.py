@@ -7,7 +7,7 @@ Writing to the wrong device, or over data that is newer, cannot be taken back.  
 * one that was detached: its slot is retired, and it may have been written to since (`orphans` is the way);
 * one that ran without its cache (STALE, sysfs's ``inconsistent``): it may hold newer data than the cache;
 * one that says it is clean, but most of the dirty data is not on it: the cache may be an older copy of itself.
-  Only these two can be overridden;
+* one that is dirty, but has run later than the set knows, for the same reason.  Only these three can be overridden;
 * one whose uuid stands in two slots that both have dirty data: it would get only that of the first;
 * one that ends before the last of its dirty data: it was cut short, or is not the device that was attached.
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from bcachectl.errors import BcachectlError, Refused, WrongState
 from bcachectl.fsck.check import Check
-from bcachectl.fsck.check_backing import IN_FLIGHT_SECTORS, Backing, differing_samples, read_backing, slot_of
+from bcachectl.fsck.check_backing import IN_FLIGHT_SECTORS, Backing, differing_samples, ran_later, read_backing, slot_of
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.owners import evidence_for, live_extents
@@ -124,6 +124,10 @@ def member(walk: Walk, dirty: Dirty, backing: Backing, *, force_stale: bool = Fa
             raise Refused(f"{name}: says that it is clean, and most of the cache's dirty data is not on it: either "
                           "that is wrong, or the cache device is an older copy of itself and the device's data newer; "
                           "`bcachectl resolve` tells more", hazard=HAZARD_STALE)
+    if ran_later(walk, sb, inode) and own is not None and not force_stale:
+        raise Refused(f"{name}: has run later than the set knows: the cache device may be an older copy of itself, and "
+                      "the device's data newer; or power failed just then, or the clock was set back",
+                      hazard=HAZARD_STALE)
     end = int(own.end.max()) - (inode << INODE_SHIFT) if own is not None else 0
     if end > backing.size_sectors:
         raise Refused(f"{name}: is too small: dirty data of it ends at sector {end}, the device at sector "

@@ -398,6 +398,29 @@ def test_a_clean_device_is_not_overwritten_by_what_may_be_older(cli: Cli, golden
     assert cli("writeback", cache, backing).status == 0
 
 
+def test_a_device_that_ran_later_is_not_overwritten_by_what_may_be_older(cli: Cli, golden: Callable[..., Path]) -> None:
+    """It is dirty, but its superblock is of a run that the set knows nothing of: the cache may be a copy."""
+    images = golden("dirty_crash", writable=True)
+    cache, backing = images / "cache.img", images / "back0.img"
+    image = Image(cache.read_bytes(), [backing.read_bytes()])
+    image.sb(200, "I", image.walk.uuids[0].last_reg + 1, device=image.backings[0])
+    backing.write_bytes(image.backings[0].content())
+    before = backing.read_bytes()
+    refused = cli("writeback", cache, backing)
+    assert refused.status == 3
+    assert "older copy" in refused.err
+    assert backing.read_bytes() == before
+    assert "BACKING_NEWER" in cli("fsck", cache, backing).out
+    # An entry that a repair has made says nothing about it.
+    unknown = images / "unknown.img"
+    image.uuid(0, 52, "I", 0)
+    unknown.write_bytes(image.cache.content())
+    assert "BACKING_NEWER" not in cli("fsck", unknown, backing).out
+    assert cli("writeback", unknown, backing, "--dry-run").status == 0
+    assert cli("writeback", cache, backing, "--force=inconsistent").status == 0
+    assert cli("writeback", cache, backing).status == 0
+
+
 def test_a_uuid_in_two_slots(cli: Cli, golden: Callable[..., Path]) -> None:
     """The device would get the data of the first slot, and be called clean."""
     images = golden("two_backing", writable=True)

@@ -314,6 +314,23 @@ def test_two_changes_of_a_superblock_and_the_first_dirty_write() -> None:
     assert w.superblock(0).cache_mode == CacheMode.WRITETHROUGH
 
 
+def test_a_backing_superblock_says_when_its_run_began() -> None:
+    """As the kernel has it; so it is never later than what the uuid array says of the device."""
+    w = up(ONE_CACHED, "last_mount")
+    began_s = w.sched.wall_s
+
+    async def story() -> None:
+        await w.tune("bcache0", "writeback_running", "0")
+        await w.sleep(90_000)
+        await w.write(0, 1000, 16, fua=True)
+
+    w.run(story())
+    assert w.sched.wall_s >= began_s + 90
+    assert w.superblock(0).state == BdevState.DIRTY
+    assert w.superblock(0).last_mount <= began_s
+    assert w.superblock(0).last_mount <= w.cset.uuids[0].last_reg
+
+
 @pytest.mark.parametrize("end", [1000, 1008])
 def test_a_backing_device_smaller_than_its_dirty_data_is_refused(end: int) -> None:
     w = up(ONE_CACHED, "truncated")
