@@ -146,7 +146,9 @@ class Bench:
             taken = sum(place != NOT_NOW for place in places)
             if taken == BATCH:
                 placing, committing, count = placing + placed - began, committing + done - placed, count + taken
-            await self.cset.sched.yield_now()
+                await self.cset.sched.yield_now()
+            else:
+                await self.cset.journal.written.wait()
         return placing / count, committing / count
 
     async def tasks(self, operation: int) -> float:
@@ -188,13 +190,13 @@ class Bench:
         connection.choose(self.dev)
         return connection, theirs
 
-    def over_ublk(self) -> float:
-        """A turn of a ublk device: the reads of the last turn have ended, as many requests have come.  The driver is
-        played by a file, which the descriptors lie in; nothing goes to the kernel.
+    def ublk(self, operation: int, sectors: list[int]) -> tuple[UblkExport, RingBackend]:
+        """A ublk device with a request on each of its tags.  The driver is played by a file, which the descriptors lie
+        in; its commands all fail at once.
         """
         device = self.directory / "ublkc"
         with device.open("wb") as file:
-            file.writelines(ublk_wire.IO_DESC.pack(ublk_wire.OP_READ, 8, sector, 0) for sector in self.sectors)
+            file.writelines(ublk_wire.IO_DESC.pack(operation, 8, sector, 0) for sector in sectors)
             file.truncate(mmap.PAGESIZE)
         backend = RingBackend(list(self.host.media), waited_in=True)
         export = UblkExport(self.host.loop, backend, Control(), self.dev,  # type: ignore[arg-type]
@@ -203,6 +205,13 @@ class Bench:
         with mock.patch.object(ublk, "_open_when_there", return_value=os.open(device, os.O_RDWR)):
             export._open(ublk_wire.DevInfo(1, BATCH, 0, 64 << 10, 0, 1, 0, 1))
         backend.wait(0, 0.05)
+        return export, backend
+
+    def reads_over_ublk(self) -> float:
+        """A turn of a ublk device: the reads of the last turn have ended, as many requests have come.  Nothing goes to
+        the kernel.
+        """
+        export, _ = self.ublk(ublk_wire.OP_READ, self.sectors)
         reads = export._reads
         assert reads is not None
         commits = [(tag, 0) for tag in range(BATCH)]
@@ -218,6 +227,23 @@ class Bench:
         with mock.patch.object(ublk_reads, "HAND_OVER_READS", 1 << 20):
             spent = least(lambda: turn(both), BATCH)
         return spent
+
+    async def writes_over_ublk(self) -> float:
+        """Requests on all tags of a ublk device, from their arrival to the commits, with all system calls."""
+        export, backend = self.ublk(ublk_wire.OP_WRITE, self.dice.sample(range(0, EXTENTS * 8, 8), BATCH))
+        reads = export._reads
+        assert reads is not None and reads.writes is not None, "the volume has a batch"
+        quiet, writes = os.eventfd(0), reads.writes
+        began = thread_time_ns()
+        for _ in range(ROUNDS):
+            for tag in range(BATCH):
+                reads.arrivals.put(tag, 0)
+            reads.serve()
+            while writes.waiting or writes.runs or self.cset.requests_in_flight:
+                backend.wait(quiet, 0.003)
+                await self.cset.sched.yield_now()
+        os.close(quiet)
+        return (thread_time_ns() - began) / ROUNDS / BATCH
 
     def served(self, connection: Connection, theirs: socket.socket, requests: bytes, answer_bytes: int) -> float:
         """A turn of a connection: requests in, answers out; the client's share is not counted."""
@@ -272,7 +298,7 @@ async def measure(host: EngineHost, directory: Path) -> None:
     line("mode decision: sequential run", least(bench.runs, BATCH))
     line("read hit decided: all of these, and the counters", least(bench.hits, BATCH))
     line("the same and the preadv (system call)", least(bench.preads, BATCH))
-    line("read hit over ublk, two completions in, two entries out", bench.over_ublk())
+    line("read hit over ublk, two completions in, two entries out", bench.reads_over_ublk())
     connection, theirs = bench.connection()
     reads = b"".join(wire.REQUEST.pack(wire.REQUEST_MAGIC, 0, 0, cookie, sector << 9, 4096)
                      for cookie, sector in enumerate(bench.sectors))
@@ -286,6 +312,7 @@ async def measure(host: EngineHost, directory: Path) -> None:
     line("write committed: journal and leaf", committing)
     line("read hit as a task: submit to complete (system call)", await bench.tasks(REQ_READ))
     line("write in a group of 32, journaled durably (system calls)", await bench.groups())
+    line("write over ublk, 32 together, journaled durably (system calls)", await bench.writes_over_ublk())
     line("write as a task: submit to complete (system call)", await bench.tasks(REQ_WRITE))
     await host.stop()
 

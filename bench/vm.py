@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from tests.export.engine import ROOT
 from tests.vm import machine
 
 MIB = 1 << 20
-VOLUME_MIB, CACHE_MIB, HOT_MIB, MISS_MIB, VERIFY_MIB = 160, 192, 32, 4, 16
+VOLUME_MIB, CACHE_MIB, HOT_MIB, MISS_MIB, VERIFY_MIB = 160, 1024, 32, 4, 16
 ENGINE, BCACHE, DM_CACHE, LOOP, DISK = "engine ublk", "kernel bcache", "dm-cache", "loop", "disk"
 
 WORKLOADS = {
@@ -150,9 +151,8 @@ def script(rounds: int, seconds: float, only: str, *, verifies: bool) -> str:
     for mode in ("writeback", "writethrough") if verifies else ():
         lines += [MODES.replace("MODE", mode), VERIFY.replace("MODE", mode)]
     text = "\n".join([*lines, FINISH])
-    for word, value in words.items():
-        text = text.replace(word, value)
-    return text
+    # PYTHONPATH has no value of its own.
+    return re.sub("|".join(rf"\b{word}(?![A-Z_])" for word in words), lambda found: words[found.group()], text)
 
 
 def label(workload: str, name: str, number: int) -> str:

@@ -18,6 +18,7 @@ MODULES = (
     "bcachectl.engine.write_batch",
     "bcachectl.engine.io.ring",
     "bcachectl.engine.export.ublk_reads",
+    "bcachectl.engine.export.ublk_writes",
     "bcachectl.fsck.scan",
 )
 DIRECTIVES = {

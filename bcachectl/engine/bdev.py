@@ -13,6 +13,8 @@ A `Bdev` knows no file descriptor: the rim opens the real device at the same ind
 
 from __future__ import annotations
 
+from typing import Any
+
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, WRITE_ZEROES, Io, Sched
 
 
@@ -68,6 +70,10 @@ class Bdev:
         """Write the whole of ``buf``; ``flags`` of PREFLUSH and FUA."""
         return self._submit(WRITE, sector, len(buf) >> 9, buf, flags, what)
 
+    def write_parts(self, sector: int, parts: tuple[Any, ...], what: str = "data") -> Io:
+        """Write several buffers side by side."""
+        return self._submit(WRITE, sector, sum(map(len, parts)) >> 9, parts, 0, what)
+
     def flush(self) -> Io:
         """Make everything the device has acknowledged durable."""
         return self._submit(FLUSH, 0, 0, None, 0, "flush")
@@ -101,5 +107,5 @@ class Bdev:
     def _submit(self, op: int, sector: int, nsectors: int, buf: object, flags: int, what: str) -> Io:
         assert op in (READ, FLUSH) or not self.read_only, f"{what} to read-only {self.name}"
         assert 0 <= sector <= sector + nsectors <= self.size_sectors, (what, sector, nsectors)
-        self.submitted += 1
+        self.submitted += len(buf) if type(buf) is tuple else 1
         return self.sched.submit(Io(op, self.index, sector, nsectors, buf, flags, what))

@@ -97,24 +97,19 @@ class SectorAllocator:
         """The open bucket of the last `alloc_nowait`."""
         return next(reversed(self.lru))
 
-    def take(self, open_bucket: OpenBucket, position: int, nsectors: int) -> int:
-        """A pointer word to ``nsectors`` more of a bucket whose place among the others stays: the one that was
-        `last_used`, for the same write point.  0 if they would be its last, or if the bucket of another stream ended at
-        ``position``.  The key gets no pin: the open bucket has one.
+    def took(self, position: int, nsectors: int) -> None:
+        """Someone has given out ``nsectors`` more of the bucket that was `last_used`, for the same write point, up to
+        an extent that ends at ``position``; at least a block is left.  The bucket's place among the others stays, and
+        the keys get no pin: the open bucket has one.
         """
-        if open_bucket.sectors_free < nsectors + self.cset.geometry.block_size_sectors:
-            return 0
-        if self.by_position.get(position, open_bucket) is not open_bucket:
-            return 0
-        ptr = open_bucket.ptr
+        open_bucket = self.last_used()
         if self.by_position.get(open_bucket.position) is open_bucket:
             del self.by_position[open_bucket.position]
-        open_bucket.position = position + nsectors
-        self.by_position[position + nsectors] = open_bucket
-        open_bucket.ptr = ptr + (nsectors << 8)
+        open_bucket.position = position
+        self.by_position[position] = open_bucket
+        open_bucket.ptr += nsectors << 8
         open_bucket.sectors_free -= nsectors
         self.sectors_written += nsectors
-        return ptr
 
     def alloc_whole(self, position: int, nsectors: int, *, write_point: int) -> int:
         """A pointer word to ``nsectors`` in one piece for a cached device; 0 if `alloc_nowait` would have to cut them,

@@ -54,6 +54,7 @@ from bcachectl.ondisk.superblock import CacheMode
 if TYPE_CHECKING:
     from bcachectl.engine.cache_set import CacheSet
     from bcachectl.engine.cached_dev import CachedDev
+    from bcachectl.engine.write_batch import Placed
 
 CUTOFF_CACHE_ADD = 95
 """With more of the cache in use than this percentage nothing is added (request.c)."""
@@ -92,13 +93,15 @@ class Fill:
 class Ranges:
     """What is in flight on one device: writes, which exclude each other where they overlap, and fills.
 
-    Ranges are sectors of the backing device, so they hold across an attach and a detach.
+    Ranges are sectors of the backing device, so they hold across an attach and a detach.  ``groups`` are writes that
+    began together (`bcachectl.engine.write_group`).
     """
 
-    __slots__ = ("writes", "fills", "queue")
+    __slots__ = ("writes", "groups", "fills", "queue")
 
     def __init__(self, queue: WaitQueue) -> None:
         self.writes: list[tuple[int, int]] = []
+        self.groups: list[Placed] = []
         self.fills: list[Fill] = []
         self.queue = queue
 
@@ -115,6 +118,9 @@ class Ranges:
         """Whether a write to any of [start, end) is in flight."""
         for low, high in self.writes:
             if low < end and start < high:
+                return True
+        for group in self.groups:
+            if group.overlaps(start, end):
                 return True
         return False
 

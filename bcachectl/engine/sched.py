@@ -44,8 +44,9 @@ NS_PER_MS = 1_000_000
 class Io:
     """One request to one device.  Sectors are 512 bytes; ``error`` is 0 or a positive errno, valid once ``done``.
 
-    A READ fills ``buf``; a WRITE takes its bytes from it and must find them unchanged until it is done.  The other
-    operations have no buffer.  ``what`` says what is written (`"journal"`, `"data"`), for traces and dry runs.
+    A READ fills ``buf``; a WRITE takes its bytes from it, or from all of a tuple of buffers, one after the other, and
+    must find them unchanged until it is done.  The other operations have no buffer.  ``what`` says what is written
+    (`"journal"`, `"data"`), for traces and dry runs.
     """
 
     __slots__ = ("op", "device", "sector", "nsectors", "buf", "flags", "what", "error", "done", "waiter", "start_ns")
@@ -64,6 +65,10 @@ class Io:
         self.done = False
         self.waiter: Task[Any] | None = None
         self.start_ns = 0
+
+    def joined(self) -> Any:
+        """What a WRITE writes, in one piece."""
+        return b"".join(self.buf) if type(self.buf) is tuple else self.buf
 
     def __await__(self) -> Generator[Any, None, int]:
         """Suspend until the device has answered; the value is ``error``."""

@@ -26,14 +26,6 @@ class Streams:
         self.recent: dict[int, tuple[int, int]] = {}
         self.lengths: dict[int, tuple[int, int]] = {}
 
-    def reaches(self, start: int, nsectors: int, cutoff_bytes: int, *, stream: int, now_ns: int) -> bool:
-        """Whether `note` would return ``cutoff_bytes`` or more, without counting anything."""
-        run, average = self.lengths.get(stream, (0, 0))
-        found = self.recent.get(start)
-        if found is not None and now_ns - found[1] < RECENT_NS:
-            return found[0] + (nsectors << 9) >= cutoff_bytes or average >= cutoff_bytes
-        return nsectors << 9 >= cutoff_bytes or (average * 7 + run) >> 3 >= cutoff_bytes
-
     def note(self, start: int, nsectors: int, *, stream: int, now_ns: int) -> int:
         """Count a request; returns the sectors that the cutoff is compared with."""
         recent = self.recent
@@ -48,10 +40,14 @@ class Streams:
             if len(recent) >= RECENT_IO:
                 del recent[next(iter(recent))]
         recent[start + nsectors] = (nbytes, now_ns)
+        self.set_run(stream, nbytes, average)
+        return max(nbytes, average) >> 9
+
+    def set_run(self, stream: int, nbytes: int, average: int) -> None:
+        """The stream's run has this length now, and its runs this average."""
         if len(self.lengths) > 4 * RECENT_IO:
             del self.lengths[next(iter(self.lengths))]
         self.lengths[stream] = (nbytes, average)
-        return max(nbytes, average) >> 9
 
 
 class Congestion:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`WriteBatch`: small writes in writeback mode that need not wait for anything, many at a time and without a task each.
 
-A write that finds everything ready takes three steps, and nothing else of the engine runs between them:
+A write that finds everything ready takes three steps:
 
 1. `WriteBatch.place` looks whether `bcachectl.engine.request.write` would keep the write back, and would not have to
    wait on its way.  If so, it takes sectors from the write point's open bucket, which is marked dirty.  Whatever is not
@@ -11,7 +11,9 @@ A write that finds everything ready takes three steps, and nothing else of the e
 3. `WriteBatch.commit` appends all keys to the journal at once and puts them in their leaves; the export answers.
    If the data could not be written it is `WriteBatch.abandon` instead, and each write begins anew as a request.
 
-Where a write takes its time, as to a device, the export leaves steps 2 and 3 to the engine: `WriteBatch.serve`.
+So it is where nothing else of the engine runs between the steps, as on files in the page cache.  Where the data takes
+its time, as to a device, the writes become a group in flight first, which everyone else sees: an export that has their
+data in one piece leaves the rest to the engine (`WriteBatch.serve`), others use `bcachectl.engine.write_group`.
 
 The order is that of `bcachectl.engine.request.insert_data`: the bucket is dirty before a key to it exists, the data is
 written before its key is journaled, the key is journaled before it is inserted.  That room for the keys is there, in
@@ -19,18 +21,21 @@ the journal's open entry and in the leaves, is known before anything is written.
 
 What is in flight elsewhere counts as usual: a write that overlaps one is declined, fills that it overlaps are
 cancelled.
+
+What comes and goes are columns (`Placed`): this is one of the modules that can be compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.front import NOT_NOW, Request
 from bcachectl.engine.node import FLAGS, Extent, Node
 from bcachectl.engine.request import keeps_back
+from bcachectl.engine.streams import RECENT_IO, RECENT_NS
 from bcachectl.engine.write_group import serve_placed
-from bcachectl.ondisk.bkey import KEY_BYTES, pack_dirty_keys
+from bcachectl.ondisk.bkey import DIRTY_KEY3, INODE_SHIFT, KEY_BYTES, SECTOR_MASK
 
 try:
     import cython
@@ -41,148 +46,293 @@ if not cython.compiled:
     from bisect import bisect_right
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
+    from bcachectl.engine.journal import JournalPin
 
+MAX_WRITES = 256
+"""Writes of one batch."""
 WORDS_PER_INSERT = 6
 """The most u64s that one insert adds to a leaf's pending set: a key of three, and the other half of one it cuts in
 two."""
 
 
-class WriteBatch:
-    """The batch of one cached device: empty but between `place` and `commit`.
-
-    ``extents`` are (start, end, pointer word), ``leaves`` where their keys go, ``pins`` the buckets that hold a pin for
-    one of them.
+class Placed:
+    """Writes that have their sectors: the first ``count`` of the columns ``starts``, ``ends`` (positions) and ``ptrs``
+    (pointer words), and the leaf in which each key goes.
     """
-
-    __slots__ = ("dev", "extents", "leaves", "pins")
 
     def __init__(self, dev: CachedDev) -> None:
         self.dev = dev
-        self.extents: list[tuple[int, int, int]] = []
+        self.base = dev.base
+        self.starts, self.ends, self.ptrs = (array("Q", bytes(8 * MAX_WRITES)) for _ in range(3))
+        self.count = 0
         self.leaves: list[Node] = []
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether one of them is to any of the sectors [start, end) of the backing device."""
+        starts, ends = self.starts, self.ends
+        start += self.base
+        end += self.base
+        for index in range(self.count):
+            if starts[index] < end and start < ends[index]:
+                return True
+        return False
+
+    def sectors_sum(self) -> int:
+        """Sectors of all of them."""
+        starts, ends, total = self.starts, self.ends, 0
+        for index in range(self.count):
+            total += ends[index] - starts[index]
+        return total
+
+    def pack_keys(self) -> bytes:
+        """Their keys, as `bcachectl.ondisk.bkey.pack_dirty_keys` has them."""
+        starts, ends, ptrs = self.starts, self.ends, self.ptrs
+        dirty_key3, inode_shift, sector_mask = DIRTY_KEY3, INODE_SHIFT, SECTOR_MASK
+        keys = array("Q", bytes(KEY_BYTES * self.count))
+        words = keys
+        for index in range(self.count):
+            end = ends[index]
+            words[3 * index] = dirty_key3 | (end - starts[index]) << 20 | end >> inode_shift
+            words[3 * index + 1] = end & sector_mask
+            words[3 * index + 2] = ptrs[index]
+        return keys.tobytes()
+
+    def pin_all(self) -> None:
+        """A pin for each on its bucket."""
+        buckets = self.dev.cset.buckets
+        ptrs, pins, shift = self.ptrs, buckets.pin_at, buckets.bucket_shift + 8
+        for index in range(self.count):
+            pins[ptrs[index] >> shift] += 1
+
+    def unpin_all(self) -> None:
+        """Drop those."""
+        buckets = self.dev.cset.buckets
+        ptrs, pins, shift = self.ptrs, buckets.pin_at, buckets.bucket_shift + 8
+        for index in range(self.count):
+            pins[ptrs[index] >> shift] -= 1
+
+    def find_leaves(self) -> bool:
+        """Look again where the keys go, as time has passed; False if one would have to wait there."""
+        starts, ends, leaves = self.starts, self.ends, self.leaves
+        root = self.dev.cset.btree.root
+        leaves.clear()
+        rooms, last = Rooms(self.dev, self.count), None
+        for index in range(self.count):
+            start = starts[index]
+            leaf: Node | None = root
+            while leaf is not None and leaf.level:
+                leaf = leaf.children[bisect_right(leaf.ends, start)]
+            if leaf is None or ends[index] > leaf.end:
+                return False
+            if leaf is not last:
+                if not rooms.has_room(leaf):
+                    return False
+                last = leaf
+            leaves.append(leaf)
+        return True
+
+    def insert(self, pin: JournalPin) -> None:
+        """Put all keys in their leaves, which have room; they are in the entry of ``pin``."""
+        btree = self.dev.cset.btree
+        starts, ends, ptrs, leaves, overwritten = self.starts, self.ends, self.ptrs, self.leaves, 0
+        for index in range(self.count):
+            leaf = leaves[index]
+            start, end, ptr = starts[index], ends[index], ptrs[index]
+            if leaf.overwrite_dirty(start, end, ptr):
+                overwritten += 1
+            else:
+                btree.insert_into(leaf, Extent(start, end, FLAGS, ptr), pin)
+        btree.inserts += overwritten
+        for leaf in dict.fromkeys(leaves):
+            btree.touched(leaf, pin)
+
+
+class Rooms:
+    """Whether ``count`` inserts into a leaf need not wait; asked of each leaf once."""
+
+    def __init__(self, dev: CachedDev, count: int) -> None:
+        self.known: dict[Node, bool] = {}
+        self.geometry = dev.cset.geometry
+        self.words = WORDS_PER_INSERT * count
+
+    def has_room(self, leaf: Node) -> bool:
+        """The answer."""
+        found = self.known.get(leaf)
+        if found is None:
+            found = not leaf.frozen and not leaf.gone and leaf.has_room(self.words, self.geometry)
+            self.known[leaf] = found
+        return found
+
+
+class WriteBatch:
+    """The batch of one cached device: empty but between `place` and `commit`.
+
+    Writes are the first ``count`` of ``sectors`` and ``lengths`` (nsectors), the answers those of ``places``.
+    ``placed`` are those that were not declined, ``pins`` the buckets that hold a pin for one of them.
+    """
+
+    def __init__(self, dev: CachedDev) -> None:
+        self.dev = dev
+        self.sectors, self.lengths = array("Q", bytes(8 * MAX_WRITES)), array("Q", bytes(8 * MAX_WRITES))
+        self.places = array("q", bytes(8 * MAX_WRITES))
+        self.placed = Placed(dev)
         self.pins: list[int] = []
 
     def place(self, writes: list[tuple[int, int]], stream: int) -> list[int]:
         """Where the data of each (sector, nsectors) is to be written now, a byte of the cache device; or NOT_NOW.
 
-        The sectors are the volume's.  After this comes `commit`, `serve` or `abandon`, before anything else of the
+        The sectors are the volume's.  After this comes `commit`, `hand_over` or `abandon`, before anything else of the
         engine runs.
         """
-        assert not self.extents, "what was placed before is committed, served or abandoned"
-        dev = self.dev
+        count, sectors, lengths, places = 0, self.sectors, self.lengths, self.places
+        for sector, nsectors in writes[:MAX_WRITES]:
+            sectors[count] = sector
+            lengths[count] = nsectors
+            count += 1
+        self.place_columns(count, stream)
+        return list(places[:count]) + [NOT_NOW] * (len(writes) - count)
+
+    def place_columns(self, count: int, stream: int) -> None:
+        """`place` for the first ``count`` of the columns."""
+        dev, placed = self.dev, self.placed
+        assert not placed.count, "what was placed before is committed, served or abandoned"
+        writes, lengths, places, not_now = self.sectors, self.lengths, self.places, NOT_NOW
+        for number in range(count):
+            places[number] = not_now
         if not keeps_back(dev):
-            return [NOT_NOW] * len(writes)
+            return
         cset = dev.cset
-        room = cset.journal.room_bytes() // KEY_BYTES
+        placed.base = dev.base
+        room = min(cset.journal.room_bytes() // KEY_BYTES, count)
         ranges, streams, sectors, buckets = dev.ranges, dev.streams, cset.sectors, cset.buckets
-        extents, root, has_room = self.extents, cset.btree.root, self._rooms(len(writes))
+        starts, ends, ptrs, leaves = placed.starts, placed.ends, placed.ptrs, placed.leaves
+        root, rooms, last_leaf = cset.btree.root, Rooms(dev, count), None
         data_offset, base, mask, size_sectors = dev.data_offset, dev.base, dev.block_mask, dev.size_sectors
-        cutoff_bytes, now_ns, shift = dev.sequential_cutoff >> 9 << 9, cset.sched.now_ns, buckets.bucket_shift
-        open_bucket, marked = None, -1
-        places = []
-        for sector, nsectors in writes:
-            places.append(NOT_NOW)
-            first = sector + data_offset
-            if len(extents) == room or (first | nsectors) & mask or sector + nsectors > size_sectors:
+        shift, block, by_position = buckets.bucket_shift + 8, mask + 1, sectors.by_position
+        cutoff_bytes, now_ns = dev.sequential_cutoff >> 9 << 9, cset.sched.now_ns
+        since_ns, recent = now_ns - RECENT_NS, streams.recent
+        run_bytes, average = streams.lengths.get(stream, (0, 0))
+        has_writes, has_fills = bool(ranges.writes or ranges.groups), bool(ranges.fills)
+        open_bucket, marked, got = None, 0, 0
+        ptr = next_ptr = free = taken = position = nbytes = bytes_average = 0
+        for number in range(count):
+            nsectors, first = lengths[number], writes[number] + data_offset
+            if got == room or (first | nsectors) & mask or writes[number] + nsectors > size_sectors:
                 continue
-            if ranges.writes and ranges.writing(first, first + nsectors):
+            if has_writes and ranges.writing(first, first + nsectors):
                 continue
             start = base + first
             leaf: Node | None = root
             while leaf is not None and leaf.level:
                 leaf = leaf.children[bisect_right(leaf.ends, start)]
-            if leaf is None or start + nsectors > leaf.end or not has_room(leaf):
+            if leaf is None or start + nsectors > leaf.end:
                 continue
-            if cutoff_bytes and streams.reaches(first, nsectors, cutoff_bytes, stream=stream, now_ns=now_ns):
-                continue
-            ptr = sectors.take(open_bucket, start, nsectors) if open_bucket is not None else 0
-            if not ptr:
+            if leaf is not last_leaf:
+                if not rooms.has_room(leaf):
+                    continue
+                last_leaf = leaf
+            if cutoff_bytes:
+                # What `Streams.note` would say.  The rule stands here again because a call for each would cost more
+                # than it does; tests/property/test_streams.py compares.
+                found = recent.get(first)
+                nbytes, bytes_average = nsectors << 9, average
+                if found is not None and found[1] > since_ns:
+                    nbytes += found[0]
+                else:
+                    bytes_average = (average * 7 + run_bytes) >> 3
+                    found = None
+                if nbytes >= cutoff_bytes or bytes_average >= cutoff_bytes:
+                    continue
+            if open_bucket is not None and free >= nsectors + block \
+                    and by_position.get(start, open_bucket) is open_bucket:
+                # More of the bucket of the last one, whose place among the others stays.
+                ptr = next_ptr
+                next_ptr += nsectors << 8
+                free -= nsectors
+                taken += nsectors
+                position = start + nsectors
+            else:
+                if taken:
+                    sectors.took(position, taken)
+                    taken = 0
                 ptr = sectors.alloc_whole(start, nsectors, write_point=stream)
                 if not ptr:
                     continue
                 open_bucket = sectors.last_used()
-                self.pins.append((ptr >> 8) >> shift)
+                next_ptr, free = open_bucket.ptr, open_bucket.sectors_free
+                self.pins.append(ptr >> shift)
             if cutoff_bytes:
-                streams.note(first, nsectors, stream=stream, now_ns=now_ns)
-            if ranges.fills:
+                # And what it would do.
+                if recent.pop(first, None) is None or found is None:
+                    if len(recent) >= RECENT_IO:
+                        del recent[next(iter(recent))]
+                recent[first + nsectors] = (nbytes, now_ns)
+                run_bytes, average = nbytes, bytes_average
+            if has_fills:
                 ranges.cancel_fills(first, first + nsectors)
-            if (ptr >> 8) >> shift != marked:
+            if ptr >> shift != marked:
                 # Before the key is in the map: a gc that runs later must not take the bucket for clean.
-                marked = (ptr >> 8) >> shift
+                marked = ptr >> shift
                 buckets.mark_dirty(marked)
-            extents.append((start, start + nsectors, ptr))
-            self.leaves.append(leaf)
-            places[-1] = (ptr >> 8) << 9
-        return places
-
-    def _rooms(self, count: int) -> Callable[[Node], bool]:
-        # Whether ``count`` inserts into a leaf need not wait; asked of each leaf once.
-        known: dict[Node, bool] = {}
-        geometry = self.dev.cset.geometry
-
-        def has_room(leaf: Node) -> bool:
-            found = known.get(leaf)
-            if found is None:
-                found = known[leaf] = not leaf.frozen and leaf.has_room(WORDS_PER_INSERT * count, geometry)
-            return found
-
-        return has_room
+            starts[got] = start
+            ends[got] = start + nsectors
+            ptrs[got] = ptr
+            leaves.append(leaf)
+            got += 1
+            places[number] = (ptr >> 8) << 9
+        if taken:
+            sectors.took(position, taken)
+        if cutoff_bytes and got:
+            streams.set_run(stream, run_bytes, average)
+        placed.count = got
 
     def commit(self, duration_ns: int) -> None:
         """The data of all that was placed is written, in ``duration_ns``: put it in journal and map."""
-        extents, leaves = self.extents, self.leaves
-        if not extents:
+        placed = self.placed
+        if not placed.count:
             return
-        dev = self.dev
-        cset = dev.cset
-        btree = cset.btree
+        cset = self.dev.cset
         cset.congestion.account(duration_ns, is_write=True)
-        pin = cset.journal.add_nowait(pack_dirty_keys(extents))
+        pin = cset.journal.add_nowait(placed.pack_keys())
         assert pin is not None, "there was room when the writes were placed"
-        for (start, end, ptr), leaf in zip(extents, leaves, strict=True):
-            if leaf.overwrite_dirty(start, end, ptr):
-                btree.inserts += 1
-            else:
-                btree.insert_into(leaf, Extent(start, end, FLAGS, ptr), pin)
-        for leaf in dict.fromkeys(leaves):
-            btree.touched(leaf, pin)
+        placed.insert(pin)
         cset.journal.unpin(pin)
-        self._drop_pins()
-        cset.cache.submitted += len(extents)
+        cset.cache.submitted += placed.count
         self._count()
-        self.extents, self.leaves = [], []
+        self.abandon()
 
-    def hand_over(self) -> list[tuple[int, int, int]]:
+    def hand_over(self) -> Placed:
         """What was placed, for someone who writes data and keys in his own time; each has a pin on its bucket."""
-        buckets, extents = self.dev.cset.buckets, self.extents
-        if extents:
-            for _start, _end, ptr in extents:
-                buckets.pin_at[buckets.bucket_of(ptr)] += 1
+        placed = self.placed
+        if placed.count:
+            placed.pin_all()
             self._count()
-            self.abandon()
-        return extents
+            self.placed = Placed(self.dev)
+            self._drop_pins()
+        return placed
 
     def serve(self, request: Request) -> None:
         """Have the engine write what was placed: its data lies in ``request.buf``, in the order of placing.  The
         request comes back when all of it is in journal and map, or with an error; where it is says the placing alone.
         """
-        serve_placed(self.dev, request, self.hand_over())
+        serve_placed(self.dev, request)
 
     def _count(self) -> None:
         # What every request of its kind counts for.
-        dev = self.dev
+        dev, placed = self.dev, self.placed
         cset, stats = dev.cset, dev.stats
-        nsectors = sum(end - start for start, end, _ptr in self.extents)
+        nsectors = placed.sectors_sum()
         cset.gc.note_sectors(nsectors)
         cset.alloc.rescale_for_all(nsectors)
-        stats.write_requests += len(self.extents)
+        stats.write_requests += placed.count
         stats.write_sectors += nsectors
         dev.writeback.note_request()
 
     def abandon(self) -> None:
         """Not all of the data could be written: no key is made, and the sectors are lost until gc finds them."""
         self._drop_pins()
-        self.extents, self.leaves = [], []
+        self.placed.count = 0
+        self.placed.leaves.clear()
 
     def _drop_pins(self) -> None:
         for bucket in self.pins:

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`start_group` and `serve_placed`: plain writes in writeback mode that came together, served by one task.
+"""Writes that a `WriteBatch` placed and whose data takes its time: a group in flight.
 
-Like a `WriteBatch`, but the data is written by Ios of the engine, as devices need it, so other things run before the
-keys are made:
+Other things run before the keys are made.  Life of a group:
 
-1. `start_group` has the batch place what need not wait for anything before its data is written.  From then on those
-   writes are in flight for everyone else: `Ranges.writes` has them, `CachedDev.dirty_writers` counts the group, and
-   each extent's bucket is pinned and marked dirty.
-2. The data is written, all of it at once, and awaited.
-3. `insert_keys` puts the keys into the journal and into their leaves, as for any other write, and waits once for the
-   entry if one of the requests wants that.
-4. The requests go back.  One whose data could not be written gets the error, and no key.
+1. `begin`: the batch hands over what it placed.  From then on the group is in flight for everyone else: `Ranges.groups`
+   has it, `CachedDev.dirty_writers` counts it, and each extent's bucket is pinned and marked dirty.
+2. The data is written, all of it at once: by the engine (`start_group` for requests with memory of their own,
+   `serve_placed` for data in one piece), or by an export that calls `written`.
+3. `commit_nowait` puts the keys into journal and leaves, as `WriteBatch.commit` does; where that had to wait,
+   `bcachectl.engine.request.insert_keys` does it.  The claims end.
+4. The requests go back; those of a `StableWrites` when the entry with their keys is on the device.
 
-`serve_placed` is for an export that has called the batch itself, and has gathered the data of all that was placed in
-one piece of memory: it is one request then, and what lies side by side on the cache device is one Io.
+Of a group whose data could not be written as a whole, what was written gets its keys, and the rest none: it begins
+anew, or gets the error.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections import deque
+from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
 from bcachectl.engine.front import NOT_NOW, REQ_STABLE, REQ_SYNC, REQ_WRITE, Request
@@ -26,20 +26,76 @@ from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.request import EIO, insert_keys, is_durable
 from bcachectl.engine.sched import Io
 from bcachectl.errors import Corrupt
+from bcachectl.ondisk.bkey import KEY_BYTES
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
+    from bcachectl.engine.write_batch import Placed
 
 MAX_GROUP_SECTORS = 128
 """A longer write is a request of its own."""
 
 
-class Placed(NamedTuple):
-    """A write of a group: its key, and its claim in `Ranges.writes`."""
+# Being in flight.
 
-    request: Request
-    extent: Extent
-    claim: tuple[int, int]
+
+def begin(dev: CachedDev, *, requests: int) -> Placed:
+    """What the batch has placed is in flight from now on; ``requests`` will come back."""
+    placed = dev.batch.hand_over()
+    dev.ranges.groups.append(placed)
+    dev.dirty_writers += 1
+    dev.cset.requests_in_flight += requests
+    return placed
+
+
+def end(dev: CachedDev, placed: Placed) -> None:
+    """It is not any more: its keys are in the map, or there are none."""
+    dev.ranges.groups.remove(placed)
+    dev.ranges.queue.wake_all()
+    dev.dirty_writers -= 1
+    if dev.detaching:
+        dev.writeback.wake()
+
+
+def commit_nowait(dev: CachedDev, placed: Placed) -> int:
+    """Put the keys in journal and map, if nothing has to be waited for: the seq of their entry.  0, and nothing done,
+    if something has.
+    """
+    cset = dev.cset
+    journal = cset.journal
+    if not cset.sync or cset.io_disabled or placed.count * KEY_BYTES > journal.room_bytes() or not placed.find_leaves():
+        return 0
+    pin = journal.add_nowait(placed.pack_keys())
+    assert pin is not None, "there is room for the keys of the group"
+    placed.insert(pin)
+    journal.unpin(pin)
+    placed.unpin_all()
+    return pin.seq
+
+
+async def commit(dev: CachedDev, placed: Placed, *, durable: bool) -> bool:
+    """Put the keys in journal and map; False if the set failed meanwhile."""
+    seq = commit_nowait(dev, placed)
+    if seq:
+        return await dev.cset.journal.wait_durable(seq) if durable else True
+    return await _insert(dev, extents_of(placed), durable=durable)
+
+
+def extents_of(placed: Placed) -> list[Extent]:
+    """Its keys, one by one."""
+    columns = zip(placed.starts, placed.ends, placed.ptrs, range(placed.count), strict=False)
+    return [Extent(start, end, HAS_PTR | DIRTY, ptr) for start, end, ptr, _ in columns]
+
+
+async def _insert(dev: CachedDev, extents: list[Extent], *, durable: bool) -> bool:
+    try:
+        return not extents or await insert_keys(dev.cset, extents, durable=durable)
+    except Corrupt as bad:
+        dev.cset.fail(str(bad))
+        return False
+
+
+# Data that the engine writes.
 
 
 def is_plain(request: Request) -> bool:
@@ -57,101 +113,148 @@ def start_group(dev: CachedDev, requests: list[Request]) -> list[Request]:
     if not plain:
         return requests
     places = dev.batch.place([(request.sector, request.nsectors) for request in plain], plain[0].stream)
-    extents = iter(dev.batch.hand_over())
-    group: list[Placed] = []
-    for request, place in zip(plain, places, strict=True):
-        if place != NOT_NOW:
-            start, end, ptr = next(extents)
-            group.append(Placed(request, Extent(start, end, HAS_PTR | DIRTY, ptr), (start - dev.base, end - dev.base)))
-    if not group:
+    taken = [request for request, place in zip(plain, places, strict=True) if place != NOT_NOW]
+    if not taken:
         return requests
-    dev.ranges.writes.extend(placed.claim for placed in group)
-    dev.dirty_writers += 1
-    dev.cset.requests_in_flight += len(group)
-    dev.cset.sched.spawn(_serve(dev, group), "group of writes")
-    taken = {id(placed.request) for placed in group}
-    return [request for request in requests if id(request) not in taken]
+    placed = begin(dev, requests=len(taken))
+    dev.cset.sched.spawn(_serve(dev, placed, taken), "group of writes")
+    ids = set(map(id, taken))
+    return [request for request in requests if id(request) not in ids]
 
 
-def serve_placed(dev: CachedDev, request: Request, placed: list[tuple[int, int, int]]) -> None:
-    """Serve what the device's batch has handed over: ``request.buf`` has the data of all of it, in that order.
+def serve_placed(dev: CachedDev, request: Request) -> None:
+    """Serve what the device's batch has placed: ``request.buf`` has the data of all of it, in that order.
 
     The request comes back when all keys are in the map; with an error if any of the data has none.
     """
-    extents = [Extent(start, end, HAS_PTR | DIRTY, ptr) for start, end, ptr in placed]
-    dev.ranges.writes.extend([(extent.start - dev.base, extent.end - dev.base) for extent in extents])
-    dev.dirty_writers += 1
-    dev.cset.requests_in_flight += 1
-    dev.cset.sched.spawn(_serve_placed(dev, request, extents), "placed writes")
+    placed = begin(dev, requests=1)
+    dev.cset.sched.spawn(_serve_placed(dev, placed, request), "placed writes")
 
 
-async def _serve_placed(dev: CachedDev, request: Request, extents: list[Extent]) -> None:
-    cset, data = dev.cset, memoryview(request.buf)
-    ios: list[tuple[int, int, Io]] = []         # the first extent of each, the one behind its last
-    first = at = first_at = 0
-    for index, extent in enumerate(extents):
-        at += (extent.end - extent.start) << 9
-        follows = index + 1 < len(extents) and extents[index + 1].ptr == extent.ptr + ((extent.end - extent.start) << 8)
-        if not follows:
-            sector = (extents[first].ptr >> 8) & PTR_SECTOR_MASK
-            io = cset.cache.write(sector, data[first_at:at], 0, "data of placed writes")
-            ios.append((first, index + 1, io))
-            first, first_at = index + 1, at
-    written: list[Extent] = []
-    for first, end, io in ios:
-        error = await io
-        cset.congestion.account(cset.sched.now_ns - io.start_ns, is_write=True)
-        if error:
-            cset.count_io_error(error, "writing data to the cache")
-            for extent in extents[first:end]:
-                cset.buckets.unpin(cset.buckets.bucket_of(extent.ptr))
+def runs_of(placed: Placed) -> list[tuple[int, int]]:
+    """First and last + 1 of those whose data lies side by side on the cache device."""
+    starts, ends, ptrs = placed.starts, placed.ends, placed.ptrs
+    runs, first = [], 0
+    for index in range(1, placed.count):
+        if ptrs[index] != ptrs[index - 1] + ((ends[index - 1] - starts[index - 1]) << 8):
+            runs.append((first, index))
+            first = index
+    return [*runs, (first, placed.count)]
+
+
+async def _serve(dev: CachedDev, placed: Placed, requests: list[Request]) -> None:
+    write = dev.cset.cache.write_parts
+    runs = runs_of(placed)
+    ios = [
+        write((placed.ptrs[first] >> 8) & PTR_SECTOR_MASK, tuple([request.buf for request in requests[first:last]]),
+              "data of a group")
+        for first, last in runs
+    ]
+    is_written = await _data_written(dev, runs, ios)
+    ok = await _commit_written(dev, placed, is_written, durable=any(map(is_durable, requests)))
+    end(dev, placed)
+    for request, here in zip(requests, is_written, strict=True):
+        if here:
+            dev.finish(request, 0 if ok else EIO)
         else:
-            written += extents[first:end]
-    ok = len(written) == len(extents)
-    try:
-        if written:
-            ok = await insert_keys(cset, written, durable=False) and ok
-    except Corrupt as bad:
-        cset.fail(str(bad))
-        ok = False
-    for extent in extents:
-        dev.ranges.writes.remove((extent.start - dev.base, extent.end - dev.base))
-    dev.ranges.queue.wake_all()
-    dev.dirty_writers -= 1
-    if dev.detaching:
-        dev.writeback.wake()
+            # What lay beside it may be to blame: it begins anew by itself.
+            dev.submit(request)
+            dev.cset.request_done()
+
+
+async def _serve_placed(dev: CachedDev, placed: Placed, request: Request) -> None:
+    data, at = memoryview(request.buf), 0
+    runs = runs_of(placed)
+    ios = []
+    for first, last in runs:
+        size = sum([placed.ends[index] - placed.starts[index] for index in range(first, last)]) << 9
+        sector = (placed.ptrs[first] >> 8) & PTR_SECTOR_MASK
+        ios.append(dev.cset.cache.write(sector, data[at:at + size], 0, "data of placed writes"))
+        at += size
+    is_written = await _data_written(dev, runs, ios)
+    ok = await _commit_written(dev, placed, is_written, durable=False) and all(is_written)
+    end(dev, placed)
     # Not `CachedDev.finish`: it would write all of the data once more, in one piece, where the first of it belongs.
     dev.give_back(request, 0 if ok else EIO)
 
 
-async def _serve(dev: CachedDev, group: list[Placed]) -> None:
+async def _data_written(dev: CachedDev, runs: list[tuple[int, int]], ios: list[Io]) -> list[bool]:
+    # Waits for all of the data; which of the writes it succeeded for.
     cset = dev.cset
-    ios = [
-        cset.cache.write((extent.ptr >> 8) & PTR_SECTOR_MASK, request.buf, 0, "data of a group")
-        for request, extent, _claim in group
-    ]
-    extents: list[Extent] = []
-    errors: list[int] = []
-    for (_request, extent, _claim), io in zip(group, ios, strict=True):
+    found: list[bool] = []
+    for (first, last), io in zip(runs, ios, strict=True):
         error = await io
         cset.congestion.account(cset.sched.now_ns - io.start_ns, is_write=True)
         if error:
             cset.count_io_error(error, "writing data to the cache")
-            cset.buckets.unpin(cset.buckets.bucket_of(extent.ptr))
-        else:
-            extents.append(extent)
-        errors.append(EIO if error else 0)
-    ok = True
-    try:
-        if extents:
-            ok = await insert_keys(cset, extents, durable=any(is_durable(placed.request) for placed in group))
-    except Corrupt as bad:
-        cset.fail(str(bad))
-        ok = False
-    for placed in group:
-        dev.ranges.leave(placed.claim)
-    dev.dirty_writers -= 1
-    if dev.detaching:
-        dev.writeback.wake()
-    for placed, error in zip(group, errors, strict=True):
-        dev.finish(placed.request, error or (0 if ok else EIO))
+        found += [not error] * (last - first)
+    return found
+
+
+async def _commit_written(dev: CachedDev, placed: Placed, is_written: list[bool], *, durable: bool) -> bool:
+    # `commit` for those whose data is written.
+    if all(is_written):
+        return await commit(dev, placed, durable=durable)
+    extents = list(zip(extents_of(placed), is_written, strict=True))
+    for extent, here in extents:
+        if not here:
+            dev.cset.buckets.unpin(dev.cset.buckets.bucket_of(extent.ptr))
+    return await _insert(dev, [extent for extent, here in extents if here], durable=durable)
+
+
+# Data that an export writes.
+
+
+class StableWrites:
+    """Groups of a device whose data an export writes; each has one request, which comes back when all its keys are in
+    the journal on the device.  With an error it is as if none of its writes had been made: each is to begin anew.
+    """
+
+    def __init__(self, dev: CachedDev) -> None:
+        self.dev = dev
+        self.waiting: deque[tuple[int, Request]] = deque()      # with the seq of the entry
+        self.is_answering = False
+
+    def begin(self) -> Placed:
+        """`begin`; then the export writes the data."""
+        return begin(self.dev, requests=1)
+
+    def written(self, placed: Placed, request: Request, *, error: int, duration_ns: int) -> None:
+        """All of the data is written, in ``duration_ns``, or none of it counts."""
+        dev = self.dev
+        cset = dev.cset
+        cset.cache.submitted += placed.count
+        cset.congestion.account(duration_ns, is_write=True)
+        if error:
+            cset.count_io_error(error, "writing data to the cache")
+            placed.unpin_all()
+            self.lost(placed, request)
+            return
+        seq = commit_nowait(dev, placed)
+        if not seq:
+            cset.sched.spawn(self._commit(placed, request), "group of writes")
+            return
+        end(dev, placed)
+        self.waiting.append((seq, request))
+        if not self.is_answering:
+            self.is_answering = True
+            cset.sched.spawn(self._answer(), "answers to groups of writes")
+
+    def lost(self, placed: Placed, request: Request) -> None:
+        """Whether the data is written will not be known: no key is made, and the buckets keep their pins."""
+        end(self.dev, placed)
+        self.dev.give_back(request, EIO)
+
+    async def _commit(self, placed: Placed, request: Request) -> None:
+        ok = await commit(self.dev, placed, durable=True)
+        end(self.dev, placed)
+        self.dev.give_back(request, 0 if ok else EIO)
+
+    async def _answer(self) -> None:
+        journal, waiting = self.dev.cset.journal, self.waiting
+        while waiting:
+            seq, request = waiting[0]
+            ok = await journal.wait_durable(seq)
+            waiting.popleft()
+            self.dev.give_back(request, 0 if ok else EIO)
+        self.is_answering = False

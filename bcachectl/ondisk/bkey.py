@@ -98,7 +98,7 @@ SHORTEST_KEY_WORDS = 2
 _KEY2 = struct.Struct("<QQ")
 _KEY3 = struct.Struct("<QQQ")
 _PAD = struct.Struct(f"<{BKEY_PAD_WORDS}Q")
-_DIRTY_KEY3 = HIGH_ONE | 1 << 60 | 1 << 36
+DIRTY_KEY3 = HIGH_ONE | 1 << 60 | 1 << 36
 KEY_BYTES = _KEY3.size
 """Bytes of a key with one pointer."""
 
@@ -206,7 +206,7 @@ def pack_dirty_keys(extents: Iterable[tuple[int, int, int]]) -> bytes:
     """`pack_key` of many dirty extents (start, end, pointer word), in one piece; none reaches `MAX_POS`."""
     words: list[int] = []
     for start, end, ptr in extents:
-        words += (_DIRTY_KEY3 | (end - start) << 20 | end >> INODE_SHIFT, end & SECTOR_MASK, ptr)
+        words += (DIRTY_KEY3 | (end - start) << 20 | end >> INODE_SHIFT, end & SECTOR_MASK, ptr)
     return struct.pack(f"<{len(words)}Q", *words)
 
 

@@ -537,13 +537,15 @@ async def batches_and_fills(w: World) -> None:
 
 # 20. Writes that come together and share a task, as from a block device.
 
-async def groups(w: World, *, placed: bool = False) -> None:
+async def groups(w: World, *, kind: str = "submitted") -> None:
     dice = rng(w)
 
     async def soon(writes: list[tuple[int, int]], stable: bool) -> None:
         await w.sched.sleep_until(w.sched.now_ns + dice.randrange(0, 600_000))
-        if placed:
+        if kind == "placed":
             await w.write_placed(0, writes)
+        elif kind == "exported":
+            await w.write_exported(0, writes)
         else:
             await w.write_group(0, writes, stable=stable)
 
@@ -567,9 +569,14 @@ async def groups(w: World, *, placed: bool = False) -> None:
 
 
 async def placed(w: World) -> None:
-    await groups(w, placed=True)
+    await groups(w, kind="placed")
     # A device that takes its time is congested, and then nothing is placed.
     assert w.placed_writes > 20 or w.setup.sluggish or not w.is_calm, w.placed_writes
+
+
+async def exported(w: World) -> None:
+    await groups(w, kind="exported")
+    assert w.exported_writes > 20 or w.setup.sluggish or not w.is_calm, w.exported_writes
 
 
 BIG_BACKING = (Backing(data_sectors=6000, mode="writethrough"),)
@@ -582,6 +589,8 @@ STORIES = {story.name: story for story in (
     Story("groups", Setup(), groups, overwrite_prepare),
     Story("groups_sluggish", Setup(sluggish=True, settles=False), groups, overwrite_prepare),
     Story("placed", Setup(), placed, overwrite_prepare),
+    Story("exported", Setup(), exported, overwrite_prepare),
+    Story("exported_sluggish", Setup(sluggish=True, settles=False), exported, overwrite_prepare),
     Story("placed_sluggish", Setup(sluggish=True, settles=False), placed, overwrite_prepare),
     Story("batches_and_fills", Setup(), batches_and_fills),
     Story("batches_first", WRITETHROUGH, batches_first),

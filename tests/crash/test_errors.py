@@ -28,7 +28,7 @@ SHARE = 6
 
 NAMES = ("first_attach", "overwrite", "miss_fill", "reuse", "prio_write", "split", "gc", "moving_gc", "writeback",
          "detach", "flash", "cached_and_flash", "stop", "modes", "small_node_cache", "settings", "discards", "around",
-         "leaves_come_and_go", "placed")
+         "leaves_come_and_go", "placed", "exported")
 
 
 async def tolerant(world: World, story: Story) -> None:

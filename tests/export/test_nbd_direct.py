@@ -216,7 +216,7 @@ def test_reads_and_writes_in_flight_together(direct: Hosted, structured: bool, m
     serve = WriteBatch.serve
 
     def counted(batch: WriteBatch, request: Request) -> None:
-        placed.append(len(batch.extents))
+        placed.append(batch.placed.count)
         serve(batch, request)
 
     monkeypatch.setattr(WriteBatch, "serve", counted)

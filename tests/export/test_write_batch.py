@@ -44,7 +44,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     commit = WriteBatch.commit
 
     def counted(self: WriteBatch, duration_ns: int) -> None:
-        sizes.append(len(self.extents))
+        sizes.append(self.placed.count)
         commit(self, duration_ns)
 
     monkeypatch.setattr(WriteBatch, "commit", counted)

@@ -90,7 +90,7 @@ class SimDisk:
         self.serial += 1
         data = b""
         if io.op == WRITE:
-            data = bytes(io.buf)
+            data = bytes(io.joined())
         elif io.op == WRITE_ZEROES:
             data = bytes(io.nsectors * SECTOR)
         elif io.op == DISCARD:
@@ -125,7 +125,7 @@ class SimDisk:
         if io.op == READ:
             io.buf[:] = self.now[io.sector * SECTOR:(io.sector + io.nsectors) * SECTOR]
         elif io.op != FLUSH:
-            if io.op == WRITE and bytes(io.buf) != held.data:
+            if io.op == WRITE and bytes(io.joined()) != held.data:
                 raise SimError(f"the buffer of {io} changed while it was written")
             start = io.sector * SECTOR
             self.now[start:start + len(held.data)] = held.data

@@ -84,3 +84,16 @@ def test_of_writes_that_came_together() -> None:
         found[stable] = read_after_kill(w)
     assert found[True] != OLD
     assert found[False] == OLD, "without the flag the keys are in memory only, and this test would prove nothing"
+
+
+def test_of_writes_whose_data_an_export_wrote() -> None:
+    w = World(Setup(bucket_sectors=32), "stable exported")
+
+    async def story() -> None:
+        await w.up()
+        await ask(w, REQ_WRITE, OLD, REQ_FUA)
+        await w.write_exported(0, [(SECTOR, 8), (SECTOR + 16, 4)])
+        assert w.exported_writes == 2
+
+    w.run(story())
+    assert read_after_kill(w) != OLD

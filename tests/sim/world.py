@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.front import (
     NOT_NOW,
     REQ_DISCARD,
@@ -189,6 +190,7 @@ class World:
         self.vanishing: set[int] = set()
         self.quick_writes = 0
         self.placed_writes = 0
+        self.exported_writes = 0
         self.quick_random = random.Random(f"quick/{seed}")
         self.group_random = random.Random(f"group/{seed}")
         self.is_calm = True
@@ -248,7 +250,7 @@ class World:
                 if self.mutate is not None and self.mutate(io):
                     # A mutation: the engine goes on as if the Io were done, the disk still has it to do.
                     completions.append(io)
-                    io = Io(io.op, io.device, io.sector, io.nsectors, io.buf and bytes(io.buf), io.flags, EARLY)
+                    io = Io(io.op, io.device, io.sector, io.nsectors, io.buf and bytes(io.joined()), io.flags, EARLY)
                 disk.begin(io)
                 self._serial += 1
                 latency_ns = disk.latency_ns()
@@ -435,6 +437,44 @@ class World:
             return request.error
 
         return await self.together(*[one(*pair) for pair in zip(requests, begun, strict=True)])
+
+    async def write_exported(self, volume: int, writes: list[tuple[int, int]], *, stream: int = 0) -> list[int]:
+        """Stable writes whose data an export writes itself, as that of a ublk device does; the errno of each."""
+        dev = self.volumes[volume]
+        assert isinstance(dev, CachedDev)
+        begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
+        datas = [stamps(volume, write.start, write.end, write.value) for write in begun]
+        places = dev.batch.place(writes, stream)
+        taken = [index for index, place in enumerate(places) if place != NOT_NOW]
+        request = Request(REQ_WRITE, 0, 0, None, REQ_STABLE, stream, _Pending(self.sched))
+
+        async def one(index: int) -> int:
+            error = await self._ask(volume, REQ_WRITE, *writes[index], datas[index], REQ_STABLE, stream)
+            self.oracle.end_write(begun[index], error=error)
+            return error
+
+        async def together() -> list[int]:
+            placed, began_ns = dev.stable.begin(), self.sched.now_ns
+            ios = [self.cset.cache.write(places[index] // SECTOR, datas[index], 0, "data of an export")
+                   for index in taken]
+            errors = [await io for io in ios]
+            dev.stable.written(placed, request, error=max(errors), duration_ns=self.sched.now_ns - began_ns)
+            while not request.tag.done:
+                await request.tag.queue.wait()
+            if request.error:
+                return await self.together(*[one(index) for index in taken])    # each begins anew
+            self.exported_writes += len(taken)
+            for index in taken:
+                self.oracle.end_write(begun[index])
+            return [0] * len(taken)
+
+        rest = [index for index in range(len(writes)) if index not in taken]
+        asks: list[Coroutine[Any, Any, Any]] = [one(index) for index in rest]
+        if taken:
+            asks.append(together())
+        found = await self.together(*asks)
+        errors = [*found[:len(rest)], *(found[-1] if taken else [])]
+        return [error for _, error in sorted(zip(rest + taken, errors, strict=True))]
 
     def _write_quickly(self, volume: int, writes: list[tuple[int, int]], datas: list[bytes], stream: int) -> list[bool]:
         batch = self.volumes[volume].batch

@@ -5,11 +5,12 @@
 
     file system -> /dev/ublkbN -> ublk driver -> (a completion in our ring) -> this engine -> cache and backing device
 
-Every tag of the device has a buffer, a descriptor that the driver fills in (`ublk_wire`), and two entries of the ring
+Every tag of the device has a buffer, a descriptor that the driver fills in (`ublk_wire`), and three entries of the ring
 that are written once:
 
 * commit: the answer to the tag's request, and at the same time the fetch of its next one;
-* read: of the cache device into the tag's buffer, linked to the commit.
+* read: of the cache device into the tag's buffer, linked to the commit;
+* write: to the cache device, from the buffers of this tag and of others.
 
 A request arrives as the completion of the tag's last fetch or commit.  What follows:
 
@@ -17,8 +18,9 @@ A request arrives as the completion of the tag's last fetch or commit.  What fol
    in the read, the length in the commit, and both are published.  The kernel reads and answers without asking us again,
    and no byte passes through Python.  Since nobody can look at the gen afterwards, the bucket is pinned until the read
    has ended.
-2. Such a read that fails or is short takes its commit along (ECANCELED).  Then, as for all other requests, a
-   `bcachectl.engine.front.Request` goes to the volume, whose answer is a commit.
+2. Plain writes are served in groups by `UblkWrites`; neither does their data pass through Python.
+3. A read that fails or is short takes its commit along (ECANCELED).  Then, as for writes that failed and for all other
+   requests, a `bcachectl.engine.front.Request` goes to the volume, whose answer is a commit.
 
 **When the engine dies** the driver keeps the device, and the requests that were not answered; a mounted file system
 waits.  `UblkExport.recover` takes the device over, and those requests come again.  So a request may be carried out
@@ -42,6 +44,7 @@ from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.loopdev import is_claimed
 from bcachectl.engine.export.ublk_control import UblkControl
 from bcachectl.engine.export.ublk_reads import READ_NUMBER, UblkReads
+from bcachectl.engine.export.ublk_writes import OP_WRITEV, WRITE_NUMBER, UblkWrites
 from bcachectl.engine.front import (
     REQ_DISCARD,
     REQ_FLUSH,
@@ -59,6 +62,7 @@ from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, SQE_IO_LINK, RingBackend
 from bcachectl.engine.read_batch import ReadBatch
 from bcachectl.engine.sched import WaitQueue
+from bcachectl.engine.write_group import StableWrites
 from bcachectl.errors import DeviceError
 
 QUEUES = 2
@@ -83,6 +87,11 @@ class MappedVolume(Volume, Protocol):
     @property
     def reads(self) -> ReadBatch:
         """Its batch."""
+        ...
+
+    @property
+    def stable(self) -> StableWrites | None:
+        """Takes what its batch of writes has placed; None if that has none."""
         ...
 
 
@@ -197,7 +206,7 @@ class UblkExport:
             self._reads = None
             self._base = -1
             if self._ended == self._tag_count:
-                self.backend.ring.give_back(self._first_slot, 2 * self._tag_count)
+                self.backend.ring.give_back(self._first_slot, 3 * self._tag_count)
         # The driver counts a mapping as an open device, and so does the deletion of a device.
         for view in (*self._descs, *self._views):
             view.release()
@@ -221,6 +230,10 @@ class UblkExport:
             self.loop.set_clock()
             requests = [request for request in map(self._request, others) if request is not None]
             self.volume.submit_all(requests)
+
+    def set_clock(self) -> None:
+        """Writes have ended while the engine's clock stood still."""
+        self.loop.set_clock()
 
     def commit(self, index: int, result: int) -> None:
         """Answer the request of a tag, and fetch its next one."""
@@ -265,9 +278,13 @@ class UblkExport:
             self._views += (words, raw)
             self._descs += (words[3 * tag:3 * tag + 3] for tag in range(info.depth))
         ring = self.backend.ring
-        self._first_slot = ring.reserve(2 * count)
+        self._first_slot = ring.reserve(3 * count)
+        batch, stable, writes = self.volume.batch, self.volume.stable, None
+        if batch is not None and stable is not None and self.cache.fd >= 0:
+            writes = UblkWrites(ring, batch, stable, self.loop.sched, self, self._descs, self._first_slot + 2 * count,
+                                self._first_slot, address, info.max_io_bytes, self.stream)
         self._reads = UblkReads(ring, self.volume.reads, self.buckets, self, self._descs, self._first_slot,
-                                serves_hits=self.cache.fd >= 0)
+                                serves_hits=self.cache.fd >= 0, writes=writes)
         self._base = self.backend.add_quick(self._reads)
         self._tag_count = count                 # only now: `stop` waits for the fetches of so many to come back
         fetch, commit = (self.control.io_command(command)
@@ -279,6 +296,8 @@ class UblkExport:
                       offset=commit, payload=payload)
             ring.fill(self._first_slot + count + index, OP_READ, fd=self.cache.fd, flags=SQE_IO_LINK,
                       user_data=self._base | READ_NUMBER | index, address=buffer_address)
+            ring.fill(self._first_slot + 2 * count + index, OP_WRITEV, fd=self.cache.fd,
+                      user_data=self._base | WRITE_NUMBER | index)
             if not ring.push(OP_URING_CMD, fd=self._fd, user_data=self._base | index, offset=fetch, payload=payload):
                 ring.enter()
                 ring.push(OP_URING_CMD, fd=self._fd, user_data=self._base | index, offset=fetch, payload=payload)

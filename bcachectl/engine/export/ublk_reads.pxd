@@ -5,6 +5,7 @@ cimport cython
 from cpython.array cimport array
 
 from bcachectl.engine.export.descs_c cimport desc_of, kept_descs
+from bcachectl.engine.export.ublk_writes cimport UblkWrites
 from bcachectl.engine.io.ring cimport Arrivals, Ring
 from bcachectl.engine.read_batch cimport ReadBatch
 
@@ -12,6 +13,7 @@ from bcachectl.engine.read_batch cimport ReadBatch
 cdef class UblkReads:
     cdef public Ring ring
     cdef public ReadBatch reads
+    cdef public UblkWrites writes
     cdef public Arrivals arrivals
     cdef public list others
     cdef public long ended, quiet
@@ -29,7 +31,9 @@ cdef class UblkReads:
         results=cython.int[::1], words=cython.uint[::1], sectors=cython.ulonglong[::1], lengths=cython.ulonglong[::1],
         tags=cython.uint[::1], descs=array, first_read=cython.Py_ssize_t, read_number=cython.uint,
         quiet_bytes=cython.uint, cancelled=cython.int, quiet=cython.long, count=cython.Py_ssize_t,
-        index=cython.Py_ssize_t, number=cython.uint, result=cython.int, word=cython.ulonglong,
+        index=cython.Py_ssize_t, number=cython.uint, result=cython.int, word=cython.ulonglong, writes=UblkWrites,
+        write_number=cython.uint, write_mask=cython.ulonglong, op_write=cython.ulonglong,
+        max_write_sectors=cython.ulonglong, max_writes=cython.Py_ssize_t,
     )
     cpdef bint serve(self)
 

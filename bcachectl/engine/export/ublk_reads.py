@@ -2,8 +2,9 @@
 """`UblkReads`: the read hits of a ublk device, from the ring into the ring.
 
 Every request of the device passes here twice: when it has come, as the completion of its tag's last fetch or commit,
-and when its read has ended.  What is a read hit is answered without anybody else; the rest is left in
-`UblkReads.others`.  `bcachectl.engine.export.ublk` says what the entries of the ring mean.
+and when its read or write has ended.  What is a read hit is answered without anybody else, and plain writes are left
+to `bcachectl.engine.export.ublk_writes.UblkWrites`; the rest comes into `UblkReads.others`.
+`bcachectl.engine.export.ublk` says what the entries of the ring mean.
 
 One of the modules that can be compiled: it knows columns and numbers only.
 """
@@ -15,8 +16,11 @@ from array import array
 from typing import TYPE_CHECKING, Protocol
 
 from bcachectl.engine.export import ublk_wire as wire
+from bcachectl.engine.export.ublk_writes import WRITE_NUMBER, UblkWrites
 from bcachectl.engine.io.ring import Arrivals, Ring
 from bcachectl.engine.read_batch import MAX_READS, ReadBatch
+from bcachectl.engine.write_batch import MAX_WRITES
+from bcachectl.engine.write_group import MAX_GROUP_SECTORS
 
 try:
     import cython
@@ -35,6 +39,7 @@ READ_NUMBER = 1 << 16
 """The number of a tag's read in the ring; that of its commit is the tag's own."""
 QUIET_BYTES = 16 << 10
 """A read of no more than this is over soon, and wakes us up no sooner than the request that follows it."""
+_WRITE_MASK = 0xFF | wire.FLAG_FUA | wire.FLAG_META
 HAND_OVER_READS = 8
 """So many reads are gathered before the kernel may begin with them.  A device that is handed all 32 of a turn at once
 has nothing to do while the next 32 are looked up (docs/decisions/0021)."""
@@ -55,14 +60,15 @@ class UblkReads:
     """
 
     def __init__(self, ring: Ring, reads: ReadBatch, buckets: Buckets, owner: Owner, descs: list[memoryview],
-                 first_commit: int, *, serves_hits: bool) -> None:
+                 first_commit: int, *, serves_hits: bool, writes: UblkWrites | None) -> None:
         """``descs``: the words of each tag's descriptor.  The tags' commits are entries in the slots of the ring from
-        ``first_commit`` on, their reads in as many slots behind.
+        ``first_commit`` on, their reads in as many slots behind.  ``writes``: who takes plain writes, if anybody.
         """
         count = len(descs)
         self.ring = ring
         self.reads = reads
         self.owner = owner
+        self.writes = writes
         self.serves_hits = serves_hits
         self.arrivals = Arrivals(ring.cq_entries)
         self.others: list[int] = []
@@ -76,14 +82,18 @@ class UblkReads:
 
     def serve(self) -> bool:
         """Drop the pins of reads that have ended, and answer those of the requests that are hits."""
-        arrivals, reads, pins, buckets = self.arrivals, self.reads, self.pin_at, self.buckets
+        arrivals, reads, writes, pins, buckets = self.arrivals, self.reads, self.writes, self.pin_at, self.buckets
         numbers, results, words = arrivals.numbers, arrivals.results, self.ring.sqe_u32
         sectors, lengths, tags, descs = reads.sectors, reads.lengths, self.tags, self.descs
         first_read, read_number, quiet_bytes, cancelled = self.first_read, READ_NUMBER, QUIET_BYTES, -errno.ECANCELED
+        write_number, write_mask, op_write = WRITE_NUMBER, _WRITE_MASK, wire.OP_WRITE
+        max_writes, max_write_sectors = MAX_WRITES, MAX_GROUP_SECTORS
         quiet = count = 0
         for index in range(arrivals.count):
             number, result = numbers[index], results[index]
-            if number >= read_number:
+            if number >= write_number and writes is not None:
+                writes.landed(number - write_number, result)
+            elif number >= read_number:
                 # Ended, well or not; if not, its commit comes back with ECANCELED.
                 number -= read_number
                 pins[buckets[number]] -= 1
@@ -93,7 +103,10 @@ class UblkReads:
             elif not result:
                 desc = desc_of(descs, number)
                 word = desc[0]
-                if word & 0xFF or count == MAX_READS:
+                if writes is not None and word & write_mask == op_write and word >> 32 <= max_write_sectors \
+                        and writes.waiting < max_writes:
+                    writes.add(number)
+                elif word & 0xFF or count == MAX_READS:
                     self.others.append(number)
                 else:
                     tags[count] = number
@@ -113,6 +126,10 @@ class UblkReads:
                 self._publish(count)
             else:
                 self.others.extend(tags[:count])
+        if writes is not None:
+            if writes.may_start():
+                writes.start(self.others)
+            return bool(self.others) or self.ended > 0 or writes.is_due
         return bool(self.others) or self.ended > 0
 
     def _publish(self, count: int) -> None:
@@ -159,6 +176,8 @@ class UblkReads:
     def finish(self) -> None:
         """Before anything else of the engine runs: count the hits; the owner takes what is left."""
         self.reads.settle()
+        if self.writes is not None and (self.writes.is_due or self.writes.waiting):
+            self.writes.finish(self.others)
         if self.others or self.ended:
             others, self.others = self.others, []
             ended, self.ended = self.ended, 0
@@ -168,3 +187,5 @@ class UblkReads:
         """Nothing comes any more: the reads that are in flight are nobody's."""
         self.ring.quiet_reads -= self.quiet
         self.quiet = 0
+        if self.writes is not None:
+            self.writes.forget()

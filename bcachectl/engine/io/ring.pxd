@@ -23,6 +23,9 @@ cdef class Ring:
     cdef public list quick
     cdef public long quiet_reads
     cdef public bint is_alone
+    cdef public long gathering
+    cdef unsigned int _gather_count
+    cdef long long _gather_ns
     cdef object _mmap, _sqes
     cdef unsigned int[::1] _u32
     cdef unsigned long long[::1] _cq_u64
@@ -34,6 +37,8 @@ cdef class Ring:
     cdef dict _given_back
 
     cpdef publish(self, Py_ssize_t slot)
+
+    cpdef gather(self, unsigned int count, long long limit_ns)
 
     @cython.locals(unsent=cython.uint, sent=cython.long)
     cpdef enter(self, unsigned int min_complete=*)

@@ -152,6 +152,9 @@ class Ring:
         self.quiet_reads = 0
         """Reads of quick clients in flight of whose end nobody has to hear at once."""
         self.is_alone = False
+        self.gathering = 0
+        """Quick clients that hold something back until more comes (`gather`)."""
+        self._gather_ns = self._gather_count = 0
         self._arrivals: list[Arrivals | None] = []  # of the quick clients, by their numbers
         self._shared_slots: int = self.sq_entries   # slots below this number are `push`'s own
         self._pushed = 0                            # of them, not yet taken by the kernel, at most
@@ -202,8 +205,13 @@ class Ring:
         self.sq_array[self.tail & self.sq_mask] = slot
         self.tail = (self.tail + 1) & 0xFFFFFFFF
 
+    @property
+    def room(self) -> int:
+        """How often `push` would find a free slot now."""
+        return self._shared_slots - self._pushed
+
     def push(self, opcode: int, *, fd: int, user_data: int, offset: int = 0, address: int = 0, length: int = 0,
-             op_flags: int = 0, payload: bytes = b"") -> bool:
+             op_flags: int = 0, flags: int = 0, payload: bytes = b"") -> bool:
         """Publish an entry in a slot that is free; False if none is before the next `enter`."""
         if self._pushed >= self._shared_slots:
             return False
@@ -211,9 +219,15 @@ class Ring:
         self._next_slot = slot + 1 if slot + 1 < self._shared_slots else 0
         self._pushed += 1
         self.fill(slot, opcode, fd=fd, offset=offset, address=address, length=length, op_flags=op_flags,
-                  user_data=user_data, payload=payload)
+                  user_data=user_data, flags=flags, payload=payload)
         self.publish(slot)
         return True
+
+    def gather(self, count: int, limit_ns: int) -> None:
+        """A quick client, which counts as ``gathering``, would rather be served when ``count`` more have come, or when
+        ``limit_ns`` have passed.
+        """
+        self._gather_count, self._gather_ns = count, limit_ns
 
     def enter(self, min_complete: int = 0) -> None:
         """Hand the pushed entries to the kernel and wait for ``min_complete`` completions."""
@@ -312,7 +326,10 @@ class Ring:
         began_ns, left_ns = monotonic_ns(), timeout_ns
         while True:
             quiet = self.quiet_reads
-            if not quiet or not left_ns:
+            if self.gathering and left_ns:
+                self.wait(self._gather_ns if left_ns < 0 or left_ns > self._gather_ns else left_ns,
+                          self._gather_count if self.gathering == 1 else 1)
+            elif not quiet or not left_ns:
                 self.wait(left_ns)
             elif 0 < left_ns < QUIET_WAIT_NS:
                 self.wait(left_ns, 1 + (quiet + 1 >> 1))

@@ -24,7 +24,7 @@ def perform(io: Io, medium: Medium) -> None:
             if io.flags & PREFLUSH:
                 medium.sync()
             if io.op == WRITE:
-                medium.write_from(offset_bytes, io.buf)
+                medium.write_from(offset_bytes, io.joined())
             else:
                 medium.write_zeroes(offset_bytes, io.nsectors << 9)
             if io.flags & FUA:
@@ -80,7 +80,8 @@ class SyncBackend:
             return False
         try:
             if io.op == WRITE and not medium.read_only:
-                return os.pwritev(medium.fd, (io.buf,), io.sector << 9) == io.nsectors << 9
+                parts = io.buf if type(io.buf) is tuple else (io.buf,)
+                return os.pwritev(medium.fd, parts, io.sector << 9) == io.nsectors << 9
             if io.op == READ:
                 return os.preadv(medium.fd, (io.buf,), io.sector << 9) == io.nsectors << 9
         except OSError:

@@ -43,15 +43,19 @@ _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 LOOK_NS = 200_000
 """How long the end of a client's read is looked for before the backend sleeps (docs/decisions/0024)."""
 
+MAX_KEPT, MAX_KEPT_SECTORS = 4, 256
+"""Stand-ins for memory that is not aligned, which are used again: of each size, and how long at most."""
+
 _POLL_CLIENT = (1 << CLIENT_SHIFT) - 1
 """No client, but the loop's epoll; client 0 are the Ios."""
 _POLL = _POLL_CLIENT << CLIENT_SHIFT
 
 
 class _Flight:
-    # An Io in the ring.  `array` pins the memory; `bounce` is the aligned stand-in for it.  `flushing`: the entry in
-    # the ring is the fdatasync before the write.
-    __slots__ = ("io", "medium", "array", "bounce", "address", "done_bytes", "flushing")
+    # An Io in the ring.  `array` pins the memory; `bounce` is the aligned stand-in for it.  `flushing`: an fdatasync
+    # goes before the write, which is linked to it.  `entries` are in the ring, and `result` is what has come of others:
+    # an error, or what they have done together.
+    __slots__ = ("io", "medium", "array", "bounce", "address", "done_bytes", "flushing", "entries", "result")
 
     def __init__(self, io: Io, medium: Medium) -> None:
         self.io = io
@@ -61,6 +65,8 @@ class _Flight:
         self.address = 0
         self.done_bytes = 0
         self.flushing = False
+        self.entries = 0
+        self.result = 0
 
 
 class RingClient(Protocol):
@@ -91,6 +97,7 @@ class RingBackend:
         self.clients: dict[int, RingClient] = {}
         self.awaited_reads = 0
         """Reads of clients in flight that a process waits for: their end is looked for before the backend sleeps."""
+        self._bounces: dict[int, list[mmap.mmap]] = {}      # by their sectors
         self._last_client = 0
         self._is_polled = False
         self._is_poll_due = False
@@ -204,7 +211,8 @@ class RingBackend:
             if io.op == READ:
                 return os.preadv(medium.fd, (io.buf,), io.sector << 9, medium.nowait_flag) == io.nsectors << 9
             if io.op == WRITE and not medium.read_only:
-                return os.pwritev(medium.fd, (io.buf,), io.sector << 9) == io.nsectors << 9
+                parts = io.buf if type(io.buf) is tuple else (io.buf,)
+                return os.pwritev(medium.fd, parts, io.sector << 9) == io.nsectors << 9
         except OSError:
             pass                                    # EAGAIN; or an error, which the ring will meet again and report
         return False
@@ -212,10 +220,11 @@ class RingBackend:
     def _launch(self, io: Io, medium: Medium) -> None:
         flight = _Flight(io, medium)
         if io.op in (READ, WRITE):
-            flight.array = np.frombuffer(io.buf, np.uint8)
+            flight.array = np.frombuffer(io.joined(), np.uint8)
             flight.address = flight.array.__array_interface__["data"][0]
             if medium.direct and flight.address & (medium.logical_block_bytes - 1):
-                flight.bounce = mmap.mmap(-1, io.nsectors << 9)
+                kept = self._bounces.get(io.nsectors)
+                flight.bounce = kept.pop() if kept else mmap.mmap(-1, io.nsectors << 9)
                 aligned = np.frombuffer(flight.bounce, np.uint8)
                 if io.op == WRITE:
                     aligned[:] = flight.array
@@ -237,35 +246,47 @@ class RingBackend:
                 if not self._push(self.waiting[0]):
                     return
             self.waiting.popleft()
-            self.in_ring += 1
 
     def _push(self, index: int) -> bool:
         flight = self.flights[index]
         assert flight is not None, "an index that is waiting or lands is in flight"
         io, fd, push = flight.io, flight.medium.fd, self.ring.push
+        wanted = 2 if flight.flushing else 1
+        if self.ring.room < wanted:
+            return False
+        flight.entries, flight.result = wanted, 0
+        self.in_ring += wanted
         if io.op == FLUSH or flight.flushing:
-            return push(_OP_FSYNC, fd=fd, offset=0, address=0, length=0, op_flags=_FSYNC_DATASYNC, user_data=index)
+            push(_OP_FSYNC, fd=fd, op_flags=_FSYNC_DATASYNC, user_data=index,
+                 flags=SQE_IO_LINK if flight.flushing else 0)
         offset_bytes, left_bytes = (io.sector << 9) + flight.done_bytes, (io.nsectors << 9) - flight.done_bytes
         if io.op in (READ, WRITE):
-            return push(_OP_READ if io.op == READ else _OP_WRITE, fd=fd, offset=offset_bytes,
-                        address=flight.address + flight.done_bytes, length=left_bytes,
-                        op_flags=os.RWF_DSYNC if io.flags & FUA else 0, user_data=index)
-        return push(_OP_FALLOCATE, fd=fd, offset=offset_bytes, address=left_bytes,
-                    length=_FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, op_flags=0, user_data=index)
+            push(_OP_READ if io.op == READ else _OP_WRITE, fd=fd, offset=offset_bytes,
+                 address=flight.address + flight.done_bytes, length=left_bytes,
+                 op_flags=os.RWF_DSYNC if io.flags & FUA else 0, user_data=index)
+        elif io.op != FLUSH:
+            push(_OP_FALLOCATE, fd=fd, offset=offset_bytes, address=left_bytes,
+                 length=_FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, user_data=index)
+        return True
 
     def _landed(self, index: int, result: int) -> bool:
         # True if the flight goes on with another entry.
         flight = self.flights[index]
-        assert flight is not None, "an index that is waiting or lands is in flight"
+        assert flight is not None, "a completion is of an Io that is in the ring"
         io = flight.io
+        before = flight.result
+        if before < 0 and (result >= 0 or before != -errno.ECANCELED):
+            result = before                     # a write whose fdatasync failed is canceled: that is not its error
+        elif result >= 0:
+            result += before
+        flight.entries, flight.result = flight.entries - 1, result
+        if flight.entries:
+            return False
         if result in (-errno.EINTR, -errno.EAGAIN):
             self.waiting.append(index)
             return True
-        if result >= 0 and flight.flushing:
-            flight.flushing = False
-            self.waiting.append(index)
-            return True
         if result >= 0 and io.op in (READ, WRITE):
+            flight.flushing = False
             flight.done_bytes += result
             if result and flight.done_bytes < io.nsectors << 9:
                 self.waiting.append(index)
@@ -277,6 +298,10 @@ class RingBackend:
             io.error = -result if result < 0 else 0
         if flight.bounce is not None and io.op == READ and not io.error:
             flight.array[:] = np.frombuffer(flight.bounce, np.uint8)
+        if flight.bounce is not None and io.nsectors <= MAX_KEPT_SECTORS:
+            kept = self._bounces.setdefault(io.nsectors, [])
+            if len(kept) < MAX_KEPT:
+                kept.append(flight.bounce)
         self.flights[index] = None
         self.free.append(index)
         self.done.append(io)

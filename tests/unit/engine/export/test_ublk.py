@@ -149,6 +149,7 @@ class FakeVolume:
     size_sectors, block_size_sectors, read_only = 4096, 8, False
     base = data_offset = 0
     serves_hits = True
+    batch = stable = None
 
     def __init__(self, place: int, buckets: Buckets) -> None:
         self.place = place

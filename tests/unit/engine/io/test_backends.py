@@ -13,6 +13,8 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,14 @@ def backend(request: pytest.FixtureRequest, image: Path) -> Iterator[Backend]:
     yield made
     made.close()
     device.close()
+
+
+def ring_backend(media: list[Any]) -> uring.RingBackend:
+    """A ring, where the kernel has one."""
+    try:
+        return uring.RingBackend(media)
+    except OSError as error:
+        pytest.skip(f"not here: {error}")
 
 
 def drain(backend: Backend, ios: list[Io]) -> list[Io]:
@@ -123,6 +133,32 @@ def test_errors_are_positive_errnos(backend: Backend, image: Path) -> None:
     part = Io(READ, 0, (SIZE_BYTES // 2 >> 9) - 4, 8, bytearray(4096))
     drain(backend, [io, part])
     assert (io.error, part.error) == (errno.EIO, errno.EIO)
+
+
+@pytest.mark.parametrize(("flags", "error"), [(FUA, errno.ENOSPC), (PREFLUSH | FUA, errno.EINVAL), (0, errno.ENOSPC)])
+def test_a_flush_that_fails_takes_its_write_along(flags: int, error: int) -> None:
+    """And it is the flush's error that is told.  /dev/full can be neither flushed nor written."""
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    medium = SimpleNamespace(fd=descriptor, is_block=False, direct=True, read_only=False, logical_block_bytes=512,
+                             can_discard=False)
+    backend = ring_backend([medium])
+    io = Io(WRITE, 0, 0, 8, bytes(4096), flags)
+    assert drain(backend, [io]) == [io]
+    assert io.error == error
+    assert backend.in_ring == 0
+    backend.close()
+    os.close(descriptor)
+
+
+def test_several_buffers_are_written_side_by_side(backend: Backend, image: Path) -> None:
+    parts = (b"a" * 512, bytearray(b"b" * 1024), memoryview(b"c" * 4096))
+    io = Io(WRITE, 0, 16, 11, parts)
+    aligned = Io(WRITE, 0, 64, 16, (b"d" * 4096, b"e" * 4096), PREFLUSH)
+    drain(backend, [io, aligned])
+    assert (io.error, aligned.error) == (0, 0)
+    content = image.read_bytes()
+    assert content[8192:8192 + 5632] == b"".join(parts)
+    assert content[32768:32768 + 8192] == b"d" * 4096 + b"e" * 4096
 
 
 def test_a_kernel_without_io_uring(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

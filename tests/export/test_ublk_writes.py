@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Groups of writes of a ublk device, on a running set in image files.
+
+The driver is played by a file: its mapping shows what the test asks, and every command for it fails at once, which says
+that the engine has answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bcachectl.engine.cached_dev import CachedDev
+from bcachectl.engine.export import ublk
+from bcachectl.engine.export import ublk_wire as wire
+from bcachectl.engine.export.host import EngineHost, HostOptions
+from bcachectl.engine.export.ublk import UblkExport
+from bcachectl.engine.front import REQ_READ, REQ_WRITE, Request
+from bcachectl.engine.io.uring import RingBackend
+from tests.vm.engine_side import bcachectl
+
+TAGS, BUFFER_BYTES = 32, 64 << 10
+
+
+class Control:
+    """What the export asks of the driver's control device."""
+
+    def io_command(self, command: int) -> int:
+        """As `UblkControl.io_command`."""
+        return wire.encoded(command)
+
+
+class Answer:
+    """Whom a request's answer goes to."""
+
+    def answered(self, request: Request) -> None:
+        """It was answered."""
+
+
+class Device:
+    """The export and what the test does with it; ``answers`` are the results by tag, as they came."""
+
+    def __init__(self, host: EngineHost, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = host
+        self.cset = host.cset
+        volume = host.cset.volumes[0]
+        assert isinstance(volume, CachedDev)
+        self.volume = volume
+        self.path = path
+        path.write_bytes(bytes(4096))
+        self.backend = RingBackend(list(host.media), waited_in=True)
+        self.export = UblkExport(host.loop, self.backend, Control(), volume,  # type: ignore[arg-type]
+                                 host.media[0], host.cset.buckets, mark=1, stream=1, block_bytes=4096,
+                                 can_discard=True, can_zero=True)
+        monkeypatch.setattr(ublk, "_open_when_there", lambda _path: os.open(path, os.O_RDWR))
+        self.export._open(wire.DevInfo(1, TAGS, 0, BUFFER_BYTES, 0, 1, 0, 1))
+        self.quiet_fd = os.eventfd(0)
+        self.backend.wait(self.quiet_fd, 0.05)
+        self.answers: list[tuple[int, int]] = []
+        reads = self.export._reads
+        assert reads is not None and reads.writes is not None, "the volume keeps writes back"
+        self.reads, self.writes = reads, reads.writes
+        self.content: dict[int, bytes] = {}
+        self.first_commit = self.export._first_slot
+
+    def ask(self, asked: dict[int, tuple[int, bytes]]) -> None:
+        """Writes on tags, (sector, data) each, that come together."""
+        with self.path.open("r+b") as file:
+            for tag, (sector, data) in asked.items():
+                file.seek(tag * wire.IO_DESC.size)
+                file.write(wire.IO_DESC.pack(wire.OP_WRITE, len(data) >> 9, sector, 0))
+                self.export._buffers[tag][:len(data)] = data
+        for tag in asked:
+            self.reads.arrivals.put(tag, 0)
+        self.reads.serve()
+
+    async def turn(self) -> None:
+        """Whatever the ring and the engine have to do now."""
+        self.backend.wait(self.quiet_fd, 0.002)
+        await self.cset.sched.yield_now()
+
+    async def answered(self, count: int) -> None:
+        """Wait until so many more requests are answered."""
+        count += self.export._ended
+        for _ in range(2000):
+            if self.export._ended >= count:
+                return
+            await self.turn()
+        raise AssertionError("never answered")
+
+    def result(self, tag: int) -> int:
+        """The answer to the tag's last request."""
+        return int(self.backend.ring.sqe_i32[16 * (self.first_commit + tag) + wire.IO_CMD_RESULT_WORD])
+
+    async def read(self, sector: int, nbytes: int) -> bytes:
+        """What the volume has."""
+        buf = bytearray(nbytes)
+        request = Request(REQ_READ, sector, nbytes >> 9, buf, tag=Answer())
+        self.volume.submit(request)
+        while self.cset.requests_in_flight:
+            await self.cset.idle.wait()
+        assert not request.error
+        return bytes(buf)
+
+    def is_quiet(self) -> bool:
+        """Nothing of a group is left over."""
+        return not (self.volume.ranges.groups or self.volume.dirty_writers or self.writes.runs
+                    or self.writes.group or self.cset.requests_in_flight)
+
+
+Story = Callable[[Device], Awaitable[None]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Story], None]]:
+    """Runs a story on a set that is known to be dirty."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    cache, backing = tmp_path / "cache.img", tmp_path / "backing.img"
+    for path, size_bytes in ((cache, 64 << 20), (backing, 16 << 20)):
+        with path.open("wb") as file:
+            file.truncate(size_bytes)
+    bcachectl("format", "--cache", cache, "--backing", backing, "--bucket-size", "64k", "--block-size", "4k",
+              "--cache-mode", "writeback", directory=tmp_path)
+    host = EngineHost(HostOptions(cache=str(cache), backings=(str(backing),), use_nbd=False, tunables=(
+        ("congested_write_threshold_us", "0"), ("writeback_running", "0"))))
+
+    def on(story: Story) -> None:
+        async def whole() -> None:
+            await host.start()
+            device = Device(host, tmp_path / "ublkc", monkeypatch)
+            first = Request(REQ_WRITE, 0, 8, bytes(4096), tag=Answer())
+            device.volume.submit(first)
+            while host.cset.requests_in_flight:
+                await host.cset.idle.wait()
+            await story(device)
+            device.export.abort()
+            for _ in range(200):
+                await device.turn()
+            assert device.is_quiet()
+            device.backend.close()
+            os.close(device.quiet_fd)
+            await host.stop()
+
+        host.loop.run(whole())
+
+    yield on
+    host.close()
+
+
+def data_for(count: int, seed: int, *, kib: int = 4) -> list[bytes]:
+    dice = random.Random(seed)
+    return [dice.randbytes(kib << 10) for _ in range(count)]
+
+
+def test_a_group_is_one_write_and_answered_when_its_keys_are_durable(run: Callable[[Story], None]) -> None:
+    async def story(device: Device) -> None:
+        data = data_for(8, 1)
+        device.ask({tag: (800 - 16 * tag, data[tag]) for tag in range(8)})
+        assert device.writes.runs == 1, "the data of all lies side by side"
+        assert device.volume.ranges.writing(device.volume.data_offset + 800, device.volume.data_offset + 801)
+        assert device.export._ended == TAGS
+        written = device.cset.journal.writes
+        await device.answered(8)
+        assert device.cset.journal.writes == written + 1
+        assert device.is_quiet()
+        for tag in range(8):
+            assert device.result(tag) == 4096
+            assert await device.read(800 - 16 * tag, 4096) == data[tag]
+        assert device.volume.dirty_sectors == 8 * 9
+    run(story)
+
+
+def test_data_that_does_not_lie_side_by_side_is_several_writes(run: Callable[[Story], None]) -> None:
+    """Some go on where another stream has written: into its bucket."""
+    async def story(device: Device) -> None:
+        for sector in (4096, 8192):
+            device.volume.submit(Request(REQ_WRITE, sector, 8, bytes(4096), stream=sector, tag=Answer()))
+        while device.cset.requests_in_flight:
+            await device.cset.idle.wait()
+        data = data_for(20, 2, kib=16)
+        sectors = [64 * tag for tag in range(20)]
+        sectors[5], sectors[12] = 4104, 8200
+        device.ask({tag: (sectors[tag], data[tag]) for tag in range(20)})
+        assert device.writes.runs >= 3, "two of them lie apart"
+        await device.answered(20)
+        for tag in range(20):
+            assert device.result(tag) == 16384
+            assert await device.read(sectors[tag], 16384) == data[tag]
+    run(story)
+
+
+def test_one_that_fails_begins_anew_by_itself(run: Callable[[Story], None]) -> None:
+    """The entry is pointed at a descriptor that cannot be written; the requests still can."""
+    async def story(device: Device) -> None:
+        data = data_for(4, 3)
+        bad_fd = os.open("/dev/zero", os.O_RDONLY)
+        device.backend.ring.sqe_i32[16 * (device.first_commit + 2 * TAGS) + 1] = bad_fd
+        device.ask({tag: (160 + 8 * tag, data[tag]) for tag in range(4)})
+        assert device.writes.runs == 1
+        await device.answered(4)
+        os.close(bad_fd)
+        assert device.is_quiet()
+        assert [await device.read(160 + 8 * tag, 4096) for tag in range(4)] == data
+        assert [device.result(tag) for tag in range(4)] == [4096] * 4
+        assert device.cset.io_errors_seen == 1
+    run(story)
+
+
+def test_a_write_that_overlaps_a_group_comes_after_it(run: Callable[[Story], None]) -> None:
+    async def story(device: Device) -> None:
+        old, new = data_for(2, 4)
+        device.ask({0: (320, old), 1: (400, old)})
+        device.ask({2: (320, new)})
+        assert device.writes.waiting == 1, "one group at a time"
+        await device.answered(3)
+        assert await device.read(320, 4096) == new
+        assert await device.read(400, 4096) == old
+    run(story)
+
+
+def test_the_next_group_waits_for_as_many_though_not_for_long(run: Callable[[Story], None]) -> None:
+    async def story(device: Device) -> None:
+        data = data_for(6, 5)
+        device.ask({tag: (8 * tag, data[tag]) for tag in range(4)})
+        await device.answered(4)
+        device.writes.until_ns = 1 << 62                # whatever the time is
+        device.ask({0: (480, data[4])})
+        assert (device.writes.waiting, device.writes.group, device.backend.ring.gathering) == (1, None, 1)
+        device.ask({tag: (480 + 8 * tag, data[5]) for tag in (1, 2, 3)})
+        assert (device.writes.waiting, device.writes.runs, device.backend.ring.gathering) == (0, 1, 0)
+        await device.answered(4)
+        device.ask({0: (640, data[4])})                 # and if the others do not come
+        await device.answered(1)
+        assert device.backend.ring.gathering == 0
+        assert await device.read(640, 4096) == data[4]
+    run(story)
+
+
+def test_an_export_that_is_given_up_leaves_no_write_in_flight(run: Callable[[Story], None]) -> None:
+    async def story(device: Device) -> None:
+        device.ask({tag: (8 * tag, data) for tag, data in enumerate(data_for(4, 6))})
+        device.ask({9: (640, data_for(1, 7)[0])})
+        device.export.abort()
+        assert device.volume.ranges.groups == []
+        await device.turn()
+        assert device.cset.requests_in_flight == 0
+    run(story)
+
+
+def test_errors_of_the_set_come_back(run: Callable[[Story], None]) -> None:
+    """The journal cannot be written: the set fails, and what was not durable goes the way of a set that failed."""
+    async def story(device: Device) -> None:
+        data = data_for(2, 8)
+        device.ask({0: (80, data[0])})
+        while not device.writes.is_written and device.writes.runs:
+            device.backend.ring.wait(1_000_000)
+            device.backend.ring.take_served()
+        device.cset.fail("a test wants it")
+        await device.answered(1)
+        assert device.result(0) in (-errno.EIO, 4096)
+        assert device.volume.io_disable, "it holds dirty data"
+        assert device.result(0) == -errno.EIO
+    run(story)
