@@ -251,7 +251,11 @@ def test_reads_and_writes_in_flight_together(direct: Hosted, structured: bool, m
     volume = direct.host.cset.devices[0]
     assert not volume.ranges.writes
     assert not volume.dirty_writers
-    assert int(direct.host.cset.buckets.pin.max()) <= 1, "a bucket is pinned for ever"
+    # A read may be answered a moment before its bucket is let go.
+    until_s = time.monotonic() + 20
+    while int(direct.host.cset.buckets.pin.max()) > 1:
+        assert time.monotonic() < until_s, "a bucket is pinned for ever"
+        time.sleep(0.01)
 
 
 def test_a_client_that_takes_its_answers_late(direct: Hosted) -> None:
