@@ -32,9 +32,10 @@ from tests.vm import machine
 FILES = (
     "tests/export/test_changes.py", "tests/export/test_engine_run.py", "tests/export/test_faults.py",
     "tests/export/test_features.py", "tests/export/test_golden_serve.py", "tests/export/test_write_batch.py",
-    "tests/export/test_writeback_serve.py", "tests/golden/test_killed.py", "tests/system/test_changes_under_load.py",
-    "tests/system/test_damage.py", "tests/system/test_dying_device.py", "tests/system/test_ext4.py",
-    "tests/system/test_fio.py", "tests/system/test_kill.py", "tests/system/test_nothing_written.py",
+    "tests/export/test_writeback_serve.py", "tests/fsck/test_undo_after_run.py", "tests/golden/test_killed.py",
+    "tests/system/test_changes_under_load.py", "tests/system/test_damage.py", "tests/system/test_dying_device.py",
+    "tests/system/test_ext4.py", "tests/system/test_fio.py", "tests/system/test_kill.py",
+    "tests/system/test_nothing_written.py",
 )
 SLOWNESS = 15
 MEMORY_MIB = 3072
