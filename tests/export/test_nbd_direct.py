@@ -15,8 +15,9 @@ from typing import ClassVar
 import pytest
 
 from bcachectl.blockdev import open_device
-from bcachectl.engine import stats
+from bcachectl.engine import stats, write_batch
 from bcachectl.engine.buckets import Buckets
+from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.nbd_direct import MAX_FLIGHTS, DirectReads, Read
 from bcachectl.engine.front import Request
@@ -25,7 +26,6 @@ from bcachectl.engine.io.loop import make_backend, make_sched
 from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import NS_PER_S, Io
 from bcachectl.engine.streams import Congestion
-from bcachectl.engine.write_batch import WriteBatch
 from bcachectl.errors import DeviceError
 from bcachectl.ondisk.geometry import Geometry
 from tests.export.faulty import Hosted, hosted
@@ -213,13 +213,13 @@ def test_a_set_that_is_only_read_refuses_writes_as_ever(tmp_path: Path) -> None:
 @pytest.mark.parametrize("structured", [False, True])
 def test_reads_and_writes_in_flight_together(direct: Hosted, structured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     placed: list[int] = []
-    serve = WriteBatch.serve
+    serve_placed = write_batch.serve_placed
 
-    def counted(batch: WriteBatch, request: Request) -> None:
-        placed.append(batch.placed.count)
-        serve(batch, request)
+    def counted(dev: CachedDev, request: Request) -> None:
+        placed.append(dev.batch.placed.count)
+        serve_placed(dev, request)
 
-    monkeypatch.setattr(WriteBatch, "serve", counted)
+    monkeypatch.setattr(write_batch, "serve_placed", counted)
     dice = random.Random(4)
     image = bytearray(dice.randbytes(SIZE_BYTES))
     with NbdClient(direct.socket, structured=structured) as client:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bcachectl.engine import cached_dev
 from bcachectl.engine.export.host import HostOptions
 from bcachectl.engine.write_batch import WriteBatch
 from tests.export.engine import Engine
@@ -22,7 +23,21 @@ SIZE_BYTES = 8 << 20
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[Hosted]:
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many writes each batch took."""
+    sizes: list[int] = []
+
+    class Counting(WriteBatch):
+        def commit(self, duration_ns: int) -> None:
+            sizes.append(self.placed.count)
+            super().commit(duration_ns)
+
+    monkeypatch.setattr(cached_dev, "WriteBatch", Counting)
+    return sizes
+
+
+@pytest.fixture
+def running(tmp_path: Path, taken: list[int]) -> Iterator[Hosted]:
     """A set in writeback mode with something dirty, whose cache may be written at once."""
     make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)
     options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), debug_checks=True,
@@ -35,20 +50,6 @@ def running(tmp_path: Path) -> Iterator[Hosted]:
             client.write(0, bytes(SIZE_BYTES))
         yield engine
     os.close(fd)
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many writes each batch took."""
-    sizes: list[int] = []
-    commit = WriteBatch.commit
-
-    def counted(self: WriteBatch, duration_ns: int) -> None:
-        sizes.append(self.placed.count)
-        commit(self, duration_ns)
-
-    monkeypatch.setattr(WriteBatch, "commit", counted)
-    return sizes
 
 
 def send_many(client: Client, image: bytearray, dice: random.Random, count: int) -> None:

@@ -20,7 +20,8 @@ from tests.require import need, need_tool
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SAME_TESTS = ("tests/unit/engine", "tests/property/test_alloc.py", "tests/property/test_node.py",
-              "tests/property/test_extents.py", "tests/sim", "tests/export/test_write_batch.py",
+              "tests/property/test_extents.py", "tests/property/test_streams.py", "tests/sim",
+              "tests/export/test_write_batch.py", "tests/export/test_ublk_writes.py",
               "tests/export/test_nbd.py", "tests/export/test_nbd_direct.py", "tests/property/test_scan.py",
               "tests/fsck/test_tally.py", "tests/fsck/test_damage.py", "tests/fsck/test_no_false.py::test_golden")
 

@@ -24,7 +24,8 @@ cdef class UblkWrites:
     cdef unsigned int[::1] tags
     cdef unsigned long long[::1] vectors
     cdef long long[::1] expected
-    cdef long long began_ns, until_ns
+    cdef public long long until_ns
+    cdef long long began_ns
 
     cpdef add(self, unsigned int number)
 
