@@ -309,8 +309,9 @@ class Ring:
         found = self.take()
         served, left = False, bool(found)
         for client in self.quick:
-            if client.arrivals.count:
-                served = True
+            if client.arrivals.count or self.gathering:
+                # Who gathers may have waited long enough, even if what came is not his.
+                served = served or client.arrivals.count > 0
                 left = client.serve() or left
         self.is_alone = served and not left
         return found

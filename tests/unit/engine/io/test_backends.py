@@ -25,8 +25,8 @@ from bcachectl.engine.io import uring
 from bcachectl.engine.io.loop import Loop, make_backend, make_sched
 from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.overlay import Overlay
-from bcachectl.engine.io.ring import Ring
-from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, WRITE, WRITE_ZEROES, Io, Sched
+from bcachectl.engine.io.ring import Arrivals, Ring
+from bcachectl.engine.sched import DISCARD, FLUSH, FUA, NS_PER_S, PREFLUSH, READ, WRITE, WRITE_ZEROES, Io, Sched
 from bcachectl.errors import WrongState
 
 SIZE_BYTES = 1 << 20
@@ -348,6 +348,53 @@ def test_an_entry_that_is_linked_to_a_read_fails_with_it(image: Path, nbytes: in
         assert client.landed_so_far == [whole, linked, whole, linked, *last]
         assert bytes(second[:4096]) == image.read_bytes()[:4096]
         backend.remove_client(base)
+        backend.close()
+
+
+class Quick:
+    """A client that serves himself, and counts how often."""
+
+    def __init__(self) -> None:
+        self.arrivals = Arrivals(64)
+        self.turns = 0
+
+    def serve(self) -> bool:
+        """Take all."""
+        self.turns += 1
+        self.arrivals.count = 0
+        return False
+
+    def finish(self) -> None:
+        """Nothing is left."""
+
+
+def test_who_holds_something_back_is_asked_whoever_else_is_served(image: Path) -> None:
+    """Else the reads of one device would keep another's writes waiting."""
+    with open_device(str(image)) as device:
+        backend = make_backend([device], waited_in=True)
+        assert isinstance(backend, uring.RingBackend)
+        busy, gatherer = Quick(), Quick()
+        base = backend.add_quick(busy)
+        backend.add_quick(gatherer)
+        ring = backend.ring
+        buf = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)
+        slot = ring.reserve(1)
+        ring.fill(slot, uring.OP_READ, fd=device.fd, user_data=base, length=4096,
+                  address=buf.__array_interface__["data"][0])
+        ring.publish(slot)
+        ring.wait(NS_PER_S)
+        ring.take_served()
+        assert (busy.turns, gatherer.turns) == (1, 0)
+        assert ring.is_alone
+        ring.gathering += 1
+        ring.gather(5, 1_000_000)
+        ring.publish(slot)
+        began_ns = time.monotonic_ns()
+        ring.serve(50_000_000)
+        assert time.monotonic_ns() - began_ns < NS_PER_S, "it does not wait for five"
+        assert busy.turns >= 2
+        assert gatherer.turns >= 1
+        ring.gathering -= 1
         backend.close()
 
 
