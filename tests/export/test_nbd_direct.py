@@ -56,7 +56,7 @@ def redirect(running: Hosted, path: Path) -> DirectReads:
     assert isinstance(host.backend, RingBackend)
     reads = DirectReads(host.backend, os.open(path, os.O_RDONLY), host.cset.buckets, host.cset.congestion)
     host.nbd.direct_reads = reads
-    for connection in host.nbd.connections.values():
+    for connection in list(host.nbd.connections.values()):      # its thread may take one away meanwhile
         if connection.volume is not None:
             connection.choose(connection.volume)
     return reads
