@@ -32,6 +32,7 @@ from bcachectl.engine.export.nbd_connection import Connection
 from bcachectl.engine.export.ublk import UblkExport
 from bcachectl.engine.front import NOT_NOW, REQ_READ, REQ_STABLE, REQ_WRITE, Request
 from bcachectl.engine.io.uring import RingBackend
+from bcachectl.engine.sched import NS_PER_MS
 from bench.process import machine, row
 from tests.export.engine import ROOT
 
@@ -148,7 +149,7 @@ class Bench:
                 placing, committing, count = placing + placed - began, committing + done - placed, count + taken
                 await self.cset.sched.yield_now()
             else:
-                await self.cset.journal.written.wait()
+                await self.cset.sched.sleep_until(self.cset.sched.now_ns + NS_PER_MS)
         return placing / count, committing / count
 
     async def tasks(self, operation: int) -> float:
