@@ -7,7 +7,8 @@ An export (NBD, loop, ublk) knows nothing of caches.  It does four things:
    byte of the cache device and the export reads it itself, at once, without suspending anything in between, or pins
    the bucket (`bcachectl.engine.buckets.Buckets.pin`) until it has read;
 2. writes it may first offer to the volume's `bcachectl.engine.write_batch.WriteBatch`, if it has one; what that places
-   on the cache device the export writes there itself, at once;
+   on the cache device the export writes there itself, at once, or as a group in flight
+   (`bcachectl.engine.write_group`);
 3. otherwise it makes a `Request` and calls `Volume.submit`;
 4. after each `Sched.run` it takes the requests out of `Front.completed` and answers its clients.  ``error`` is 0 or
    an errno.

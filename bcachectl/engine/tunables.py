@@ -128,14 +128,6 @@ class Tunables:
     def __init__(self, cset: CacheSet) -> None:
         self.cset = cset
 
-    def scope_of(self, name: str) -> str:
-        """``set`` or ``volume``: what a bare ``NAME=VALUE`` is about; UsageError if there is no such tunable."""
-        bare = _bare(name)
-        for scope in ("volume", "set"):
-            if bare in TUNABLES[scope]:
-                return scope
-        raise UsageError(_why_unknown(name, "set or volume"))
-
     def names(self, target: str) -> list[str]:
         """Everything that can be read of the target."""
         scope, _owner = self._owner(target)

@@ -68,7 +68,6 @@ DEPTH_LIMIT = 16
 """Levels of a btree that are followed below a damaged node."""
 
 _HEADER = struct.Struct("<QQQII")
-_ONES = (1 << 64) - 1
 
 
 class SalvagedSet(NamedTuple):

@@ -29,7 +29,6 @@ from bcachectl.units import parse_hprint
 ROOT = "/sys"
 DEV = "/dev"
 KMSG = "/dev/kmsg"
-DEBUGFS = "kernel/debug/bcache"
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 LOG_BYTES = 8192
 

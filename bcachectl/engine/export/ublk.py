@@ -44,7 +44,7 @@ from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.loopdev import is_claimed
 from bcachectl.engine.export.ublk_control import UblkControl
 from bcachectl.engine.export.ublk_reads import READ_NUMBER, UblkReads
-from bcachectl.engine.export.ublk_writes import OP_WRITEV, WRITE_NUMBER, UblkWrites
+from bcachectl.engine.export.ublk_writes import WRITE_NUMBER, UblkWrites
 from bcachectl.engine.front import (
     REQ_DISCARD,
     REQ_FLUSH,
@@ -59,7 +59,7 @@ from bcachectl.engine.front import (
 )
 from bcachectl.engine.io.loop import Loop
 from bcachectl.engine.io.medium import Medium
-from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, SQE_IO_LINK, RingBackend
+from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, OP_WRITEV, SQE_IO_LINK, RingBackend
 from bcachectl.engine.read_batch import ReadBatch
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.engine.write_group import StableWrites

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from bcachectl.engine.sched import Sched
     from bcachectl.engine.write_group import StableWrites
 
-OP_WRITEV = 2
 PATIENCE_SHIFT = 3
 """For this part of the time that a group took, 1/8, the next one waits for more."""
 MAX_PATIENCE_NS = 2_000_000

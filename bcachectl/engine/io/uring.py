@@ -34,6 +34,7 @@ from bcachectl.engine.sched import DISCARD, FLUSH, FUA, NS_PER_S, PREFLUSH, READ
 
 _OP_FSYNC, _OP_POLL_ADD, _OP_FALLOCATE, _OP_READ, _OP_WRITE = 3, 6, 17, 22, 23
 OP_READ = _OP_READ
+OP_WRITEV = 2
 OP_URING_CMD = 46
 SQE_IO_LINK = 1 << 2
 """Flag of an entry: the next one begins when this one has succeeded, and fails with ECANCELED when it has not."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from bcachectl.engine.tunables import TRIGGERS, TUNABLES
-from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
+from bcachectl.errors import Refused, UsageError, WrongState
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, CacheMode, Replacement, decode_superblock
 from tests.sim.world import SECTOR, Backing, Setup, World
 
@@ -193,10 +193,3 @@ def test_triggers(w: World) -> None:
     w.run(w.sleep(2000), "gc")
     assert w.cset.gc.runs == runs + 1
     assert set(TRIGGERS) == {"set", "volume", "flash"}
-
-
-def test_scope_of(w: World) -> None:
-    assert w.cset.tunables.scope_of("writeback_percent") == "volume"
-    assert w.cset.tunables.scope_of("internal/copy_gc_enabled") == "set"
-    with pytest.raises(BcachectlError):
-        w.cset.tunables.scope_of("nonsense")
