@@ -36,6 +36,10 @@ FILES = (
     "tests/system/test_changes_under_load.py", "tests/system/test_damage.py", "tests/system/test_dying_device.py",
     "tests/system/test_ext4.py", "tests/system/test_fio.py", "tests/system/test_kill.py",
     "tests/system/test_nothing_written.py",
+    "tests/cli/test_engine_verbs.py::test_a_day_in_the_life_of_an_engine", "tests/cli/test_live.py",
+    "tests/fsck/test_forget.py::test_an_engine_runs_the_set", "tests/fsck/test_resolve.py::test_an_engine_runs_it",
+    "tests/fsck/test_resolve.py::test_an_engine_goes_on_with_what_was_resolved",
+    "tests/fsck/test_resolve.py::test_writeback_of_an_inconsistent_device_detaches_it",
 )
 SLOWNESS = 15
 MEMORY_MIB = 3072
