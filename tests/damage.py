@@ -527,10 +527,13 @@ def pointer_cases() -> Iterator[Case]:
         yield Case(f"child_same_{base}", base, _same_child, ("BTREE_NODE_TWICE",))
         yield Case(f"child_gap_{base}", base, _child_gap, ("BTREE_CHILD_GAP",))
         yield Case(f"child_into_journal_{base}", base, _child_into_journal, ("BTREE_MAGIC",))
-        yield Case(f"child_twice_{base}", base, _child_twice, ("BTREE_CHILD_TWICE",))
+        stray = ("BTREE_STRAY",) if base == "deep_crash" else ()
+        yield Case(f"child_twice_{base}", base, _child_twice, ("BTREE_CHILD_TWICE", "BTREE_KEY_BEFORE", *stray))
         yield Case(f"child_not_at_start_{base}", base, _child_inside,
                    ("BTREE_VERSION" if base == "deep_crash" else "BTREE_CSUM", "BTREE_PTR_OFFSET"))
         yield Case(f"key_before_{base}", base, _key_before, ("BTREE_KEY_BEFORE",))
+        yield Case(f"separator_lower_{base}", base, _separator_lower, ("BTREE_SHORT_KEY", *stray))
+        yield Case(f"separator_higher_{base}", base, _separator_higher, ("BTREE_KEY_BEFORE", *stray))
         yield Case(f"prio_in_journal_{base}", base, _prio_in_journal, ("PRIO_INTO_JOURNAL",))
     yield Case("sb_unusable", "attached_clean", _unusable, ("SB_OFFSET", "SB_UNUSABLE"))
     yield Case("journal_ring", "thrash_crash", _swap_journal, ("JOURNAL_RING",))
@@ -579,6 +582,39 @@ def _key_before(image: Image) -> None:
                 if node.level == 0 and node.start > 4096 and len(node.sets[0].keys.pos))
     before = node.start - 8
     image.key(node, 0, 0, pos=(before >> 44, before & (1 << 44) - 1), size=8, ptr=CHECK_PTR)
+
+
+def _separator_lower(image: Image) -> None:
+    # A child ends, by its parent, before its keys do.
+    _move_separator(image, into_left=True)
+
+
+def _separator_higher(image: Image) -> None:
+    # A child begins, by its parent, behind its first keys.
+    _move_separator(image, into_left=False)
+
+
+def _move_separator(image: Image, *, into_left: bool) -> None:
+    # To the end of a key in the middle of the leaf on one side; of the leaf with most dirty keys.
+    node = _inner(image)
+    live = {(each.bucket, each.gen): each for each in image.nodes}
+    leaves = {each.start: each for each in image.nodes if each.level == 0}
+    size = image.walk.geometry.bucket_size_sectors
+    found: list[tuple[int, int, int, int]] = []
+    for number, bset in enumerate(node.sets):
+        for row, ptr in enumerate(bset.keys.ptr.tolist()):
+            left = live.get((ptr_sector(ptr) // size, ptr & 0xFF))
+            right = leaves.get(left.end) if left is not None else None
+            if left is None or right is None or left.end != int(bset.keys.pos[row]):
+                continue
+            keys = (left if into_left else right).sets[0].keys
+            inside = sorted(keys.pos[keys.size > 0].tolist())
+            if len(inside) > 2:
+                pos = inside[len(inside) // 2]
+                rows = keys.pos > pos if into_left else keys.pos <= pos
+                found.append((int(keys.dirty[rows].sum()), number, row, pos))
+    _count, number, row, pos = max(found)
+    image.key(node, number, row, pos=(pos >> 44, pos & (1 << 44) - 1))
 
 
 def _prio_in_journal(image: Image) -> None:

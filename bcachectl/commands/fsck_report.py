@@ -158,13 +158,15 @@ def _finding_lines(check: Check, finding: Finding) -> Iterator[str]:
     yield f"  {finding.meaning}"
     for loss in finding.losses:
         yield from _loss_lines(loss)
-    for start, end in finding.unknown:
-        yield from _unknown_lines(check, start, end)
+    for start, end in finding.unknown[:RANGES_SHOWN] if finding.code == "BTREE_STRAY" else finding.unknown:
+        yield from _unknown_lines(check, start, end, is_stray=finding.code == "BTREE_STRAY")
+    if finding.code == "BTREE_STRAY" and len(finding.unknown) > RANGES_SHOWN:
+        yield f"  and {counted(len(finding.unknown) - RANGES_SHOWN, 'more range')}; --json lists them"
     if finding.severity > Severity.NOTE and not finding.losses and not finding.unknown:
         yield "  It costs no data." if finding.is_safe else "  What it costs cannot be told."
 
 
-def _unknown_lines(check: Check, start: int, end: int) -> Iterator[str]:
+def _unknown_lines(check: Check, start: int, end: int, *, is_stray: bool = False) -> Iterator[str]:
     # By volume, as far as there are any in the range; what lies behind the last one has no keys.
     if (start, end) == (0, MAX_POS):
         yield "  nothing is known about any data in the cache, dirty or clean"
@@ -178,7 +180,10 @@ def _unknown_lines(check: Check, start: int, end: int) -> Iterator[str]:
         offset = check.data_offset(inode)
         first, last = max(first - offset, 0) << 9, max(last - offset, 0) << 9
         behind = "its end" if end - base >= SECTOR_MASK else f"byte {last}"
-        yield f"  nothing is known about what the cache has of {check.volume_name(inode)} from byte {first} to {behind}"
+        volume = check.volume_name(inode)
+        yield (f"  kept, unless something newer was written back since, which nobody knows: {volume}, bytes {first} to "
+               f"{last}" if is_stray else
+               f"  nothing is known about what the cache has of {volume} from byte {first} to {behind}")
 
 
 def _loss_lines(loss: Loss) -> Iterator[str]:

@@ -37,6 +37,8 @@ from bcachectl.fsck.live import staleness
 from bcachectl.fsck.lost_prios import lost_prio_sets
 from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Slot
 from bcachectl.fsck.salvage import (
+    TAG_CONTRADICTED,
+    TAG_DOUBTED,
     TAG_UNKNOWN_GEN,
     LeafMap,
     bucket_of,
@@ -46,6 +48,7 @@ from bcachectl.fsck.salvage import (
     leaf_map,
     older_keys,
 )
+from bcachectl.fsck.strays import with_strays
 from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Place, Spread, Tally, joined_spreads, run_buckets
 from bcachectl.fsck.walk import Read, Walk
 from bcachectl.ondisk import validity
@@ -171,6 +174,8 @@ class Check:
         """More clean data is dropped than `totals` says; nobody knows how much."""
         self.unknown: list[Slot] = []
         """Leaves that nothing, or not all, is known about."""
+        self.doubted: list[Slot] = []
+        """Ranges of dirty data that is kept, though something newer may have been written back since."""
         self.lost_positions = 0
         """Positions covered by leaves that told nothing at all."""
         self._lost_ranges: list[tuple[int, int]] = []
@@ -261,9 +266,12 @@ class Check:
             losses: tuple[Loss, ...] = ()
             unknown: tuple[tuple[int, int], ...] = ()
             if start < end:
+                is_stray = finding.code == "BTREE_STRAY"
                 rows = (lost.start < np.uint64(end)) & (lost.end > np.uint64(start)) & ~unsure
+                rows &= (lost.csum == TAG_CONTRADICTED) == is_stray
                 losses = self._losses(lost.take(rows))
-                unknown = tuple((max(slot.start, start), min(slot.end, end)) for slot in self.unknown
+                ranges = self.doubted + self.unknown if is_stray else self.unknown
+                unknown = tuple((max(slot.start, start), min(slot.end, end)) for slot in ranges
                                 if slot.start < end and start < slot.end)
             if finding.code in UNKNOWN_CODES or finding.code == "JOURNAL_IO":
                 unknown = ((0, MAX_POS),)
@@ -481,7 +489,7 @@ class Check:
 
     def _leaves(self) -> Iterator[Progress]:
         walk = self.walk
-        self.slots = expand(walk, self._lost_ranges, self.claims)
+        self.slots = with_strays(walk, expand(walk, self._lost_ranges, self.claims), known_buckets=self.known_buckets)
         self.journal = journal_map(walk)
         for slot in self.slots:
             if slot.leaf is None and slot.lost is not None:
@@ -507,7 +515,8 @@ class Check:
         # For each slot, its leaf if that is plain and may be believed: where keys or generations are missing, none.
         plain, self._plain = self._plain, {}
         is_sure = self.known_buckets == self.walk.geometry.nbuckets
-        leaves = [plain.get(slot.leaf.sector) if slot.leaf is not None and is_sure else None for slot in self.slots]
+        leaves = [plain.get(slot.leaf.sector) if slot.leaf is not None and slot.strays is None and is_sure else None
+                  for slot in self.slots]
         found = [leaf if leaf is not None and (leaf.place.start, leaf.place.end) == (slot.start, slot.end) else None
                  for slot, leaf in zip(self.slots, leaves, strict=True)]
         self._is_all_plain = sum(leaf is not None for leaf in found) == len(plain)
@@ -566,6 +575,8 @@ class Check:
         self.is_clean_unknown |= found.is_clean_unknown
         self.lost_positions += slot.end - slot.start if found.is_lost else 0
         self._lost.append(found.lost)
+        if len(found.strays.start):
+            self._strays(found.strays)
         self._count(found.kept, metadata)
         dirty = found.kept.take(found.kept.dirty)
         inodes = dirty.start >> np.uint64(INODE_SHIFT)
@@ -574,6 +585,16 @@ class Check:
             spread = Spread(int(rows.size.sum()), int(rows.start.min()), int(rows.end.max()))
             self.dirty = joined_spreads(self.dirty, {inode: spread})
         self._judge_stale(found.stale_dirty, found.too_stale)
+
+    def _strays(self, strays: Extents) -> None:
+        # Dirty keys that other leaves have in the range of one; what that hides, being out of date, is not among them.
+        doubted, lost = strays.take(strays.csum == TAG_DOUBTED), strays.take(strays.csum == TAG_CONTRADICTED)
+        pairs = zip(doubted.start.tolist(), doubted.end.tolist(), strict=True)
+        self.doubted += [Slot(start, end, None, 0) for start, end in pairs]
+        sectors, lost_sectors = int(strays.size.sum()), int(lost.size.sum())
+        why = f"{counted(sectors, 'dirty sector')} known by keys outside their leaf"
+        self._add(Finding("BTREE_STRAY", "btree leaf", f"{why}, {sectors - lost_sectors} of them kept"),
+                  int(strays.start.min()), int(strays.end.max()))
 
     def _leaf_map(self, slot: Slot) -> LeafMap:
         return leaf_map(self.walk, slot, self.journal, known_buckets=self.known_buckets)
@@ -648,7 +669,7 @@ class Check:
         told = set(zip(known.start.tolist(), known.ptr.tolist(), strict=True))
         pairs = zip(found.start.tolist(), found.ptr.tolist(), strict=True)
         is_told = np.array([pair in told for pair in pairs], np.bool_)
-        order = np.lexsort((PTR_OFFSET.get(found.ptr), ~is_told, ~found.dirty))
+        order = np.lexsort((PTR_OFFSET.get(found.ptr), ~is_told, ~found.dirty, found.csum == TAG_DOUBTED))
         taken: dict[tuple[int, int], int] = {}
         for row in order.tolist():
             first = int(PTR_OFFSET.get(found.ptr)[row])

@@ -113,7 +113,7 @@ def _gaps(under: Extents, over: Extents) -> Extents:
     behind = np.clip(first[row] + nth, 0, len(over.start) - 1)
     start = np.where(nth == 0, under.start[row], over.end[before])
     end = np.where(nth == touching[row], under.end[row], over.start[behind])
-    return _cut(under.take(row), start, end)
+    return cut(under.take(row), start, end)
 
 
 def _merged(some: Extents, others: Extents) -> Extents:
@@ -161,7 +161,7 @@ def flatten(extents: Extents) -> Extents:
     tails = np.append(heads[1:], len(bounds) - 1)
     rows = owner[heads]
     heads, tails, rows = heads[rows >= 0], tails[rows >= 0], rows[rows >= 0]
-    return _cut(extents.take(rows), bounds[heads], bounds[tails])
+    return cut(extents.take(rows), bounds[heads], bounds[tails])
 
 
 def clip(extents: Extents, *, start: int, end: int) -> Extents:
@@ -169,7 +169,7 @@ def clip(extents: Extents, *, start: int, end: int) -> Extents:
     first = int(np.searchsorted(extents.end, np.uint64(start), "right"))
     last = int(np.searchsorted(extents.start, np.uint64(end), "left"))
     some = extents.take(slice(first, max(first, last)))
-    return _cut(some, np.maximum(some.start, np.uint64(start)), np.minimum(some.end, np.uint64(end)))
+    return cut(some, np.maximum(some.start, np.uint64(start)), np.minimum(some.end, np.uint64(end)))
 
 
 def merge(extents: Extents, *, bucket_size_sectors: int) -> Extents:
@@ -193,17 +193,17 @@ def merge(extents: Extents, *, bucket_size_sectors: int) -> Extents:
     start, end = extents.start[heads], extents.end[tails]
     pieces = -(-(end - start).astype(np.int64) // KEY_SIZE_MAX)
     if int(pieces.max()) == 1:
-        return _cut(extents.take(heads), start, end)
+        return cut(extents.take(heads), start, end)
     group = np.repeat(np.arange(len(heads)), pieces)
     nth = np.arange(len(group)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     piece_start = start[group] + (nth * KEY_SIZE_MAX).astype(np.uint64)
     piece_end = np.minimum(piece_start + np.uint64(KEY_SIZE_MAX), end[group])
-    return _cut(extents.take(heads[group]), piece_start, piece_end)
+    return cut(extents.take(heads[group]), piece_start, piece_end)
 
 
-def _cut(extents: Extents, start: U64, end: U64) -> Extents:
-    # New bounds within (or joined beyond the end of) each extent: a pointer to the cache follows the start, others,
-    # which lead nowhere, stay; what is empty goes.
+def cut(extents: Extents, start: U64, end: U64) -> Extents:
+    """New bounds within (or joined beyond the end of) each extent: a pointer to the cache follows the start, others,
+    which lead nowhere, stay; what is empty goes."""
     moved = np.where((extents.nptrs > 0) & (PTR_DEV.get(extents.ptr) == 0),
                      (start - extents.start) << np.uint64(GEN_BITS), np.uint64(0))
     rows = end > start

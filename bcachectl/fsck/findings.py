@@ -199,6 +199,8 @@ CODES: dict[str, Meaning] = {
                                   "says that it should; the kernel would miss it without a word."),
     "BTREE_SHORT_KEY": Meaning(_E, "A node holds keys behind the end of its range; the kernel refuses the set."),
     "BTREE_KEY_BEFORE": Meaning(_E, "A leaf holds keys before the start of its range, where no lookup finds them."),
+    "BTREE_STRAY": Meaning(_E, "Dirty data is known only by keys outside the range of their leaf, where no lookup "
+                               "finds them: readers get what is older. A repair puts these keys where they belong."),
     "BTREE_PTRS": Meaning(_E, "A key has several pointers; sets have had one cache since kernel 5.10."),
     "BTREE_ORDER": Meaning(_E, "Keys of a set are out of order; lookups go wrong."),
     "BTREE_SET_OVERLAP": Meaning(_E, "Keys within one set overlap."),

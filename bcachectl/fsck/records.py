@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.tally import Place, Tally
 from bcachectl.ondisk.bkey import Ptr
 from bcachectl.ondisk.bset import BsetImage
@@ -102,3 +103,7 @@ class Slot(NamedTuple):
     level: int = 0
     is_doubtful: bool = False
     """Found without a parent, and not the only one that could be meant."""
+    is_astray: bool = False
+    """Some keys of the leaf lie outside [start, end)."""
+    strays: Extents | None = None
+    """Dirty keys of other leaves that lie in [start, end) (`bcachectl.fsck.strays`)."""

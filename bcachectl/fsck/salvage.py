@@ -18,6 +18,8 @@ Whoever judges the cost of damage and whoever repairs it must agree, so both ask
 * An extent that no kernel accepts hides its range and counts as lost.
 * Where a prio set is lost the generations of its buckets are unknown, so nobody can tell whether a clean extent is out
   of date: it is dropped.  Buckets with dirty data are never used again, so dirty extents are kept.
+* What lies outside a leaf's range is not the leaf's any more; what it alone says is given to the owner of the range,
+  below all else (`bcachectl.fsck.strays`).
 * The journal's keys come on top of everything.
 
 Rows of the maps made here carry a tag in the ``csum`` column, whose own meaning no kernel ever used.
@@ -63,7 +65,7 @@ from bcachectl.ondisk.magic import bset_magic
 
 OLDER_KEYS_LIMIT = 1 << 18
 """So many keys of entries that need not be replayed are looked at, the newest."""
-TAG_NONE, TAG_JOURNAL, TAG_UNKNOWN_GEN, TAG_LOST = 0, 5, 6, 7
+TAG_NONE, TAG_STRAY, TAG_DOUBTED, TAG_JOURNAL, TAG_UNKNOWN_GEN, TAG_LOST, TAG_CONTRADICTED = 0, 1, 2, 5, 6, 7, 8
 DEPTH_LIMIT = 16
 """Levels of a btree that are followed below a damaged node."""
 
@@ -97,6 +99,8 @@ class LeafMap(NamedTuple):
     is_unknown: bool
     is_lost: bool
     is_clean_unknown: bool
+    strays: Extents
+    """Those of ``kept`` and ``lost`` that another leaf has outside its range."""
 
 
 class _Node:
@@ -540,10 +544,10 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
 
     The gens of buckets from ``known_buckets`` on are not known.
     """
-    ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
-    sets = read_sets(walk, ptr, slot.nsectors) if ptr is not None else None
-    merged = too_stale = outside = extent.empty()
-    older, is_all_known = extent.empty(), False
+    sets = slot_sets(walk, slot)
+    merged = extent.empty() if slot.strays is None else slot.strays
+    too_stale = astray = older = extent.empty()
+    is_all_known = False
     if not sets or not all(image.is_valid for image in sets):
         older, is_all_known = older_keys(walk)
         older = extent.clip(older, start=slot.start, end=slot.end)
@@ -552,7 +556,7 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
         is_all_known &= bool(is_sure.all())
         older = older.take(is_sure)
     if not sets:
-        merged = older
+        merged = extent.overlay(merged, older)
     for image in sets or []:
         rows = _tagged(walk, image)
         behind = staleness(walk, rows) > validity.BUCKET_GC_GEN_MAX
@@ -567,27 +571,56 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
         if not image.is_valid:
             merged = extent.overlay(merged, older.take((older.nptrs > 0) & (staleness(walk, older) == 0)))
     if len(merged.start) and (int(merged.start[0]) < slot.start or int(merged.end[-1]) > slot.end):
-        before = extent.clip(merged, start=0, end=slot.start)
-        outside = extent.concatenate([before, extent.clip(merged, start=slot.end, end=MAX_POS)])
-        outside = _retag(outside, np.ones(len(outside.start), np.bool_), TAG_LOST)
+        astray = outside(merged, slot)
+        # What is dirty is the owner's of the range, to be judged there.
+        astray = astray.take(~is_stray(astray))
+        astray = _retag(astray, np.ones(len(astray.start), np.bool_), TAG_LOST)
         merged = extent.clip(merged, start=slot.start, end=slot.end)
     merged = extent.overlay(merged, extent.clip(journal, start=slot.start, end=slot.end))
     is_unsure = ~merged.dirty & (merged.nptrs > 0) & (bucket_of(walk, merged) >= known_buckets)
     merged = _retag(merged, is_unsure & (merged.csum <= TAG_JOURNAL), TAG_UNKNOWN_GEN)
-    merged = extent.concatenate([merged, outside])
+    merged = extent.concatenate([merged, astray])
     has_data = (merged.nptrs > 0) & ((PTR_DEV.get(merged.ptr) == 0) | (merged.csum == TAG_LOST))
     stale = (staleness(walk, merged) > 0) & (bucket_of(walk, merged) < walk.geometry.nbuckets)
     kept = has_data & ~stale & (merged.csum <= TAG_JOURNAL)
     lost = has_data & ~stale & (merged.csum > TAG_JOURNAL)
-    stale_dirty = has_data & stale & merged.dirty & (merged.csum == TAG_NONE)
+    stale_dirty = has_data & stale & merged.dirty & (merged.csum < TAG_JOURNAL)
     # Where no set is good the node may be another's altogether.
     is_unknown = not any(image.is_valid for image in sets or []) or not all(
         image.is_valid or image.is_whole for image in sets or [])
     is_clean_unknown = is_unknown and is_all_known
     is_unknown = (is_unknown and not is_all_known) or slot.is_doubtful
     is_lost = not sets and not is_all_known and not kept.any()
+    strays = (kept | lost) & np.isin(merged.csum, (TAG_STRAY, TAG_DOUBTED, TAG_CONTRADICTED))
     return LeafMap(merged.take(kept), merged.take(lost), merged.take(stale_dirty), too_stale, is_unknown, is_lost,
-                   is_clean_unknown)
+                   is_clean_unknown, merged.take(strays))
+
+
+def slot_sets(walk: Walk, slot: Slot) -> list[SalvagedSet] | None:
+    """The sets of the leaf of a slot, damaged or not; None if there is none, or none of it can be read."""
+    ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
+    return read_sets(walk, ptr, slot.nsectors) if ptr is not None else None
+
+
+def own_keys(walk: Walk, slot: Slot) -> Extents:
+    """All keys of the leaf of a slot as one flat map, newer over older, what cannot be believed tagged as lost."""
+    merged = extent.empty()
+    for image in slot_sets(walk, slot) or []:
+        merged = extent.overlay(merged, extent.flatten(_tagged(walk, image)))
+    return merged
+
+
+def is_stray(extents: Extents) -> npt.NDArray[np.bool_]:
+    """Which of what lies outside its leaf names a place of dirty data that can be believed."""
+    is_here = (extents.nptrs > 0) & (PTR_DEV.get(extents.ptr) == 0)
+    stray: npt.NDArray[np.bool_] = extents.dirty & is_here & (extents.csum == TAG_NONE)
+    return stray
+
+
+def outside(extents: Extents, slot: Slot) -> Extents:
+    """What of flat extents does not lie in the range of a slot."""
+    return extent.concatenate([extent.clip(extents, start=0, end=slot.start),
+                               extent.clip(extents, start=slot.end, end=MAX_POS)])
 
 
 def bucket_of(walk: Walk, extents: Extents) -> npt.NDArray[np.uint64]:

@@ -376,7 +376,7 @@ class Walk:
             return None
         yield Record(f"btree node at bucket {node.bucket}, level {level}", ptr.sector, key.size, node)
         if level == 0:
-            self.slots.append(Slot(start, end, ptr, key.size))
+            self.slots.append(Slot(start, end, ptr, key.size, is_astray=_is_astray(node)))
             yield from self._judge_leaf(node)
         self.mark_columns([image.keys for image in node.sets], level)
         return node
@@ -471,7 +471,8 @@ class Walk:
         try:
             check_node_end(last, end, where)
         except Corrupt as error:
-            damages.append(Damage(error.where, error.why, ptr.sector, nsectors))
+            lost = (0, 0) if level else (end, last)
+            damages.append(Damage(error.where, error.why, ptr.sector, nsectors, *lost))
         if any(bool((image.keys.nptrs > 1).any()) for image in sets):
             damages.append(Damage(where, "a key with several pointers", ptr.sector, nsectors))
         if any(not bool((image.keys.pos[:-1] <= image.keys.pos[1:]).all()) for image in sets):
@@ -480,7 +481,8 @@ class Walk:
 
     def children(self, node: Node) -> tuple[list[Child], list[Damage]]:
         """What an interior node leads to (level, key, start, end), and what is wrong with its pointers."""
-        # In key order, the newer set first at equal positions; each child covers what follows the one before it.
+        # In key order, the newer set first at equal positions; each child covers what follows the one before it, up to
+        # the end of the node.  One for which that leaves nothing is read for its keys, which may be right.
         # The kernel's iterator likewise skips what is bad (bset.c, bch_btree_iter_next_filter).
         where = f"btree node at bucket {node.bucket}, level {node.level}"
         sector = self._sector_of(node.bucket)
@@ -493,7 +495,7 @@ class Walk:
         for pos, minus_number, row in rows:
             child = good[-minus_number].get(row)
             if child is not None and pos > start:
-                children.append((node.level - 1, child, start, pos))
+                children.append((node.level - 1, child, min(start, node.end), min(pos, node.end)))
                 start = pos
                 continue
             key = _interior_key(node.sets[-minus_number].keys, row)
@@ -506,8 +508,9 @@ class Walk:
             if pos <= start:
                 damages.append(Damage(where, f"two children end at {pos >> INODE_SHIFT}:{pos & SECTOR_MASK}", sector,
                                       node.nsectors, children[-1][2] if children else 0, start))
+                children.append((node.level - 1, key, min(start, node.end), min(start, node.end)))
                 continue
-            children.append((node.level - 1, key, start, pos))
+            children.append((node.level - 1, key, min(start, node.end), min(pos, node.end)))
             start = pos
         if start < node.end:
             # The journal may still hold keys there; `bcachectl.fsck.live` finds the gap by itself.
@@ -607,6 +610,12 @@ def _place_of(child: Child) -> Place:
     _level, key, start, end = child
     ptr = key.ptrs[0]
     return Place(ptr.sector, ptr_make(ptr.sector, ptr.gen, ptr.dev), key.size, start, end)
+
+
+def _is_astray(node: Node) -> bool:
+    # Some keys lie outside the node's range.
+    return any(bool((keys.pos - keys.size < np.uint64(node.start)).any() or (keys.pos > np.uint64(node.end)).any())
+               for keys in (image.keys for image in node.sets) if len(keys.pos))
 
 
 def _is_usable(sb: Superblock, size_sectors: int) -> bool:

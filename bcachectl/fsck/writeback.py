@@ -129,7 +129,7 @@ def find_dirty(check: Check) -> Dirty:
         lost += [part.take(part.dirty) for part in (leaf.kept.take(is_dropped), leaf.lost, leaf.stale_dirty)]
         if leaf.is_unknown or ((slot.leaf is None or len(leaf.lost.start)) and not _is_sound(check, slot)):
             unknown.append((slot.start, slot.end))
-    unknown += [(slot.start, slot.end) for slot in check.unknown]
+    unknown += [(slot.start, slot.end) for slot in check.unknown + check.doubted]
     if check.is_doubtful:
         unknown = [(0, MAX_POS)]
     return Dirty(_by_inode(extent.concatenate(kept)), _by_inode(extent.concatenate(lost)), list(_united(unknown)))

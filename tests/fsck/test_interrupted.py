@@ -31,7 +31,7 @@ SCENARIOS = ("sb_all_zero_attached_clean", "prio_csum_dirty_crash", "journal_mid
              "extent_overlap_thrash_crash", "child_beyond_gen_churn", "uuid_flash_0", "set_zero_interior_gen_churn",
              "child_is_interior_gen_churn")
 EXTRA = ("set_csum_middle_leaf_deep_crash", "set_zero_interior_deep_crash", "sb_csum_deep_crash",
-         "prio_csum_deep_crash")
+         "prio_csum_deep_crash", "separator_lower_deep_crash")
 """Many writes each: a sample of them."""
 EXTRA_POINTS = 6
 ALL = os.environ.get("BCACHECTL_DAMAGE") == "all"
