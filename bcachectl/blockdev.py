@@ -26,6 +26,7 @@ import mmap
 import os
 import stat
 import struct
+from contextlib import suppress
 from types import TracebackType
 
 from bcachectl import metaimage
@@ -134,6 +135,14 @@ class BlockDevice:
         except OSError as error:
             raise self._failed("read", offset_bytes, error) from error
         return bytes(buf)
+
+    def announce(self, offset_bytes: int, nbytes: int) -> None:
+        """A read of these bytes will follow: what it brings into the page cache may begin now.  Whether it can be read
+        is said by the read.
+        """
+        if self.image is None and not self.direct:
+            with suppress(OSError):
+                os.posix_fadvise(self.fd, offset_bytes, nbytes, os.POSIX_FADV_WILLNEED)
 
     def write(self, offset_bytes: int, data: Buffer) -> None:
         """Write all of ``data``; durable only after `flush`."""

@@ -17,7 +17,6 @@ from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.claim import claim
 from bcachectl.commands import fsck_report, writeback_copy
 from bcachectl.commands.options import Backup, DryRun, Force, Json, complete_set, print_json
-from bcachectl.commands.writeback_copy import Cache
 from bcachectl.errors import Refused, UsageError, WrongState
 from bcachectl.fsck import forget
 from bcachectl.fsck.check import Check
@@ -187,9 +186,7 @@ def export_dirty(check: Check, device: BlockDevice, slot: int, file: Path, retri
             raw.truncate(max(end_sector << 9, raw.tell()))
         target = stack.enter_context(open_device(str(file), write=True, exclusive=True, direct=False))
         careful = stack.enter_context(open_device(device.path, direct=True)) if device.is_block else device
-        cache = Cache(device.path, device.size_bytes >> 9,
-                      lambda sector, count: device.read(sector << 9, count << 9),
-                      lambda sector, count: careful.read(sector << 9, count << 9))
+        cache = writeback_copy.cache_of(device, careful)
         copy = writeback_copy.prepare(cache, target, own, owner, map_file, retries, end_sector=end_sector)
         writeback_copy.run(copy, target, map_file, show=show)
     lost = sectors_of(copy.lost)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +32,15 @@ SAMPLES, SAMPLE_SECTORS = 256, 8
 
 
 class Cache(NamedTuple):
-    """The cache device, held so that nobody runs it; ``read_sector`` asks the device for no more than it is asked."""
+    """The cache device, held so that nobody runs it; ``read_sector`` asks the device for no more than it is asked,
+    ``announce`` says what will be read soon.
+    """
 
     path: str
     size_sectors: int
     read: Read
     read_sector: Read
+    announce: Callable[[int, int], None]
 
 
 class Sink:
@@ -63,8 +66,15 @@ def open_cache(path: str) -> Iterator[Cache]:
                 careful = stack.enter_context(open_device(path, direct=True))
             except DeviceError:
                 pass
-        yield Cache(path, device.size_bytes >> 9, lambda sector, count: device.read(sector << 9, count << 9),
-                    lambda sector, count: careful.read(sector << 9, count << 9))
+        yield cache_of(device, careful)
+
+
+def cache_of(device: BlockDevice, careful: BlockDevice) -> Cache:
+    """The cache device ``device``; ``careful`` is the same one, for single sectors."""
+    return Cache(device.path, device.size_bytes >> 9,
+                 lambda sector, count: device.read(sector << 9, count << 9),
+                 lambda sector, count: careful.read(sector << 9, count << 9),
+                 lambda sector, count: device.announce(sector << 9, count << 9))
 
 
 def prepare(cache: Cache, device: BlockDevice, found: Source, owner: Owner, map_file: Path | None, retries: int, *,
@@ -78,8 +88,8 @@ def prepare(cache: Cache, device: BlockDevice, found: Source, owner: Owner, map_
     if map_file is not None and map_file.exists():
         earlier = rescue_map.parse(map_file.read_text(encoding="utf-8", errors="replace"), str(map_file), owner)
         _refuse_another(cache, device, found, of_status(earlier, DONE), map_file)
-    return Copy(cache.read, cache.read_sector, Sink(device), found, owner, earlier=earlier, retries=retries,
-                end_sector=device.size_bytes >> 9 if end_sector is None else end_sector)
+    return Copy(cache.read, cache.read_sector, cache.announce, Sink(device), found, owner, earlier=earlier,
+                retries=retries, end_sector=device.size_bytes >> 9 if end_sector is None else end_sector)
 
 
 def _refuse_another(cache: Cache, device: BlockDevice, found: Source, done: Extents, map_file: Path) -> None:

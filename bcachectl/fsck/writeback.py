@@ -7,9 +7,10 @@ The cache is only ever read.  The way of one run:
    extents by device number, dirty extents that are known to be lost, and ranges of positions whose keys are unknown.
 2. A `Source` is that for one device number, in sectors of the device that it goes to.  What lies outside the data of
    that device (`Source.misplaced`) is never written: it would hit the superblock, or the end.
-3. `Copy.run` copies in the order of the backing device.  Neighbours make one write of up to `PIECE_SECTORS`.  A read
-   that fails is halved until single sectors remain; what cannot be read is lost, and the backing device keeps there
-   what it had.
+3. `Copy.run` copies in the order of the backing device.  Neighbours make one write of up to `PIECE_SECTORS`.  What the
+   next writes need lies anywhere on the cache; it is announced, so that the device has many reads to do at once.  A
+   read that fails is halved until single sectors remain; what cannot be read is lost, and the backing device keeps
+   there what it had.
 4. The lost sectors are tried again, sector by sector, as often as asked for.
 5. The caller flushes the device, and only then marks its superblock clean.
 
@@ -19,7 +20,8 @@ the map flushes the backing device first.  Doing a range twice is harmless: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +40,8 @@ from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET
 
 PIECE_SECTORS = 8192
 """The longest write, and what a range of the map grows by."""
+AHEAD_EXTENTS, AHEAD_SECTORS = 512, 2 * PIECE_SECTORS
+"""How far ahead of the copy reads are announced, whichever is reached first."""
 
 
 class Target(Protocol):
@@ -176,13 +180,16 @@ def writes(extents: Extents) -> Iterator[tuple[int, Extents]]:
 
 
 class Copy:
-    """One copy of a `Source` to a `Target`; ``read`` reads the cache, ``read_sector`` a single sector with all care."""
+    """One copy of a `Source` to a `Target`; ``read`` reads the cache, ``read_sector`` a single sector with all care,
+    ``announce`` is told before which sectors will be read.
+    """
 
-    def __init__(self, read: Read, read_sector: Read, target: Target, found: Source, owner: Owner, *,
-                 end_sector: int, earlier: Extents | None = None, retries: int = 0) -> None:
+    def __init__(self, read: Read, read_sector: Read, announce: Callable[[int, int], None], target: Target,
+                 found: Source, owner: Owner, *, end_sector: int, earlier: Extents | None = None,
+                 retries: int = 0) -> None:
         """``earlier`` is the map of a run that was interrupted: what it finished is not copied again, and what it lost
         is tried again only if there are ``retries``."""
-        self.read, self.read_sector, self.target = read, read_sector, target
+        self.read, self.read_sector, self.announce, self.target = read, read_sector, announce, target
         self.source, self.owner, self.end_sector, self.retries = found, owner, end_sector, retries
         before = extent.empty() if earlier is None else earlier
         finished, given_up = (rescue_map.of_status(before, status) for status in (DONE, LOST))
@@ -203,7 +210,7 @@ class Copy:
         """Copy, a piece with each step; DeviceError if the target cannot be written."""
         total = sectors_of(self.todo) + self.bad_sectors
         done = self.bad_sectors
-        for start, pieces in writes(self.todo):
+        for start, pieces in self._announced(writes(self.todo)):
             bad = self._copy(start, pieces)
             end = int(pieces.end[-1])
             self.bad += bad
@@ -251,6 +258,24 @@ class Copy:
         return RescueMap(self.owner, extent.overlay(rows, self.lost), self.at, self.end_sector)
 
     # Reading and writing.
+
+    def _announced(self, each: Iterator[tuple[int, Extents]]) -> Iterator[tuple[int, Extents]]:
+        # The same writes, those that follow announced.
+        ahead: deque[tuple[int, Extents]] = deque()
+        extents = sectors = 0
+        for start, pieces in each:
+            sizes = pieces.size.tolist()
+            for sector, count in zip(PTR_OFFSET.get(pieces.ptr).tolist(), sizes, strict=True):
+                self.announce(sector, count)
+            ahead.append((start, pieces))
+            extents += len(sizes)
+            sectors += sum(sizes)
+            while len(ahead) > 1 and (extents > AHEAD_EXTENTS or sectors > AHEAD_SECTORS):
+                first, gone = ahead.popleft()
+                extents -= len(gone.start)
+                sectors -= sectors_of(gone)
+                yield first, gone
+        yield from ahead
 
     def _copy(self, start: int, pieces: Extents) -> list[tuple[int, int]]:
         # One write, or several around the sectors that cannot be read; those are returned.

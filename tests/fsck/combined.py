@@ -154,7 +154,8 @@ def wrong_after_writeback(image: Image, truth: Truth) -> Iterator[tuple[str, int
         own = source(dirty, found.inode, first_sector=found.superblock.data_offset, end_sector=device.size_sectors)
         owner = Owner(checked.walk.superblock.set_uuid, found.superblock.uuid, checked.walk.newest.seq)
         disk = Disk(device.content())
-        copy = Copy(image.cache.read, image.cache.read, disk, own, owner, end_sector=device.size_sectors)
+        copy = Copy(image.cache.read, image.cache.read, image.cache.announce, disk, own, owner,
+                    end_sector=device.size_sectors)
         assert [step.done_sectors for step in copy.run()][-1:] in ([], [sum(own.extents.size.tolist())])
         ours = np.frombuffer(bytes(disk.content), np.uint8).reshape(-1, 512)
         differs = np.flatnonzero((ours != np.frombuffer(good, np.uint8)[:ours.size].reshape(-1, 512)).any(axis=1))

@@ -49,6 +49,9 @@ class Device:
             buf[(each - sector) << 9:(each - sector + 1) << 9] = self.edits[each]
         return bytes(buf)
 
+    def announce(self, sector: int, count: int) -> None:
+        """What is not in memory cannot be fetched ahead of time."""
+
     def get(self, offset: int, length: int) -> bytes:
         first = offset >> 9
         buf = self.read(first, ((offset + length + 511) >> 9) - first)

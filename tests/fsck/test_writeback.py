@@ -25,7 +25,17 @@ from bcachectl.fsck.check_backing import Backing
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.rescue import guess_superblock, superblock_problem
 from bcachectl.fsck.rescue_map import Owner, RescueMap
-from bcachectl.fsck.writeback import PIECE_SECTORS, Copy, Dirty, find_dirty, source, with_all_entries, writes
+from bcachectl.fsck.writeback import (
+    AHEAD_EXTENTS,
+    AHEAD_SECTORS,
+    PIECE_SECTORS,
+    Copy,
+    Dirty,
+    find_dirty,
+    source,
+    with_all_entries,
+    writes,
+)
 from bcachectl.fsck.writeback_target import member, orphans
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
 from bcachectl.ondisk.magic import INVALID_UUID
@@ -119,8 +129,8 @@ def copies(image: Image, disks: list[Disk], *, retries: int = 0, maps: list[Exte
         found = member(check.walk, dirty, device.as_backing())
         own = source(dirty, found.inode, first_sector=DATA_OFFSET, end_sector=device.size_sectors)
         owner = Owner(check.walk.superblock.set_uuid, found.superblock.uuid, check.walk.newest.seq)
-        made.append(Copy(image.cache.read, image.cache.read, disk, own, owner, end_sector=device.size_sectors,
-                         earlier=maps[number] if maps else None, retries=retries))
+        made.append(Copy(image.cache.read, image.cache.read, image.cache.announce, disk, own, owner,
+                         end_sector=device.size_sectors, earlier=maps[number] if maps else None, retries=retries))
     return made
 
 
@@ -348,6 +358,31 @@ def test_writes_are_large_and_in_order(golden: Callable[..., Path]) -> None:
     assert all(end <= start for end, (start, _count) in zip(ends, disk.writes[1:], strict=False))
     merged = extent.merge(copy.source.extents, bucket_size_sectors=1 << 40)
     assert len(disk.writes) <= len(merged.start) + copy.end_sector // PIECE_SECTORS + 1
+
+
+@pytest.mark.parametrize("name", DIRTY)
+def test_what_is_read_was_announced_not_long_before(golden: Callable[..., Path], name: str) -> None:
+    """A device that is asked for one sector after the other is slow; one that is asked for all of them forgets."""
+    image = load(golden, name)
+    for copy in copies(image, [Disk(device.content()) for device in image.backings]):
+        waiting: list[tuple[int, int]] = []
+        most_extents = most_sectors = 0
+
+        def announce(sector: int, count: int, waiting: list[tuple[int, int]] = waiting) -> None:
+            waiting.append((sector, count))
+
+        def read(sector: int, count: int, waiting: list[tuple[int, int]] = waiting) -> bytes:
+            nonlocal most_extents, most_sectors
+            most_extents = max(most_extents, len(waiting))
+            most_sectors = max(most_sectors, sum(nsectors for _, nsectors in waiting))
+            assert waiting.pop(0) == (sector, count)
+            return image.cache.read(sector, count)
+
+        copy.announce, copy.read, copy.read_sector = announce, read, read
+        finish(copy)
+        assert not waiting
+        assert most_sectors <= AHEAD_SECTORS + PIECE_SECTORS
+        assert most_extents >= min(len(copy.source.extents.start), AHEAD_EXTENTS) or most_sectors >= AHEAD_SECTORS
 
 
 def test_long_extents_are_cut() -> None:

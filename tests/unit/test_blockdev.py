@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,24 @@ def test_a_raid_with_parity_is_known_below_partitions_and_mappings(tmp_path: Pat
     found = {number: is_parity_raid(os.makedev(9, number), sys=str(tmp_path)) for number in (5, 1, 10, 20, 21, 22, 6)}
     assert found == {5: True, 1: False, 10: False, 20: True, 21: True, 22: False, 6: True}
     assert not is_parity_raid(os.makedev(9, 99), sys=str(tmp_path))
+
+
+def test_what_is_announced_is_in_memory_when_it_is_read(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    content = bytes(range(256)) * 4096
+    image.write_bytes(content)
+    with open_device(str(image), write=True) as device:
+        device.flush()
+        os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        device.announce(4096, 8192)
+        device.announce(1 << 40, 4096)                          # what is not there is said by the read
+        buf = bytearray(8192)
+        for _ in range(1000):
+            try:
+                assert os.preadv(device.fd, [buf], 4096, device.nowait_flag) == len(buf)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        assert bytes(buf) == content[4096:12288]
+        with pytest.raises(DeviceError):
+            device.read(1 << 40, 4096)
