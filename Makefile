@@ -73,6 +73,7 @@ bench: setup-dev ## figures beside their targets: two million buckets, NBD besid
 	$(BIN)/python -m bench.hours
 	$(BIN)/python -m bench.tick
 	$(BIN)/python -m bench.fsck
+	$(BIN)/python -m bench.rescue
 	$(BIN)/python -m bench.vm --verify
 	$(BIN)/python -m bench.kernel
 
