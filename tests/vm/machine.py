@@ -33,6 +33,8 @@ from tests.vm.kernel import Kernel, fetch_kernel
 HERE = Path(__file__).resolve().parent
 DEFAULT_SERIES = os.environ.get("BCACHECTL_VM_KERNEL") or "6.12"
 BOOT_TIMEOUT_S = 120
+PATIENT = "no_timer_check rcupdate.rcu_cpu_stall_timeout=120"
+"""An emulated processor may stand still for seconds when the host is busy: no fault of its timer or its kernel."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def start(script: str, disks: Sequence[Path | str], share: Path, *, series: str 
                "-nographic",
                "-no-reboot", "-monitor", "none", "-nodefaults", "-serial", f"file:{console}",
                "-kernel", str(kernel.image), "-initrd", str(_initramfs(kernel)),
-               "-append", "console=ttyS0 quiet panic=-1",
+               "-append", f"console=ttyS0 quiet panic=-1 {PATIENT}",
                "-virtfs", f"local,path={share},mount_tag=jobdir,security_model=none"]
     if host:
         command += ["-virtfs", "local,path=/,mount_tag=hostroot,security_model=none,readonly=on,multidevs=remap"]
