@@ -61,13 +61,18 @@ vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12
 campaign: setup-dev ## sets of every shape that a kernel makes, judged by every program; SEEDS=1-40 (half a minute each)
 	$(BIN)/python -m tests.vm.campaign $(or $(SEEDS),1-10)
 
-bench: setup-dev ## figures beside their targets: two million buckets, NBD beside nbdkit, the ring beside fio, gc, what grows, a tick
-	$(BIN)/python -m bench.scale
+bench: setup-dev ## figures beside their targets, first of plain Python, then of all with the hot path compiled
+	@$(MAKE) --no-print-directory plain
+	$(BIN)/python -m bench.hot
+	$(BIN)/python -m bench.nbd
+	$(BIN)/python -m bench.fsck
+	@$(MAKE) --no-print-directory compiled
 	$(BIN)/python -m bench.hot
 	$(BIN)/python -m bench.nbd --verify
 	$(BIN)/python -m bench.nbd --direct --verify
 	$(BIN)/python -m bench.fuse --verify
 	$(BIN)/python -m bench.ring
+	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.gc
 	$(BIN)/python -m bench.hours
@@ -76,6 +81,7 @@ bench: setup-dev ## figures beside their targets: two million buckets, NBD besid
 	$(BIN)/python -m bench.rescue
 	$(BIN)/python -m bench.vm --verify
 	$(BIN)/python -m bench.kernel
+	@$(MAKE) --no-print-directory plain
 
 docs: setup-dev ## write the manual pages anew from the program's help
 	COLUMNS=100 $(BIN)/python man/generate.py

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -25,9 +26,16 @@ def memory_bytes(pid: int, field: str = "VmRSS") -> int:
 
 
 def machine() -> str:
-    """The line that every report starts with: how much else is going on."""
+    """The line that every report starts with: how much else is going on, and what is measured."""
     load = os.getloadavg()
-    return f"{os.cpu_count()} cores, load {load[0]:.1f} {load[1]:.1f}, Linux {os.uname().release}"
+    state = "hot path compiled" if is_compiled() else "plain Python"
+    return f"{os.cpu_count()} cores, load {load[0]:.1f} {load[1]:.1f}, Linux {os.uname().release}, {state}"
+
+
+def is_compiled() -> bool:
+    """Whether `make compiled` has been run."""
+    found = importlib.util.find_spec("bcachectl.engine.node")
+    return found is not None and not (found.origin or "").endswith(".py")
 
 
 def row(what: str, figure: str, target: str = "") -> None:
