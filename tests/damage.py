@@ -676,6 +676,9 @@ def backing_cases() -> Iterator[Case]:
             return Case(f"backing_{name}_{base}", base, lambda image: image.sb(
                 offset, form, *values, device=image.backings[0], fix=fix), codes)
 
+        yield Case(f"backing_state_overwritten_{base}", base, lambda image: image.sb(
+            104, "Q", 1 << 61 | 1 << 30, device=image.backings[0], fix=False), ("BACKING_CLEAN_DIRTY", "BACKING_CSUM"),
+            ("BACKING_FLAGS", "BACKING_GUESSED"))
         yield sb("csum", ("BACKING_CSUM",), 0, "Q", 1, fix=False)
         yield sb("magic", ("BACKING_MAGIC",), 24, "B", 1)
         yield sb("offset", ("BACKING_OFFSET",), 8, "Q", 9)

@@ -150,8 +150,12 @@ def _open(stack: ExitStack, volume: str, cache: str | None, *, write: bool, show
     device = opened[volume]
     member = Backing(volume, lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
                      has_data=all(each.image is None for each in opened.values()))
-    sb = superblock_of(member)
+    sb = superblock_of(member, may_fail_csum=True)
     check = None if cache is None else forget_command.examine(opened[cache], show=show and sys.stderr.isatty())
+    if not resolve.is_sound(member):
+        sb = resolve.likely(sb, member, check)
+        print(f"bcachectl: {volume}: its superblock fails its checksum; its state is taken to be "
+              f"{resolve.STATES[sb.state]}", file=sys.stderr)
     verdict = resolve.judge(sb, member, check, cache or "")
     return Subject(device, sb, None if cache is None else opened[cache], check, verdict)
 

@@ -33,6 +33,7 @@ from bcachectl.fsck.check_sizes import check_sizes
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Loss, Severity
+from bcachectl.fsck.flags import changes, superblock_there
 from bcachectl.fsck.live import staleness
 from bcachectl.fsck.lost_prios import lost_prio_sets
 from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Slot
@@ -212,8 +213,9 @@ class Check:
         if sb is None:
             self._add(Finding("SB_UNUSABLE", "superblock", "no geometry", sector=SB_SECTOR))
         elif sb is self.instead:
-            self._add(Finding("SB_GUESSED", "superblock", f"{sb.nbuckets} buckets of {sb.bucket_size} sectors, blocks "
-                                                          f"of {sb.block_size}", sector=SB_SECTOR))
+            told = [f"{sb.nbuckets} buckets of {sb.bucket_size} sectors", f"blocks of {sb.block_size}",
+                    *changes(superblock_there(self.walk.read), sb)]
+            self._add(Finding("SB_GUESSED", "superblock", ", ".join(told), sector=SB_SECTOR))
         if sb is not None and sb.is_cache:
             self._superblock(sb)
             self._add_all(check_sizes(self.walk, sb))
@@ -687,6 +689,14 @@ class Check:
             self._add(self._extent_finding("EXTENT_OVERLAP", found, row, "another extent uses these sectors"),
                       int(found.start[row]), int(found.end[row]))
             self._drop(found, row)
+
+    def may_lack(self, inode: int) -> bool:
+        """Whether dirty data of a device number may be missing from ``dirty``, lost or unknown."""
+        first, last = inode << INODE_SHIFT, inode + 1 << INODE_SHIFT
+        ranges = [(slot.start, slot.end) for slot in self.unknown]
+        ranges += [pair for lost in self._lost for pair in zip(lost.start[lost.dirty].tolist(),
+                                                               lost.end[lost.dirty].tolist(), strict=True)]
+        return self.is_doubtful or any(start < last and first < end for start, end in ranges)
 
     # Whose the data is.
 

@@ -16,6 +16,7 @@ import numpy as np
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import Finding
+from bcachectl.fsck.flags import Settled, settle
 from bcachectl.fsck.tally import Spread
 from bcachectl.fsck.walk import Read, Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
@@ -57,6 +58,9 @@ class Held(Protocol):
 
     def dirty_extents(self, inode: int) -> Extents:
         """Every dirty extent of a device number."""
+
+    def may_lack(self, inode: int) -> bool:
+        """Dirty data of a device number may be missing from all that."""
 
 
 def read_backing(backing: Backing) -> tuple[Superblock | None, list[Finding]]:
@@ -115,8 +119,21 @@ def check_backings(walk: Walk, backings: Sequence[Backing], held: Held) -> Itera
             yield Finding("BACKING_TWICE", "backing superblock", f"uuid {format_uuid(sb.uuid)} is that of "
                           f"{seen[sb.uuid]}", device=backing.name)
         seen[sb.uuid] = backing.name
+        if any(finding.code == "BACKING_CSUM" for finding in found):
+            settled = settled_backing(walk, backing, held)
+            if settled.words:
+                yield Finding("BACKING_GUESSED", "backing superblock", ", ".join(settled.words), sector=SB_SECTOR,
+                              device=backing.name)
         if walk.superblock is not None and walk.superblock.cache_sync and walk.newest is not None:
             yield from _check_member(walk, backing, sb, held)
+
+
+def settled_backing(walk: Walk, backing: Backing, held: Held) -> Settled:
+    """What to write over a backing superblock that fails its checksum."""
+    raw = backing.read(SB_SECTOR, SB_BYTES >> 9)
+    sb = parse_superblock(raw)
+    is_member = walk.superblock is not None and sb.set_uuid == walk.superblock.set_uuid
+    return settle(sb, raw, held, slot=slot_of(walk, sb.uuid), is_member=is_member)
 
 
 def slot_of(walk: Walk, uuid: bytes) -> int | None:

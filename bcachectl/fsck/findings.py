@@ -238,6 +238,9 @@ CODES: dict[str, Meaning] = {
     "BACKING_DATA_OFFSET": Meaning(_E, "The data of a backing device would start inside its superblock.", safe=False),
     "BACKING_BLOCK_SIZE": Meaning(_E, "The block size of a backing device is 0, or smaller than its set's or than "
                                       "the device's own; it cannot attach.", safe=False),
+    "BACKING_GUESSED": Meaning(_N, "Nothing tells for sure which flags a backing superblock with a wrong checksum had. "
+                                   "A repair writes what loses nothing, or leaves it as it is, and the kernel refuses "
+                                   "it; `bcachectl resolve` tells what each choice loses then."),
     "BACKING_FLAGS": Meaning(_N, "A backing superblock has flag bits that no kernel gives a meaning to."),
     "BACKING_FEATURE": Meaning(_W, "A backing superblock asks for features that nobody knows; what the device holds "
                                    "may not be what it seems.", safe=False),

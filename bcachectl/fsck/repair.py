@@ -27,10 +27,11 @@ import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError, WrongState
 from bcachectl.fsck.check import PRIO_BTREE, PRIO_INITIAL, Check, run
-from bcachectl.fsck.check_backing import Backing
+from bcachectl.fsck.check_backing import Backing, settled_backing
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import CODES, Finding, Severity
+from bcachectl.fsck.flags import changes, superblock_there
 from bcachectl.fsck.owners import Choice, SlotPlan, flash_sectors, live_extents, slot_plan
 from bcachectl.fsck.salvage import bucket_of, fresh_node_seq, highest_seq
 from bcachectl.fsck.walk import Walk
@@ -115,6 +116,8 @@ def plan_repair(check: Check, *, safe_only: bool, assign: Mapping[int, bytes] | 
         # The new array has a slot for them.
         wanted += [finding for finding in serious if finding.code == "BACKING_FORGOTTEN"
                    and finding.device not in slots.forgotten]
+    unsettled = {backing.name for backing in check.backings if _is_unsettled(check, backing)}
+    wanted = [finding for finding in wanted if finding.device not in unsettled or not finding.device]
     superblock: tuple[RepairWrite, ...] = ()
     if any(finding.code.startswith("SB_") for finding in wanted):
         superblock = _superblock_write(check)
@@ -187,7 +190,8 @@ def _superblock_write(check: Check) -> tuple[RepairWrite, ...]:
         check_superblock(sb, device_sectors=walk.size_sectors, for_kernel=False)
     except BcachectlError:
         return ()  # Nothing is known that would be better.
-    return (RepairWrite("", SB_SECTOR << 9, encode_superblock(sb, base), "superblock"),)
+    words = ", ".join(changes(superblock_there(walk.read), sb))
+    return (RepairWrite("", SB_SECTOR << 9, encode_superblock(sb, base), f"superblock{words and ': '}{words}"),)
 
 
 def _superblock_as_it_is(check: Check) -> tuple[RepairWrite, ...]:
@@ -207,17 +211,27 @@ def _backing_writes(check: Check, findings: Sequence[Finding]) -> Iterator[tuple
             yield (_backing_write(check, backing, codes),)
 
 
+def _is_unsettled(check: Check, backing: Backing) -> bool:
+    # Its superblock fails its checksum, and nothing tells what it said.
+    has_bad_csum = any(finding.code == "BACKING_CSUM" and finding.device == backing.name for finding in check.findings)
+    return has_bad_csum and settled_backing(check.walk, backing, check).superblock is None
+
+
 def _backing_write(check: Check, backing: Backing, codes: Sequence[str]) -> RepairWrite:
     raw = backing.read(SB_SECTOR, SB_BYTES >> 9)
-    sb = replace(parse_superblock(raw), offset=SB_SECTOR)
-    if "BACKING_MODE" in codes:
+    was = parse_superblock(raw)
+    settled = settled_backing(check.walk, backing, check) if "BACKING_CSUM" in codes else None
+    sb = replace(was if settled is None or settled.superblock is None else settled.superblock, offset=SB_SECTOR)
+    if sb.cache_mode is None:
         sb = sb.with_cache_mode(CacheMode.WRITETHROUGH)
     if "BACKING_CLEAN_DIRTY" in codes:
         assert check.walk.superblock is not None
         sb = replace(sb.with_state(BdevState.DIRTY), set_uuid=check.walk.superblock.set_uuid)
     if sb.keys != len(sb.d):
         sb = replace(sb, keys=len(sb.d))
-    return RepairWrite(backing.name, SB_SECTOR << 9, encode_superblock(sb, raw), "backing superblock")
+    words = ", ".join(changes(was, sb))
+    return RepairWrite(backing.name, SB_SECTOR << 9, encode_superblock(sb, raw),
+                       f"backing superblock{words and ': '}{words}")
 
 
 class _Rebuild:

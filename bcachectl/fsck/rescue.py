@@ -28,15 +28,13 @@ from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck.check import Check
 from bcachectl.fsck.check_backing import Backing, read_backing
 from bcachectl.fsck.check_sizes import journal_shortfall
+from bcachectl.fsck.flags import cache_flags
 from bcachectl.fsck.walk import Read
 from bcachectl.ondisk.crc64 import crc64
 from bcachectl.ondisk.geometry import PAGE_SECTORS, Geometry
 from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, JSET_VERSION, Jset, decode_jset
 from bcachectl.ondisk.magic import BCACHE_MAGIC, JSET_MAGIC, bset_magic, prio_magic
 from bcachectl.ondisk.superblock import (
-    CACHE_DISCARD,
-    CACHE_REPLACEMENT,
-    CACHE_SYNC,
     CACHE_VERSIONS,
     CDEV_WITH_FEATURES,
     CDEV_WITH_UUID,
@@ -110,9 +108,17 @@ def guess_superblock(read: Read, size_sectors: int, backings: Sequence[Backing] 
                      bucket_size: int | None = None, set_uuid: bytes | None = None) -> Superblock | None:
     """The superblock that the device should have; None if there is too little to go by."""
     try:
-        old = parse_superblock(read(SB_SECTOR, SB_BYTES >> 9))
+        raw = read(SB_SECTOR, SB_BYTES >> 9)
     except BcachectlError:
-        old = Superblock()
+        raw = bytes(SB_BYTES)
+    old = parse_superblock(raw)
+    guess = _guess(read, size_sectors, backings, old, bucket_size, set_uuid)
+    return replace(guess, flags=cache_flags(guess, raw)) if guess is not None else None
+
+
+def _guess(read: Read, size_sectors: int, backings: Sequence[Backing], old: Superblock, bucket_size: int | None,
+           set_uuid: bytes | None) -> Superblock | None:
+    # But for the flags, which are as they were.
     if old.is_backing and old.magic == BCACHE_MAGIC and set_uuid is None:
         return None
     entries = _scan(read, size_sectors, (JSET_MAGIC ^ int.from_bytes(set_uuid[:8], "little")) if set_uuid else None)
@@ -182,15 +188,12 @@ def _compose(old: Superblock, entries: list[_Found], size_sectors: int, size: in
         count = old.keys
     count = max(count, last - first_bucket + 1)
     is_large = size > RAW_BUCKET_SIZE_MAX
-    replacement = CACHE_REPLACEMENT.get(old.flags)
-    flags = CACHE_SYNC.mask | old.flags & CACHE_DISCARD.mask | CACHE_REPLACEMENT.set(
-        0, replacement if replacement <= 2 else 0)
     version = old.version if old.version in CACHE_VERSIONS else CDEV_WITH_UUID
     if is_large:
         version = CDEV_WITH_FEATURES
     uuid = old.uuid if any(old.uuid) else hashlib.sha256(b"cache" + set_uuid).digest()[:16]
     return Superblock(
-        version=version, uuid=uuid, set_uuid=set_uuid, label=old.label, flags=flags, seq=old.seq,
+        version=version, uuid=uuid, set_uuid=set_uuid, label=old.label, flags=old.flags, seq=old.seq,
         feature_incompat=FEATURE_INCOMPAT_LARGE_BUCKET if is_large else 0, nbuckets=nbuckets, block_size=block_size,
         bucket_size_raw=size.bit_length() - 1 if is_large else size, nr_in_set=1, nr_this_dev=0,
         last_mount=old.last_mount, first_bucket=first_bucket, keys=count,

@@ -36,11 +36,20 @@ from typing import NamedTuple
 
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.check import Check
-from bcachectl.fsck.check_backing import IN_FLIGHT_SECTORS, Backing, differing_sectors, slot_of
+from bcachectl.fsck.check_backing import IN_FLIGHT_SECTORS, Backing, differing_sectors, settled_backing, slot_of
 from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.flags import settle
 from bcachectl.fsck.rescue_map import joined, marked
 from bcachectl.ondisk.bkey import INODE_SHIFT
-from bcachectl.ondisk.superblock import BDEV_DATA_START_DEFAULT, BdevState, Superblock, encode_superblock
+from bcachectl.ondisk.superblock import (
+    BDEV_DATA_START_DEFAULT,
+    SB_BYTES,
+    SB_SECTOR,
+    BdevState,
+    Superblock,
+    encode_superblock,
+    judge_csum,
+)
 from bcachectl.units import counted, format_sectors, format_uuid
 
 USE_ALONE, KEEP_DIRTY = "use-backing-alone", "keep-dirty"
@@ -84,6 +93,24 @@ class Verdict(NamedTuple):
 NOTHING = Loss(0, (), "nothing")
 STATES = {BdevState.NONE: "no cache", BdevState.CLEAN: "clean", BdevState.DIRTY: "dirty",
           BdevState.STALE: "inconsistent"}
+
+
+def is_sound(backing: Backing) -> bool:
+    """Its superblock has the right checksum."""
+    stored, expected = judge_csum(backing.read(SB_SECTOR, SB_BYTES >> 9))
+    return stored == expected
+
+
+def likely(sb: Superblock, backing: Backing, check: Check | None) -> Superblock:
+    """What to go by where the superblock ``sb`` of a device fails its checksum: dirty, if nothing tells better."""
+    raw = backing.read(SB_SECTOR, SB_BYTES >> 9)
+    settled = settle(sb, raw, None, slot=None, is_member=False) if check is None else settled_backing(
+        check.walk, backing, check)
+    if settled.superblock is not None:
+        return settled.superblock
+    is_told = check is not None and slot_of(check.walk, sb.uuid) is not None
+    found = replace(sb, offset=SB_SECTOR, keys=len(sb.d))
+    return found if is_told and sb.state is not BdevState.CLEAN else found.with_state(BdevState.DIRTY)
 
 
 def judge(sb: Superblock, backing: Backing, check: Check | None, cache: str) -> Verdict:

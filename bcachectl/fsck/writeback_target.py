@@ -81,10 +81,11 @@ class Orphan(NamedTuple):
     likely: tuple[str, ...]
 
 
-def superblock_of(backing: Backing) -> Superblock:
+def superblock_of(backing: Backing, *, may_fail_csum: bool = False) -> Superblock:
     """The superblock of a backing device; an error if there is something wrong with it."""
     sb, found = read_backing(backing)
-    serious = [finding for finding in found if finding.severity is Severity.ERROR]
+    serious = [finding for finding in found if finding.severity is Severity.ERROR
+               and not (may_fail_csum and finding.code == "BACKING_CSUM")]
     if sb is None and any(finding.code == "BACKING_KIND" for finding in found):
         raise Refused(f"{backing.name}: is a cache device; name the backing devices of the set")
     if sb is None or serious:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -117,6 +118,43 @@ def test_what_it_says(golden: Callable[..., Path], capsys: pytest.CaptureFixture
             assert sum(end - start for start, end in ranges) == (dirty_bytes if with_cache else 0)
             assert not with_cache or ranges[0][0] == story.dirty - DATA_BYTES
     assert before == (story.cache.read_bytes(), story.backing.read_bytes())
+
+
+def fail_csum(backing: Path, state: BdevState) -> None:
+    """A superblock that says ``state``, its label damaged as well, so that the checksum tells nothing."""
+    set_state(backing, state)
+    write(backing, SB + 80, b"\xaa")
+
+
+@pytest.mark.parametrize(("state", "with_cache", "taken", "expected"), [
+    (BdevState.NONE, True, "no cache", ["--keep-dirty", "--use-backing-alone"]),
+    (BdevState.STALE, True, "inconsistent", ["--keep-dirty", "--use-backing-alone"]),
+    (BdevState.CLEAN, True, "dirty", [None, "--use-backing-alone"]),
+    (BdevState.NONE, False, "dirty", [None, "--use-backing-alone"]),
+    (BdevState.CLEAN, False, "dirty", [None, "--use-backing-alone"])])
+def test_p4_a_superblock_that_fails_its_checksum(golden: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+                                                 tmp_path: Path, state: BdevState, with_cache: bool, taken: str,
+                                                 expected: list[str | None]) -> None:
+    """fsck leaves what nothing bears out; here is the way on, and no state is believed that would cost data."""
+    story = make(golden, BdevState.DIRTY)
+    fail_csum(story.backing, state)
+    cache = ["--cache", story.cache] if with_cache else []
+    status, out, err = run(capsys, "resolve", "--json", story.backing, *cache)
+    assert (status, err) == (0, f"bcachectl: {story.backing}: its superblock fails its checksum; its state is taken to "
+                                f"be {taken}\n")
+    assert options(json.loads(out)) == expected
+    alone = ["resolve", story.backing, *cache, "--use-backing-alone", "--backup", tmp_path / "undo"]
+    status, _out, err = run(capsys, *alone)
+    assert (status, "loses" in err) == (3, True)
+    keep = ["resolve", story.backing, *cache, "--keep-dirty", "--backup", tmp_path / "undo", "--force=inconsistent"]
+    if "--keep-dirty" in expected:
+        assert run(capsys, *keep)[0] == 0
+        assert state_of(story.backing) == (BdevState.NONE, False)
+        assert hashlib.sha256(story.backing.read_bytes()[DATA_BYTES:]).hexdigest() == story.truth
+    else:
+        assert run(capsys, *alone, "--force=dirty")[0] == 0
+        assert state_of(story.backing) == (BdevState.NONE, False)
+    assert run(capsys, "undo", tmp_path / "undo")[0] == 0
 
 
 @pytest.mark.parametrize("with_cache", [False, True])

@@ -10,7 +10,9 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,7 +20,15 @@ from bcachectl import cli
 from bcachectl.commands.fsck_report import lines
 from bcachectl.fsck.check import run
 from bcachectl.fsck.rescue import open_check
-from bcachectl.ondisk.superblock import decode_superblock, judge_csum
+from bcachectl.ondisk.superblock import (
+    BdevState,
+    CacheMode,
+    Replacement,
+    Superblock,
+    decode_superblock,
+    judge_csum,
+    parse_superblock,
+)
 from bcachectl.units import format_uuid
 from tests.damage import cases
 from tests.fsck.image import SB
@@ -254,3 +264,143 @@ def test_unknown_ranges_are_told_by_volume(golden: Callable[..., Path]) -> None:
     text = list(lines(found, None, []))
     assert "  nothing is known about what the cache has of bcache0 from byte 0 to byte 16146432" in text
     assert not [line for line in text if line.startswith("  nothing is known") and "byte" not in line]
+
+
+# Flags that were overwritten.
+
+SYNC, DISCARD, FIFO = 1, 2, 1 << 2
+
+
+@pytest.mark.parametrize(("flags", "policy"), [
+    (SYNC | DISCARD, Replacement.LRU), (0, Replacement.LRU), (SYNC | 5 << 2, Replacement.LRU),
+    ((1 << 64) - 1, Replacement.LRU), (SYNC | DISCARD | FIFO, Replacement.FIFO),
+    (DISCARD | FIFO | 1 << 40, Replacement.LRU)])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_flags_that_were_overwritten(copy: Callable[[str], Copy], tmp_path: Path, flags: int, policy: Replacement,
+                                     is_known: bool) -> None:
+    """What they said is known if the checksum fits with it; else what costs nothing is written, and said."""
+    set_ = copy("dirty_crash")
+    raw = bytearray(set_.good)
+    struct.pack_into("<Q", raw, 104, flags)
+    if not is_known:
+        raw[80] ^= 0x55  # The label is damaged as well.
+    set_.put(SB, bytes(raw))
+    damaged = set_.cache.read_bytes()
+    wanted = Replacement.LRU if is_known else policy
+    status, out, _err = set_.fsck()
+    assert status == 4
+    words = []
+    if not flags & SYNC:
+        words.append("a set that has run")
+    if flags & DISCARD:
+        words.append("discard off")
+    if decode_flags(flags) is not wanted:
+        words.append(f"replacement {wanted.name.lower()}")
+    guessed = next(line for line in out.splitlines() if "SB_GUESSED" in line)
+    assert all(word in guessed for word in words)
+    assert "SB_DISCARD" not in out
+    status, out, _err = set_.fsck("-y", "--backup", tmp_path / "undo")
+    assert status == 1
+    write = next(line for line in out.splitlines() if ": write 4096 bytes at byte 4096: superblock" in line)
+    assert all(word in write for word in words)
+    written = decode_superblock(set_.cache.read_bytes()[SB:SB + 4096])
+    assert (written.discard, written.replacement, written.cache_sync, written.unknown_flags) == (False, wanted, True, 0)
+    status, out, _err = set_.fsck()
+    assert (status, "0 errors, 0 warnings, 0 notes" in out) == (0, True)
+    assert set_.cli("undo", tmp_path / "undo")[0] == 0
+    assert set_.cache.read_bytes() == damaged
+
+
+def decode_flags(flags: int) -> Replacement | None:
+    return replace(Superblock(), version=3, flags=flags).replacement
+
+
+def test_flags_that_the_checksum_proves(copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    """Discard that the owner of the set has switched on stays on, where that is sure."""
+    set_ = copy("fifo_discard")
+    assert set_.sb.discard
+    set_.set_superblock(194, b"\x07", fix=False)
+    status, out, _err = set_.fsck("-y", "--backup", tmp_path / "undo")
+    assert status == 1
+    assert "discard off" not in out
+    written = decode_superblock(set_.cache.read_bytes()[SB:SB + 4096])
+    assert (written.flags, written.bucket_size) == (set_.sb.flags, set_.sb.bucket_size)
+    set_.set_superblock(80, b"\x07", fix=False)
+    status, out, _err = set_.fsck("-y", "--backup", tmp_path / "undo2")
+    assert status == 1
+    assert "superblock: discard off" in out
+    assert not decode_superblock(set_.cache.read_bytes()[SB:SB + 4096]).discard
+
+
+class Wrong(NamedTuple):
+    """A backing superblock that fails its checksum, and what a repair makes of it; None: it is left as it is."""
+
+    story: str
+    state: BdevState
+    rest: int
+    is_known: bool
+    after: tuple[BdevState, CacheMode] | None
+
+
+@pytest.mark.parametrize("wrong", [
+    # The state was overwritten, and nothing else: the checksum tells.
+    Wrong("dirty_crash", BdevState.CLEAN, 1, True, (BdevState.DIRTY, CacheMode.WRITEBACK)),
+    Wrong("dirty_crash", BdevState.NONE, 9, True, (BdevState.DIRTY, CacheMode.WRITEBACK)),
+    Wrong("dirty_crash", BdevState.STALE, 1 << 30 | 5, True, (BdevState.DIRTY, CacheMode.WRITEBACK)),
+    # The cache has dirty data of it, and most likely it was dirty.
+    Wrong("dirty_crash", BdevState.CLEAN, 1, False, (BdevState.DIRTY, CacheMode.WRITEBACK)),
+    Wrong("dirty_crash", BdevState.CLEAN, 1 << 30 | 1, False, (BdevState.DIRTY, CacheMode.WRITETHROUGH)),
+    Wrong("dirty_crash", BdevState.DIRTY, 9, False, (BdevState.DIRTY, CacheMode.WRITETHROUGH)),
+    Wrong("dirty_crash", BdevState.DIRTY, 1, False, (BdevState.DIRTY, CacheMode.WRITEBACK)),
+    # It would come up without its cache.
+    Wrong("dirty_crash", BdevState.STALE, 1, False, None),
+    Wrong("dirty_crash", BdevState.NONE, 1, False, None),
+    # Nothing dirty is anywhere.
+    Wrong("attached_clean", BdevState.CLEAN, 1, False, (BdevState.CLEAN, CacheMode.WRITEBACK)),
+    Wrong("attached_clean", BdevState.NONE, 0, False, (BdevState.NONE, CacheMode.WRITETHROUGH)),
+])
+def test_a_backing_superblock_that_was_overwritten(copy: Callable[[str], Copy], tmp_path: Path, wrong: Wrong) -> None:
+    set_ = copy(wrong.story)
+    backing = set_.backings[0]
+    raw = bytearray(backing.read_bytes()[SB:SB + 4096])
+    was = decode_superblock(raw)
+    struct.pack_into("<Q", raw, 104, int(wrong.state) << 61 | wrong.rest)
+    if not wrong.is_known:
+        raw[80] ^= 0x55
+    set_.put(SB, bytes(raw), backing)
+    damaged = backing.read_bytes()
+    said = parse_superblock(raw)
+    status, out, _err = set_.fsck()
+    assert status == 4
+    wanted = wrong.after or (said.state, said.cache_mode)
+    assert ("BACKING_GUESSED" in out) == (wrong.after is None or wanted != (said.state, said.cache_mode)
+                                          or said.unknown_flags > 0)
+    status, out, _err = set_.fsck("-y", "--backup", tmp_path / "undo")
+    if wrong.after is None:
+        assert status == 4
+        assert "Not repaired: BACKING_CSUM" in out
+        assert "which nothing bears out" in out
+        assert backing.read_bytes() == damaged
+        return
+    assert status & 1
+    written = decode_superblock(backing.read_bytes()[SB:SB + 4096])
+    assert (written.state, written.cache_mode, written.unknown_flags) == (*wanted, 0)
+    assert (written.uuid, written.set_uuid) == (was.uuid, was.set_uuid)
+    if wanted[0] is not said.state:
+        assert f"backing superblock: state {wanted[0].name.lower()}, not " in out
+    assert set_.cli("undo", tmp_path / "undo")[0] == 0
+    assert backing.read_bytes() == damaged
+
+
+def test_a_clean_state_is_not_believed_where_keys_are_missing(copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    """The cache shows nothing dirty, and has lost a leaf; then a damaged superblock that says clean says nothing."""
+    set_ = copy("gen_churn")
+    assert decode_superblock(set_.backings[0].read_bytes()[SB:SB + 4096]).state is BdevState.CLEAN
+    image = base_image(set_.cache.parent)
+    node = next(node for node in image.nodes if not node.level)
+    set_.put(image.bucket(node.bucket), bytes(512))
+    raw = bytearray(set_.backings[0].read_bytes()[SB:SB + 4096])
+    raw[80] ^= 0x55
+    set_.put(SB, bytes(raw), set_.backings[0])
+    assert set_.fsck("-y", "--backup", tmp_path / "undo")[0] & 1
+    assert decode_superblock(set_.backings[0].read_bytes()[SB:SB + 4096]).state is BdevState.DIRTY
