@@ -13,12 +13,13 @@ from typing import Annotated
 import typer
 
 from bcachectl.blockdev import open_device
-from bcachectl.commands.options import complete_device
+from bcachectl.commands.options import Force, complete_device
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.ublk_control import is_available
 from bcachectl.engine.sched import NS_PER_MS, NS_PER_S
-from bcachectl.errors import BcachectlError, UsageError, WrongState
+from bcachectl.errors import BcachectlError, Refused, UsageError, WrongState
 
+HAZARD_STALE = "inconsistent"
 IN_USE_POLL_NS = 500 * NS_PER_MS
 """How often a stopping engine looks whether a device has been let go."""
 
@@ -69,6 +70,7 @@ def engine_run(
                                                                               "as JSON lines.")] = None,
     debug_checks: Annotated[bool, typer.Option("--debug-checks", help="Check invariants all the time; slow.")] = False,
     io_backend: Annotated[IoBackend, typer.Option("--io", help="How the engine does its own I/O.")] = IoBackend.AUTO,
+    force: Force = None,
 ) -> int:
     """Run a cache set in the foreground: open its devices, export its volumes, until SIGINT, SIGTERM or SIGHUP.
 
@@ -86,12 +88,18 @@ def engine_run(
         raise UsageError("--direct and --overlay exclude each other: what an overlay holds lies in the page cache")
     if ready_fd is not None:
         _check_descriptor(ready_fd)
+    if set(force or ()) - {HAZARD_STALE}:
+        raise UsageError(f"--force={min(set(force or ()) - {HAZARD_STALE})} overrides nothing here; it takes "
+                         f"{HAZARD_STALE}")
     if overlay is None:
         _refuse_small(cache, backing or [])
+    is_forced = bool(force)
+    if not is_forced:
+        _refuse_newer(cache, backing or [], only_warn=read_only or overlay is not None)
     host = EngineHost(HostOptions(
         cache=cache, backings=tuple(backing or ()), use_loop=export is Export.LOOP, use_ublk=export is Export.UBLK,
         recover=recover, use_nbd=export is Export.NBD or nbd_socket is not None, nbd_socket=nbd_socket,
-        read_only=read_only, overlay=overlay, direct=direct,
+        read_only=read_only, overlay=overlay, direct=direct, accept_newer=is_forced or overlay is not None,
         tunables=tuple(_parse_tunable(text) for text in tunables or ()), trace=trace, debug_checks=debug_checks,
         io_backend=io_backend.value))
     try:
@@ -196,6 +204,27 @@ def _refuse_small(cache: str, backings: list[str]) -> None:
     for _end, path, uuid in reversed(found):
         if uuid in small:
             raise WrongState(f"{path} is smaller than the dirty data that its cache holds for it (truncated?)")
+
+
+def _refuse_newer(cache: str, backings: list[str], *, only_warn: bool) -> None:
+    # The engine refuses it as well; here before the start of the set writes anything.
+    from bcachectl.fsck.beyond import run_later
+    from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, parse_superblock
+
+    with contextlib.ExitStack() as stack:
+        try:
+            device, *members = [stack.enter_context(open_device(path)) for path in (cache, *backings)]
+            superblocks = {member.path: parse_superblock(member.read(SB_SECTOR << 9, SB_BYTES)) for member in members}
+            late = run_later(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
+                             superblocks)
+        except BcachectlError:
+            return
+    for path in late:
+        why = (f"{path} is dirty and has run later than the set knows: {cache} may be an older copy of itself, or the "
+               "clock was set back; `bcachectl fsck` with both tells more")
+        if not only_warn:
+            raise Refused(why, hazard=HAZARD_STALE)
+        print(f"bcachectl: {why}", file=sys.stderr, flush=True)
 
 
 def _complain(why: str) -> None:

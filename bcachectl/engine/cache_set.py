@@ -69,6 +69,8 @@ class Options:
     """How to run a set."""
 
     read_only: bool = False
+    accept_newer: bool = False
+    """Whether a dirty device is taken in that has run later than the set knows."""
     debug_checks: bool = False
     node_cache_bytes: int = 256 << 20
     slice_keys: int = 1 << 12
@@ -273,6 +275,7 @@ class CacheSet:
                 f"couldn't find uuid for {name} in set {format_uuid(self.sb.set_uuid)}: its dirty data is elsewhere"
             )
         if slot != NO_SLOT:
+            self._refuse_newer(dev, slot)
             await self._refuse_too_small(dev, slot)
         if slot == NO_SLOT and self.read_only:
             # It was never attached: the cache holds nothing of it.
@@ -280,7 +283,7 @@ class CacheSet:
         if slot == NO_SLOT:
             slot = await self._attach_new(dev)
         elif not self.read_only:
-            self.uuids[slot] = replace(self.uuids[slot], last_reg=self.sched.wall_s & 0xFFFFFFFF)
+            self.uuids[slot] = replace(self.uuids[slot], last_reg=self._last_reg(dev))
             await self.uuid_array.write()
         dev.start_caching(slot)
         if not self.read_only and not self.io_disabled and dev.has_dirty and dev.sb.state != BdevState.DIRTY:
@@ -290,6 +293,21 @@ class CacheSet:
             await dev.leave_failed_set()
             raise WrongState(f"set {format_uuid(self.sb.set_uuid)} failed: {self.failed}")
         self.events.emit("bcache_attach", volume=name, slot=slot)
+
+    def _last_reg(self, dev: CachedDev) -> int:
+        # Never before what the superblock says or will say: a clock that was set back is no run that is not known of.
+        return max(self.sched.wall_s & 0xFFFFFFFF, dev.sb.last_mount, dev.mount_s)
+
+    def _refuse_newer(self, dev: CachedDev, slot: int) -> None:
+        # The superblock of a device is written after the uuid array is durable.  So one that tells of a later run was
+        # dirty with another state of this set, of which this one is an older copy: docs/decisions/0029.
+        is_newer = dev.sb.state == BdevState.DIRTY and 0 < self.uuids[slot].last_reg < dev.sb.last_mount
+        if is_newer and not (self.read_only or self.options.accept_newer):
+            raise Refused(
+                f"{dev.backing.name} is dirty and has run later than the set knows: the cache device may be an older "
+                "copy of itself, or the clock was set back; `bcachectl fsck` with both tells more, and `bcachectl "
+                "engine run --force=inconsistent` takes it nevertheless"
+            )
 
     async def _refuse_too_small(self, dev: CachedDev, slot: int) -> None:
         # A device that was shrunk or cut off cannot take back all of its dirty data.
@@ -311,7 +329,7 @@ class CacheSet:
             uuid=dev.uuid,
             label=dev.sb.label,
             first_reg=now,
-            last_reg=now,
+            last_reg=self._last_reg(dev),
             invalidated=0,
             flags=0,
             sectors=0,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`dirty_beyond`: whether backing devices are large enough for their dirty data, by a look at the end of each.
+"""What is wrong with backing devices, by a look at little of the cache: `dirty_beyond`, `run_later`.
 
-Nothing on the disks says how large a backing device was.  What its cache holds for places behind its end tells that it
-is not whole.  The keys for these places are in few leaves, mostly in one, so this costs what the journal, the prio sets
-and the nodes on the way cost, and not the whole btree.
+`dirty_beyond`: whether they are large enough for their dirty data.  Nothing on the disks says how large a backing
+device was.  What its cache holds for places behind its end tells that it is not whole.  The keys for these places are
+in few leaves, mostly in one, so this costs what the journal, the prio sets and the nodes on the way cost, and not the
+whole btree.  `run_later` asks the uuid array alone.
 
-It is an early word, for who is about to write: a set with damage is for others to judge, and says nothing here.
+These are early words, for who is about to write: a set with damage is for others to judge, and says nothing here.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bcachectl.fsck.check_backing import slot_of
+from bcachectl.fsck.check_backing import ran_later, slot_of
 from bcachectl.fsck.live import leaf_extents
 from bcachectl.fsck.records import Record
 from bcachectl.fsck.walk import Read, Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT
+from bcachectl.ondisk.superblock import Superblock
 
 
 def dirty_beyond(read: Read, size_sectors: int, ends: Mapping[bytes, int]) -> set[bytes]:
@@ -39,3 +41,12 @@ def dirty_beyond(read: Read, size_sectors: int, ends: Mapping[bytes, int]) -> se
         if len(found) == len(behind):
             break
     return found
+
+
+def run_later(read: Read, size_sectors: int, superblocks: Mapping[str, Superblock]) -> list[str]:
+    """Of the backing devices by name, those that are dirty and have run later than the set knows (`ran_later`)."""
+    walk = Walk(read, size_sectors, within=())
+    for item in walk.structures():
+        if isinstance(item, Record) and item.value is walk.uuids:
+            break
+    return [name for name, sb in superblocks.items() if ran_later(walk, sb, slot_of(walk, sb.uuid))]

@@ -125,7 +125,7 @@ def member(walk: Walk, dirty: Dirty, backing: Backing, *, force_stale: bool = Fa
             raise Refused(f"{name}: says that it is clean, and most of the cache's dirty data is not on it: either "
                           "that is wrong, or the cache device is an older copy of itself and the device's data newer; "
                           "`bcachectl resolve` tells more", hazard=HAZARD_STALE)
-    if ran_later(walk, sb, inode) and own is not None and not force_stale:
+    if ran_later(walk, sb, inode) and not force_stale:
         raise Refused(f"{name}: has run later than the set knows: the cache device may be an older copy of itself, and "
                       "the device's data newer; or power failed just then, or the clock was set back",
                       hazard=HAZARD_STALE)

@@ -411,6 +411,14 @@ def test_a_device_that_ran_later_is_not_overwritten_by_what_may_be_older(cli: Cl
     assert "older copy" in refused.err
     assert backing.read_bytes() == before
     assert "BACKING_NEWER" in cli("fsck", cache, backing).out
+    # It would be marked clean even if the cache has nothing dirty of it.
+    empty = golden("attached_clean", writable=True)
+    image2 = Image((empty / "cache.img").read_bytes(), [(empty / "back0.img").read_bytes()])
+    image2.sb(104, "Q", 2 << 61 | 1, device=image2.backings[0])
+    image2.sb(200, "I", image2.walk.uuids[0].last_reg + 1, device=image2.backings[0])
+    (empty / "back0.img").write_bytes(image2.backings[0].content())
+    assert cli("writeback", empty / "cache.img", empty / "back0.img").status == 3
+    assert (empty / "back0.img").read_bytes() == image2.backings[0].content()
     # An entry that a repair has made says nothing about it.
     unknown = images / "unknown.img"
     image.uuid(0, 52, "I", 0)

@@ -25,6 +25,7 @@ from tests import program
 from tests.export.engine import ROOT, Engine
 from tests.export.test_golden_serve import digest, options_for
 from tests.export.test_loop import is_left_behind
+from tests.fsck.image import Image
 from tests.nbd_client import CMD_WRITE, NbdClient
 from tests.over import exported, need_block_export, only
 from tests.require import need, need_root, patience
@@ -461,6 +462,34 @@ def test_a_device_that_was_cut_short_is_refused_before_anything_is_written(golde
         assert engine.errors.count("\n") == 1
         assert "back0.img is smaller than the dirty data that its cache holds for it" in engine.errors
     assert [hashlib.sha256(path.read_bytes()).digest() for path in (cache, backing)] == before
+
+
+def test_a_device_that_ran_later_is_refused_before_anything_is_written(golden: Callable[..., Path],
+                                                                       tmp_path: Path) -> None:
+    """The cache may be an older copy of itself: a sentence, and a word that overrides it, once."""
+    story = golden("dirty_crash", writable=True)
+    cache, backing = story / "cache.img", story / "back0.img"
+    image = Image(cache.read_bytes(), [backing.read_bytes()])
+    image.sb(200, "I", image.walk.uuids[0].last_reg + 1, device=image.backings[0])
+    backing.write_bytes(image.backings[0].content())
+    before = [hashlib.sha256(path.read_bytes()).digest() for path in (cache, backing)]
+    words: list[str | Path] = ["--cache", cache, "--backing", backing, "--export", "nbd"]
+    with Engine(tmp_path, *words, expect_failure=True) as engine:
+        assert engine.status == 3
+        assert engine.errors.count("\n") == 1
+        assert "older copy of itself" in engine.errors
+        assert "--force=inconsistent" in engine.errors
+    with Engine(tmp_path, *words, "--force=dirty", expect_failure=True) as engine:
+        assert engine.status == 2
+    for reading in (["--read-only"], ["--overlay", tmp_path / "overlay"]):
+        with Engine(tmp_path, *words, *reading) as engine:
+            assert engine.errors.count("\n") == 1
+            assert "older copy of itself" in engine.errors
+    assert [hashlib.sha256(path.read_bytes()).digest() for path in (cache, backing)] == before
+    with Engine(tmp_path, *words, "--force=inconsistent", "--set", "writeback_running=0") as engine:
+        engine.kill()
+    with Engine(tmp_path, *words) as engine:
+        assert engine.errors == ""
 
 
 def test_dirty_data_of_a_device_that_is_not_here(golden: Callable[..., Path], tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class HostOptions:
     nbd_socket: str | None = None
     read_only: bool = False
     overlay: str | None = None
+    accept_newer: bool = False
     direct: bool = False
     """Image files past the page cache, as devices that are written to always are."""
     tunables: tuple[tuple[str, str], ...] = ()
@@ -127,7 +128,8 @@ class EngineHost:
             undo.callback(self.backend.close)
             self.bdevs = [self._bdev(index) for index in range(len(self.media))]
             self.cset = CacheSet(self.sched, self.bdevs[0], entropy=make_entropy(), options=Options(
-                read_only=options.read_only, debug_checks=options.debug_checks, **options.extra))
+                read_only=options.read_only, accept_newer=options.accept_newer, debug_checks=options.debug_checks,
+                **options.extra))
             self.loop = Loop(self.sched, self.backend, self.cset.front)
             undo.pop_all()
         self.stop_wait = WaitQueue(self.sched, "stop")
