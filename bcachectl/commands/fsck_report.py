@@ -158,9 +158,9 @@ def _finding_lines(check: Check, finding: Finding) -> Iterator[str]:
     yield f"  {finding.meaning}"
     for loss in finding.losses:
         yield from _loss_lines(loss)
-    for start, end in finding.unknown[:RANGES_SHOWN] if finding.code == "BTREE_STRAY" else finding.unknown:
+    for start, end in finding.unknown[:RANGES_SHOWN]:
         yield from _unknown_lines(check, start, end, is_stray=finding.code == "BTREE_STRAY")
-    if finding.code == "BTREE_STRAY" and len(finding.unknown) > RANGES_SHOWN:
+    if len(finding.unknown) > RANGES_SHOWN:
         yield f"  and {counted(len(finding.unknown) - RANGES_SHOWN, 'more range')}; --json lists them"
     if finding.severity > Severity.NOTE and not finding.losses and not finding.unknown:
         yield "  It costs no data." if finding.is_safe else "  What it costs cannot be told."

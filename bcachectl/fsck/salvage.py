@@ -310,24 +310,26 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
         slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
     if any(slot.leaf is None and slot.lost is None for slot in slots):
         ptrs = [slot.leaf or slot.lost or Ptr(0, 0, 0) for slot in slots]
-        candidates, is_all = find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
+        candidates = find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
         slots = [part for slot in slots
-                 for part in (_fill(slot, candidates, is_all) if slot.leaf is slot.lost is None else [slot])]
+                 for part in (_fill(slot, candidates) if slot.leaf is slot.lost is None else [slot])]
     return slots
 
 
 def _without(slot: Slot, *, start: int, end: int) -> list[Slot]:
-    # What is left of a slot outside [start, end).
+    # What is left of a slot outside [start, end), or an empty one at its start: its keys there are strays then.
     if slot.end <= start or end <= slot.start:
         return [slot]
+    slot = slot._replace(is_astray=slot.leaf is not None)
     parts = [slot._replace(end=start)] if slot.start < start else []
-    return [*parts, slot._replace(start=end)] if end < slot.end else parts
+    parts += [slot._replace(start=end)] if end < slot.end else []
+    return parts or ([slot._replace(end=slot.start)] if slot.leaf is not None or slot.lost is not None else [])
 
 
-def _fill(slot: Slot, candidates: list[Candidate], is_all: bool) -> list[Slot]:
+def _fill(slot: Slot, candidates: list[Candidate]) -> list[Slot]:
     # The leaves among ``candidates`` whose keys all lie in the range of a lost one.  A leaf that was split stays where
     # it was, and only its parent told that it is no more: of several that overlap the one that the journal knows best
-    # is taken, and is doubtful.  Unless these are all leaves, one more may have stood where they leave a gap.
+    # is taken, and is doubtful.  One more, of which nothing is left, may have stood wherever they leave a gap.
     fitting = [each for each in candidates if slot.start <= each.slot.start and each.slot.end <= slot.end]
     chosen: list[Slot] = []
     for candidate in sorted(fitting, key=lambda each: -each.known_keys):
@@ -341,12 +343,9 @@ def _fill(slot: Slot, candidates: list[Candidate], is_all: bool) -> list[Slot]:
         return [slot]
     chosen.sort(key=lambda each: each.start)
     starts = [slot.start, *(each.end for each in chosen[:-1])]
-    if not is_all:
-        pairs = [(Slot(start, each.start, None, 0), each) for start, each in zip(starts, chosen, strict=True)]
-        every = [part for pair in pairs for part in pair] + [Slot(chosen[-1].end, slot.end, None, 0)]
-        return [part for part in every if part.start < part.end]
-    parts = [each._replace(start=start) for each, start in zip(chosen, starts, strict=True)]
-    return [*parts[:-1], parts[-1]._replace(end=slot.end)]
+    pairs = [(Slot(start, each.start, None, 0), each) for start, each in zip(starts, chosen, strict=True)]
+    every = [part for pair in pairs for part in pair] + [Slot(chosen[-1].end, slot.end, None, 0)]
+    return [part for part in every if part.start < part.end]
 
 
 def highest_seq(walk: Walk) -> int:
@@ -371,15 +370,14 @@ class Candidate(NamedTuple):
     known_keys: int
 
 
-def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> tuple[list[Candidate], bool]:
+def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> list[Candidate]:
     """Leaves in buckets that nothing claims, by their magic and a checksum that fits the bucket's generation.
 
-    And whether that can be all of them: no such bucket is unreadable, or holds a node whose first set is damaged.
+    That need not be all of them: of some the first set may be damaged, or nothing left.
     """
     assert walk.superblock is not None
     geometry, magic = walk.geometry, bset_magic(walk.superblock.set_uuid)
     found: list[Candidate] = []
-    is_all = True
     recent = extent.overlay(older_keys(walk)[0], walk.journal_map)
     highest = highest_seq(walk)
     told = set(zip(recent.start.tolist(), recent.ptr.tolist(), strict=True))
@@ -391,17 +389,12 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> t
             if struct.unpack_from("<Q", walk.read(sector, 1), 8)[0] != magic:
                 continue
         except BcachectlError:
-            is_all = False
             continue
         buf, _unread = _read_what_can_be(walk, sector, geometry.node_sectors)
         if buf is None:
-            is_all = False
             continue
         gen = _real_gen(buf, magic, ptr_make(sector, 0), geometry.block_bytes)
-        if struct.unpack_from("<Q", buf, 16)[0] == fresh_node_seq(walk, highest, bucket):
-            continue
-        if gen is None:
-            is_all = False
+        if gen is None or struct.unpack_from("<Q", buf, 16)[0] == fresh_node_seq(walk, highest, bucket):
             continue
         if gen != int(walk.gens[bucket]) and validity.gen_after(int(walk.gens[bucket]), gen):
             continue
@@ -417,7 +410,7 @@ def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> t
             known_keys = sum(pair in told for image in sets for pair in zip(
                 (image.keys.pos - image.keys.size).tolist(), image.keys.ptr.tolist(), strict=True))
             found.append(Candidate(Slot(first, last, Ptr(0, sector, gen), geometry.node_sectors), known_keys))
-    return sorted(found, key=lambda each: each.slot.start), is_all
+    return sorted(found, key=lambda each: each.slot.start)
 
 
 def _expand(walk: Walk) -> list[Slot]:

@@ -153,8 +153,9 @@ def test_two_damaged_sets_in_a_row(golden: Callable[..., Path], base: str, first
 
 
 @pytest.mark.parametrize(("damage", "number", "is_dirty"), [
-    ("prio_in_journal_gen_churn", 0, False), ("prio_third_csum", 4, False), ("prio_third_csum", 4, True),
-    ("prio_csum_deep_crash", 1, True), ("prio_csum_deep_crash", 4, False), ("prio_csum_deep_crash", 4, True),
+    ("prio_in_journal_gen_churn", 0, False), ("prio_in_journal_deep_crash", 0, True), ("prio_third_csum", 4, False),
+    ("prio_third_csum", 4, True), ("prio_csum_deep_crash", 1, True), ("prio_csum_deep_crash", 4, False),
+    ("prio_csum_deep_crash", 4, True),
 ])
 def test_an_extent_where_a_prio_set_is_that_nothing_leads_to(golden: Callable[..., Path], damage: str, number: int,
                                                              is_dirty: bool) -> None:
@@ -171,6 +172,23 @@ def test_an_extent_where_a_prio_set_is_that_nothing_leads_to(golden: Callable[..
     assert bucket not in {image.walk.geometry.bucket_of(sector) for sector in PTR_OFFSET.get(live.ptr).tolist()}
     # Clean data in a bucket whose generation nobody knows is dropped anyway.
     assert ("EXTENT_IN_METADATA" in serious(found)) == (is_dirty or bucket < found.known_buckets)
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
+
+
+@pytest.mark.parametrize("names", [
+    # A leaf whose pointer is bad and the next one both end at one place: neither is the whole range.
+    ("child_beyond_deep_crash", "child_twice_deep_crash"),
+    # Nothing is left of a leaf whose parent is damaged too: it is not the room between two others.
+    ("set_zero_leaf_deep_crash", "set_zero_interior_deep_crash"),
+    ("set_zero_leaf_deep_crash", "set_zero_interior_deep_crash", "child_dirty_deep_crash"),
+])
+def test_what_a_lost_leaf_had_is_nobody_else_s(golden: Callable[..., Path], names: tuple[str, ...]) -> None:
+    known = truth(golden, "deep_crash")
+    image = known.image.fresh()
+    for name in names:
+        CASES[name].edit(image)
+    assert not list(wrong_after_writeback(image, known))
     for safe_only in (True, False):
         assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
 
