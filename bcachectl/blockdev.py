@@ -119,6 +119,11 @@ class BlockDevice:
             os.close(self.fd)
             self.fd = -1
 
+    @property
+    def plain_fd(self) -> int:
+        """Where pread into any memory gives what `read` does; -1 if it does not."""
+        return self.fd if self.image is None and not self.direct else -1
+
     # The methods for commands: DeviceError on failure.
 
     def read(self, offset_bytes: int, nbytes: int) -> bytes:

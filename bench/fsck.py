@@ -179,7 +179,8 @@ def allocated(path: Path) -> Iterator[bytes]:
 
 def check(device: BlockDevice) -> Check:
     """One whole check."""
-    return run(open_check(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9))
+    return run(open_check(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
+                          fd=device.plain_fd))
 
 
 def peak_mib() -> float:

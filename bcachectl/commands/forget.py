@@ -129,7 +129,8 @@ def _refuse_running(path: str) -> None:
 
 def examine(device: BlockDevice, *, show: bool) -> Check:
     """The checked set on a cache device that has run and is not damaged."""
-    check = open_check(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9)
+    check = open_check(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
+                       fd=device.plain_fd)
     fsck_report.watch(check, show=show)
     sb = check.walk.superblock
     if sb is not None and sb.is_backing:

@@ -152,9 +152,11 @@ class Check:
     """One check of one set.  Exhaust `stages`; then `findings` and `totals` are complete."""
 
     def __init__(self, read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
-                 instead: Superblock | None = None, more: Sequence[JournalEntry] = ()) -> None:
-        """``instead`` is what to go by if the superblock is damaged, ``more`` journal entries out of normal reach."""
-        self.walk = Walk(read, size_sectors, instead=instead, more=more, processes=processors())
+                 instead: Superblock | None = None, more: Sequence[JournalEntry] = (),
+                 fd: int = -1) -> None:
+        """``instead`` is what to go by if the superblock is damaged, ``more`` journal entries out of normal reach;
+        ``fd``, if not -1, is where pread gives what ``read`` does."""
+        self.walk = Walk(read, size_sectors, instead=instead, more=more, processes=processors(), fd=fd)
         self.instead = instead
         self.backings = tuple(backings)
         self.findings: list[Finding] = []

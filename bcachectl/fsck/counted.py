@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,7 @@ import numpy.typing as npt
 from bcachectl.fsck.extents import U64
 from bcachectl.fsck.scan import COUNTED_BEHIND_MAX, Scan
 from bcachectl.fsck.tally import Place, Spread, Tallier, Tally, joined_spreads
-
-PIECE_LEAVES = 16
+from bcachectl.fsck.threads import in_order
 
 
 class Counted:
@@ -46,21 +45,18 @@ class Counted:
 
     def counts(self, places: Sequence[Place]) -> Generator[U64 | Tally | None, None, None]:
         """What `Tallier.count` says about each place, in order."""
-        if len(self.talliers) < 2 or len(places) <= PIECE_LEAVES:
-            yield from map(self.talliers[0].count, places)
-            return
-        idle = list(self.talliers)
+        idle, leaves = list(self.talliers), self.talliers[0].piece_leaves
 
         def count(piece: Sequence[Place]) -> list[U64 | Tally | None]:
             tallier = idle.pop()
             try:
-                return [tallier.count(place) for place in piece]
+                return tallier.count(piece)
             finally:
                 idle.append(tallier)
 
-        pieces = [places[at:at + PIECE_LEAVES] for at in range(0, len(places), PIECE_LEAVES)]
-        with ThreadPoolExecutor(len(idle)) as pool:
-            yield from itertools.chain.from_iterable(pool.map(count, pieces))
+        pieces = [places[at:at + leaves] for at in range(0, len(places), leaves)]
+        with closing(in_order(count, pieces, len(idle))) as found:
+            yield from itertools.chain.from_iterable(found)
 
     def settle(self, gens: npt.NDArray[np.uint8]) -> bool:
         """Sum up, by the generations in the end; False if what was counted is not to be used."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.tally import Place, Tally
 from bcachectl.ondisk.bkey import Ptr
@@ -87,6 +88,14 @@ class Damage:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.why}"
+
+
+def damage_of(error: BcachectlError, where: str, sector: int, nsectors: int, start: int = 0, end: int = 0) -> Damage:
+    """The damage that keeps a structure from being read."""
+    if isinstance(error, Corrupt):
+        detail = error.where.partition(", ")[2]
+        return Damage(f"{where}, {detail}" if detail else where, error.why, sector, nsectors, start, end)
+    return Damage(where, f"IO error ({error})", sector, nsectors, start, end)
 
 
 class Slot(NamedTuple):

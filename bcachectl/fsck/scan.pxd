@@ -3,10 +3,12 @@
 
 cimport cython
 
+from bcachectl.fsck.fill_c cimport fill_words
+
 ctypedef unsigned long long word
 
 
-cdef int _GOOD, _DOUBTFUL, _OTHER_FORM
+cdef int _GOOD, _DOUBTFUL, _OTHER_FORM, _STAGED_WORDS, _SETS, _MARKS_END, _DOUBTFUL_BLOCK
 cdef word _ALL_BITS, _LOW_HALF
 
 
@@ -20,9 +22,11 @@ cdef class Scan:
     cdef int shift, block_shift
     cdef int is_leaf, is_counting
     cdef Py_ssize_t block_words, node_blocks, journal_rows_max, spreads_max, all_spreads_max
+    cdef word[::1] piece_words, staged_words
+    cdef Py_ssize_t leaf_words, staged_size, first_mark, last_doubtful
+    cdef readonly list buffers
     cdef Py_ssize_t journal_rows, nsets, nodd, ncuts, nspreads, ntaken, nmarks
     cdef readonly word extents, dirty_sectors, sectors
-    cdef readonly Py_ssize_t doubtful_block
     cdef readonly bint can_count, is_unsure
     cdef readonly object claims
     cdef word[::1] claim_words, late, all_spread_words
@@ -30,16 +34,38 @@ cdef class Scan:
     cdef readonly word all_extents, all_dirty_sectors, all_sectors
 
     @cython.locals(log_words=object, index=cython.Py_ssize_t, done=cython.int)
-    cdef bint _scan(self, const word[::1] words, list log, word start, word end) except -1
+    cpdef bint leaf(self, const word[::1] words, list log, word start, word end) except -1
+
+    @cython.locals(staged=object, size=cython.Py_ssize_t, nleaves=cython.Py_ssize_t, number=cython.Py_ssize_t, at=cython.Py_ssize_t)
+    cpdef list stage(self, int fd, list leaves)
+
+    cpdef Py_ssize_t doubtful_block(self, Py_ssize_t number)
+
+    cpdef drop(self, Py_ssize_t number)
+
+    cpdef list count(self, Py_ssize_t nleaves)
+
+    @cython.locals(staged=cython.ulonglong[::1], log_words=cython.ulonglong[::1],
+                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, first=cython.Py_ssize_t, index=cython.Py_ssize_t,
+                   nsets=cython.Py_ssize_t)
+    cdef int _stage(self, int fd, Py_ssize_t nleaves) except -2 nogil
+
+    @cython.locals(staged=cython.ulonglong[::1], log_words=cython.ulonglong[::1],
+                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, first=cython.Py_ssize_t, index=cython.Py_ssize_t,
+                   done=cython.int)
+    cdef int _piece(self, Py_ssize_t nleaves) except -2 nogil
 
     @cython.locals(count=cython.Py_ssize_t, block=cython.Py_ssize_t, block_words=cython.Py_ssize_t,
                    node_blocks=cython.Py_ssize_t, seq=cython.ulonglong, at=cython.Py_ssize_t,
                    length=cython.Py_ssize_t, blocks=cython.Py_ssize_t)
     cdef Py_ssize_t _log(self, const word[::1] words) except -2 nogil
 
+    @cython.locals(done=cython.int)
+    cdef int _leaf(self, const word[::1] words, word start, word end) except -2 nogil
+
     @cython.locals(index=cython.Py_ssize_t, at=cython.Py_ssize_t, count=cython.Py_ssize_t, over=cython.Py_ssize_t,
                    done=cython.int)
-    cdef int _leaf(self, const word[::1] words, word start, word end, int has_base) except -2 nogil
+    cdef int _in_form(self, const word[::1] words, word start, word end, int has_base) except -2 nogil
 
     cdef Py_ssize_t _over(self, Py_ssize_t over, Py_ssize_t count) except -2 nogil
 

@@ -17,10 +17,14 @@ nothing is lost where this file is cautious, and what it does say must be what t
    their bucket are looked at again (`_settle`).
 4. The rows are counted (`_count`).
 
-`Scan.leaf` gives what one leaf holds, with the generations as they are.  `Scan.count` adds it to what all leaves hold
-that were counted before, and keeps no more of it than sums, and a bit for each block that is taken (`Scan._keep`).  It
-takes the generations that it has for those that buckets have in the end.  Keys with others wait, as if they were live,
-for `Scan.settle`, which knows them all.
+`Scan.leaf` gives what one leaf holds, with the generations as they are.  `Scan.count` adds leaves to what all leaves
+hold that were counted before, and keeps no more of them than sums, and a bit for each block that is taken
+(`Scan._keep`).  It takes the generations that it has for those that buckets have in the end.  Keys with others wait, as
+if they were live, for `Scan.settle`, which knows them all.
+
+Leaves are counted by the piece: the caller fills some of `Scan.buffers`, calls `Scan.stage` for each, and `Scan.count`
+once.  Other threads run meanwhile; each time that two of them want the interpreter at once, one sleeps for as long as
+a leaf takes, so what is asked of it must be little and seldom.
 
 Rows stand in arrays of words, four each: start, end, pointer to the first sector, kind.  The kind of what only hides
 others is 0, of clean data 1, of dirty data 3.
@@ -29,6 +33,8 @@ Numbers have 64 bits when compiled: none may be negative or become larger, unles
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +50,9 @@ try:
 except ImportError:
     from bcachectl import plain as cython
 
+if not cython.compiled:
+    from bcachectl.fsck.fill import fill_words
+
 IS_COMPILED: bool = cython.compiled
 
 JOURNAL_ROWS_MAX = 4096
@@ -54,6 +63,8 @@ ALL_SPREADS_MAX = 64
 """Volumes with dirty data in all leaves that are counted together."""
 LATE_MAX = 1 << 20
 """Runs that can wait for `Scan.settle`."""
+PIECE_BYTES, PIECE_LEAVES_MAX = 4 << 20, 64
+"""The most that is counted at once."""
 CLAIM_BYTES_MAX = 32 << 20
 """For the bits of all blocks; where they need more, leaves are not counted together."""
 COUNTED_BEHIND_MAX = BUCKET_GC_GEN_MAX // 2
@@ -61,6 +72,8 @@ COUNTED_BEHIND_MAX = BUCKET_GC_GEN_MAX // 2
 afterwards, none of them is too far behind in the end."""
 
 _ROW_WORDS, _RUN_WORDS, _SPREAD_WORDS = 4, 3, 4
+_SETS, _MARKS_END, _DOUBTFUL_BLOCK, _STAGED_WORDS = 3, 4, 5, 6
+"""Of a leaf that waits: its sector, start, end, how many sets, where its marks end, doubtful block; then its log."""
 _BEHIND_MAX = 128
 _GOOD, _DOUBTFUL, _OTHER_FORM = 1, 0, -1
 _ALL_BITS, _LOW_HALF = (1 << 64) - 1, (1 << 32) - 1
@@ -106,8 +119,9 @@ class Scan:
         self.cuts = _room(_ROW_WORDS * 2 * rows)
         self.odd = _room(_RUN_WORDS * rows)
         self.spread_words = _room(_SPREAD_WORDS * SPREADS_MAX)
-        self.taken_words, self.mark_words = _room(4 * rows), _room(2 * rows)
-        self.log_words, self.doubtful_block = _room(2 * self.node_blocks + 2), 0
+        self.taken_words = _room(4 * rows)
+        self.log_words = _room(2 * self.node_blocks + 2)
+        self.first_mark = self.last_doubtful = 0
         self.is_leaf = self.nsets = self.nodd = self.ncuts = self.nspreads = self.ntaken = self.nmarks = 0
         self.extents = self.dirty_sectors = self.sectors = 0
 
@@ -115,6 +129,14 @@ class Scan:
         blocks = geometry.nbuckets * bucket_sectors >> self.block_shift
         self.can_count = blocks // 8 < CLAIM_BYTES_MAX and not geometry.block_size_sectors & self.in_block
         self.is_counting = self.is_unsure = 0
+        leaf_words = geometry.node_bytes // 8
+        nleaves = min(max(PIECE_BYTES // geometry.node_bytes, 1), PIECE_LEAVES_MAX) if self.can_count else 0
+        piece = _room(leaf_words * nleaves)
+        self.leaf_words, self.piece_words, self.mark_words = leaf_words, piece, _room(2 * rows * max(nleaves, 1))
+        self.buffers = [piece[number * leaf_words:(number + 1) * leaf_words].cast("B") for number in range(nleaves)]
+        """Room for the leaves of a piece."""
+        self.staged_size = _STAGED_WORDS + 2 * self.node_blocks + 2
+        self.staged_words = _room(self.staged_size * nleaves)
         self.claims = np.zeros(blocks // 64 + 1 if self.can_count else 0, np.uint64)
         self.claim_words = self.claims.data
         self.late, self.late_max = _room(_RUN_WORDS * LATE_MAX if self.can_count else 0), LATE_MAX
@@ -124,24 +146,54 @@ class Scan:
 
     def leaf(self, words: memoryview, log: list[tuple[int, int]], start: int, end: int) -> bool:
         """Whether it is known what the leaf holds whose sets' keys stand at ``log`` (first word, how many)."""
-        self.is_counting, self.gen_max = 0, BUCKET_GC_GEN_MAX
-        return self._scan(words, log, start, end)
+        log_words = memoryview(self.log_words)
+        for index, (at, length) in enumerate(log):
+            log_words[2 * index], log_words[2 * index + 1] = at, length
+        self.is_counting, self.gen_max, self.nsets, self.first_mark = 0, BUCKET_GC_GEN_MAX, len(log), 0
+        with cython.nogil:
+            done = self._leaf(words, start, end)
+        return done == _GOOD
 
-    def count(self, words: memoryview, log: list[tuple[int, int]], start: int, end: int) -> bool:
-        """`leaf`, and if it is known, it is added to what the leaves before it hold."""
-        self.is_counting, self.gen_max = 1, COUNTED_BEHIND_MAX
-        return self._scan(words, log, start, end)
+    def stage(self, fd: int, leaves: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int]] | None]:
+        """Leaves (sector, start, end) wait for `count`: those read there from ``fd``, or if that is -1 those in the
+        first of `buffers`; none at sector 0.
 
-    def log(self, words: memoryview) -> list[tuple[int, int]]:
-        """The keys of each set of a node, oldest first, as the index of their first word and how many words; empty if
-        anything is wrong.
-
-        What takes a checksum to tell is for the caller to look at: those of the sets, and whether at `doubtful_block`,
-        if that is not 0, there is a set of the node whose number is wrong.
+        Gives for each the keys of each set, oldest first, as the index of their first word and how many words; empty if
+        anything is wrong, None if it could not be read.  What takes a checksum to tell is for the caller to look at:
+        those of the sets, and whether at `doubtful_block`, if that is not 0, there is a set of the node whose number is
+        wrong.
         """
-        nsets = self._log(words)
-        log_words = memoryview(self.log_words)[:2 * nsets].tolist()
-        return list(zip(log_words[::2], log_words[1::2], strict=True))
+        staged, size, nleaves, found = memoryview(self.staged_words), self.staged_size, len(leaves), []
+        for number, leaf in enumerate(leaves):
+            staged[size * number], staged[size * number + 1], staged[size * number + 2] = leaf
+        with cython.nogil:
+            self._stage(fd, nleaves)
+        for at in range(0, size * nleaves, size):
+            log = staged[at + _STAGED_WORDS:at + _STAGED_WORDS + 2 * staged[at + _SETS]].tolist()
+            found.append(list(zip(log[::2], log[1::2], strict=True)) if staged[at] else None)
+        return found
+
+    def doubtful_block(self, number: int) -> int:
+        """Of a leaf that waits."""
+        return self.staged_words[self.staged_size * number + _DOUBTFUL_BLOCK]
+
+    def drop(self, number: int) -> None:
+        """That leaf does not wait any more."""
+        self.staged_words[self.staged_size * number + _SETS] = 0
+
+    def count(self, nleaves: int) -> list[bool]:
+        """`leaf` for each that waits, and if it is known, it is added to what the leaves before it hold."""
+        self.is_counting, self.gen_max = 1, COUNTED_BEHIND_MAX
+        with cython.nogil:
+            self._piece(nleaves)
+        staged = memoryview(self.staged_words)
+        return [staged[at + _SETS] > 0 for at in range(0, self.staged_size * nleaves, self.staged_size)]
+
+    def marks_of(self, number: int) -> bytes:
+        """The words of `bcachectl.fsck.tally.Tally.marks` of a leaf that was counted."""
+        staged, at = memoryview(self.staged_words), self.staged_size * number
+        first = staged[at - self.staged_size + _MARKS_END] if number else 0
+        return bytes(memoryview(self.mark_words)[first:staged[at + _MARKS_END]])
 
     def settle(self, gens: npt.NDArray[np.uint8]) -> bool:
         """Judge the runs that have waited by the generations that buckets have in the end.
@@ -175,18 +227,36 @@ class Scan:
         """`spreads` of all leaves that were counted."""
         return _spreads_in(memoryview(self.all_spread_words)[:_SPREAD_WORDS * self.nall_spreads])
 
-    def _scan(self, words: memoryview, log: list[tuple[int, int]], start: int, end: int) -> bool:
-        log_words = memoryview(self.log_words)
-        for index, (at, length) in enumerate(log):
-            log_words[2 * index], log_words[2 * index + 1] = at, length
-        self.nsets = len(log)
-        with cython.nogil:
-            done = self._leaf(words, start, end, 1)
-            if done == _OTHER_FORM:
-                done = self._leaf(words, start, end, 0)
-            if done == _GOOD and self.is_counting:
-                done = self._keep()
-        return done == _GOOD
+    def _stage(self, fd: int, nleaves: int) -> int:
+        staged, log_words = self.staged_words, self.log_words
+        for number in range(nleaves):
+            at, first = self.staged_size * number, self.leaf_words * number
+            staged[at + _SETS] = staged[at + _DOUBTFUL_BLOCK] = 0
+            if staged[at] and fd >= 0 and not fill_words(fd, self.piece_words[first:first + self.leaf_words],
+                                                         staged[at] << 9):
+                staged[at] = 0
+            if staged[at]:
+                nsets = self._log(self.piece_words[first:first + self.leaf_words])
+                staged[at + _SETS], staged[at + _DOUBTFUL_BLOCK] = nsets, self.last_doubtful
+                for index in range(2 * nsets):
+                    staged[at + _STAGED_WORDS + index] = log_words[index]
+        return 1
+
+    def _piece(self, nleaves: int) -> int:
+        # The leaves that wait.  Those that are not counted have no sets then.
+        staged, log_words = self.staged_words, self.log_words
+        self.nmarks = 0
+        for number in range(nleaves):
+            at, first = self.staged_size * number, self.leaf_words * number
+            self.nsets, self.first_mark = staged[at + _SETS], self.nmarks
+            if self.nsets:
+                for index in range(2 * self.nsets):
+                    log_words[index] = staged[at + _STAGED_WORDS + index]
+                done = self._leaf(self.piece_words[first:first + self.leaf_words], staged[at + 1], staged[at + 2])
+                if done != _GOOD or self._keep() != _GOOD:
+                    self.nmarks, staged[at + _SETS] = self.first_mark, 0
+            staged[at + _MARKS_END] = self.nmarks
+        return 1
 
     def _log(self, words: memoryview) -> int:
         # The sets in ``log_words``, and how many they are.
@@ -206,16 +276,20 @@ class Scan:
             self.log_words[2 * count], self.log_words[2 * count + 1] = at + 4, length
             count += 1
             block += blocks
-        self.doubtful_block = block if block < node_blocks and words[block * block_words + 1] == self.magic else 0
+        self.last_doubtful = block if block < node_blocks and words[block * block_words + 1] == self.magic else 0
         while block < node_blocks:
             if words[block * block_words + 2] == seq:
                 return 0
             block += 1
         return count
 
-    def _leaf(self, words: memoryview, start: int, end: int, has_base: int) -> int:
-        self.place_start, self.place_end = start, end
-        self.is_leaf = self.nodd = self.ncuts = self.nspreads = self.ntaken = self.nmarks = 0
+    def _leaf(self, words: memoryview, start: int, end: int) -> int:
+        done: int = self._in_form(words, start, end, 1)
+        return self._in_form(words, start, end, 0) if done == _OTHER_FORM else done
+
+    def _in_form(self, words: memoryview, start: int, end: int, has_base: int) -> int:
+        self.place_start, self.place_end, self.nmarks = start, end, self.first_mark
+        self.is_leaf = self.nodd = self.ncuts = self.nspreads = self.ntaken = 0
         self.extents = self.dirty_sectors = self.sectors = 0
         count = 0
         for index in range(has_base, self.nsets):

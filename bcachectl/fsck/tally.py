@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -139,9 +139,9 @@ class Tallier:
     """Tallies the leaves of one cache device with the generations in ``gens`` and the keys of the journal."""
 
     def __init__(self, read: Callable[[int, int], bytes], geometry: Geometry, magic: int, gens: npt.NDArray[np.uint8],
-                 journal: Extents) -> None:
+                 journal: Extents, fd: int = -1) -> None:
         """``gens`` must know every bucket; ``journal`` is a flat map without keys that no kernel accepts, or pointers
-        with the bit set that no kernel looks at."""
+        with the bit set that no kernel looks at.  ``fd``, if not -1, is where pread gives what ``read`` does."""
         bucket_sectors = geometry.bucket_size_sectors
         assert bucket_sectors <= RUN_MASK and not bucket_sectors & (bucket_sectors - 1)
         self.read, self.geometry, self.magic, self.gens, self.journal = read, geometry, magic, gens, journal
@@ -152,6 +152,12 @@ class Tallier:
         self._ptr_limit = min(geometry.nbuckets * bucket_sectors << GEN_BITS, 1 << PTR_DEV.offset)
         self.scan = Scan(geometry, gens, journal, magic) if IS_COMPILED and sys.byteorder == "little" else None
         self.can_count = self.scan is not None and self.scan.can_count
+        self._fd = fd
+
+    @property
+    def piece_leaves(self) -> int:
+        """So many leaves `count` takes."""
+        return len(self.scan.buffers) if self.scan is not None and self.can_count else 1
 
     def tally(self, place: Place) -> Tally | None:
         """What the leaf holds; None if it takes more than counting to tell."""
@@ -167,26 +173,44 @@ class Tallier:
             return _scanned(scan)
         return self._tally(view, log, place)
 
-    def count(self, place: Place) -> U64 | Tally | None:
-        """The leaf is added to what `Scan.settle` tells about all of them together, and its marks are given; if it is
-        not for that, what `tally` says."""
-        scan, view = self.scan, self._read(place)
-        if view is None:
-            return None
-        if scan is None or not self.can_count or place.nsectors != scan.node_sectors:
-            return self.tally(place)
+    def count(self, piece: Sequence[Place]) -> list[U64 | Tally | None]:
+        """Up to `piece_leaves` leaves are added to what `Scan.settle` tells about all of them together, and the marks
+        of each are given; for one that is not for that, what `tally` says."""
+        scan = self.scan
+        if scan is None or not self.can_count:
+            return [self.tally(place) for place in piece]
+        assert len(piece) <= self.piece_leaves
+        logs = scan.stage(self._fd, [self._staged(scan, number, place) for number, place in enumerate(piece)])
+        for number, (place, log) in enumerate(zip(piece, logs, strict=True)):
+            if log and not self._is_sound(scan, number, place, log):
+                scan.drop(number)
+                logs[number] = None
+        is_counted = scan.count(len(piece))
+        return [np.frombuffer(scan.marks_of(number), np.uint64) if is_counted[number]
+                else self.tally(place) if log is not None or place.nsectors != scan.node_sectors else None
+                for number, (place, log) in enumerate(zip(piece, logs, strict=True))]
+
+    def _staged(self, scan: Scan, number: int, place: Place) -> tuple[int, int, int]:
+        # What `Scan.stage` is asked about a leaf; nothing of one that it is not for.
+        if place.nsectors != scan.node_sectors or place.sector % self.geometry.bucket_size_sectors:
+            return 0, 0, 0
+        if self._fd < 0:
+            try:
+                scan.buffers[number][:] = self.read(place.sector, place.nsectors)
+            except BcachectlError:
+                return 0, 0, 0
+        return place.sector, place.start, place.end
+
+    def _is_sound(self, scan: Scan, number: int, place: Place, log: list[tuple[int, int]]) -> bool:
+        # By its checksums.
+        view, seed = scan.buffers[number], place.seed ^ _ALL_ONES
         words = view.cast("Q")
-        log = scan.log(words)
-        seed = place.seed ^ _ALL_ONES
         for at, count in log:
             if crc64(view[(at - _CSUM_WORDS) * 8:(at + count) * 8], seed) != words[at - BSET_HEADER_BYTES // 8]:
-                return None
-        if scan.doubtful_block and self._is_more_behind(view, place, scan.doubtful_block, words[_SEQ_WORD],
-                                                        len(view) // self.geometry.block_bytes):
-            return None
-        if not log or not scan.count(words, log, place.start, place.end):
-            return self.tally(place)
-        return np.frombuffer(scan.marks(), np.uint64)
+                return False
+        block = scan.doubtful_block(number)
+        return not block or not self._is_more_behind(view, place, block, words[_SEQ_WORD],
+                                                     len(view) // self.geometry.block_bytes)
 
     def _read(self, place: Place) -> memoryview | None:
         if place.sector % self.geometry.bucket_size_sectors:

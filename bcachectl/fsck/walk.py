@@ -40,7 +40,8 @@ from bcachectl.fsck import levels
 from bcachectl.fsck.counted import Counted
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import tallies
-from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Record, Slot
+from bcachectl.fsck.journal import read_journal
+from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Record, Slot, damage_of
 from bcachectl.fsck.tally import RUN_MASK, Place, Tallier, Tally
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
@@ -60,8 +61,8 @@ from bcachectl.ondisk.bkey import (
 )
 from bcachectl.ondisk.bset import check_node_end, decode_node
 from bcachectl.ondisk.geometry import Geometry
-from bcachectl.ondisk.jset import JSET_MAX_BYTES, JSET_VERSION_UUIDV1, Jset, judge_jset, walk_journal_bucket
-from bcachectl.ondisk.magic import bset_magic, jset_magic, prio_magic
+from bcachectl.ondisk.jset import JSET_VERSION_UUIDV1, Jset
+from bcachectl.ondisk.magic import bset_magic, prio_magic
 from bcachectl.ondisk.prio import decode_prio_set
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, Superblock, check_superblock, decode_superblock
 from bcachectl.ondisk.uuids import UuidEntry, decode_uuids, decode_uuids_v0
@@ -76,9 +77,6 @@ BUCKETS_LIMIT = 1 << 24
 """A superblock that claims more buckets than this, and more than the device has room for, is not believed."""
 MARKS_AT_ONCE = 64
 """The pointers of so many leaves are looked at together."""
-JOURNAL_PIECE_BYTES, JOURNAL_ENTRIES_BYTES = 1 << 20, 256 << 10
-"""What stands behind a piece of this size matters only if the valid part of the bucket comes close to its end.  The
-smaller one is for who looks at entries only."""
 
 
 class Walk:
@@ -86,14 +84,14 @@ class Walk:
 
     def __init__(self, read: Read, size_sectors: int, *, instead: Superblock | None = None,
                  more: Sequence[JournalEntry] = (), processes: int = 0,
-                 within: Sequence[tuple[int, int]] | None = None) -> None:
+                 within: Sequence[tuple[int, int]] | None = None, fd: int = -1) -> None:
         """``instead`` is what to go by in place of the device's own superblock; ``more`` are journal entries that stand
         behind damaged ones.  With ``processes`` plain leaves are tallied, by so many.
 
         With ``within`` only nodes that have keys of these positions are read, and of the journal only its entries; it
         may be said when the uuid array is known.
         """
-        self.read = read
+        self.read, self.fd = read, fd
         self.size_sectors = size_sectors
         self.logical_block_sectors = 1
         """The device's own block: a kernel refuses a superblock that says less."""
@@ -183,7 +181,7 @@ class Walk:
             raw = self.read(SB_SECTOR, SB_BYTES >> 9)
             sb = decode_superblock(raw)
         except BcachectlError as error:
-            yield self._damage(error, "superblock", SB_SECTOR, SB_BYTES >> 9)
+            yield damage_of(error, "superblock", SB_SECTOR, SB_BYTES >> 9)
             self._adopt(self._instead)
             return
         yield Record("superblock", SB_SECTOR, SB_BYTES >> 9, sb)
@@ -210,14 +208,17 @@ class Walk:
     def _walk_journal(self) -> Iterator[Record | Damage]:
         assert self.superblock is not None
         torn: list[Damage] = []
-        for index, bucket in enumerate(self.superblock.d):
-            for found in self._journal_bucket(index, bucket):
-                if isinstance(found, Damage):
-                    torn.append(found)
-                    continue
-                assert isinstance(found.value, JournalEntry)
-                self.journal.append(found.value)
-                yield found
+        with closing(read_journal(self.read, self.superblock, fd=self.fd, threads=max(self.processes, 1),
+                                  entries_only=self.within is not None)) as buckets:
+            for bucket in buckets:
+                for record in bucket.entries:
+                    assert isinstance(record.value, JournalEntry)
+                    self.journal.append(record.value)
+                    yield record
+                if bucket.damage is not None:
+                    torn.append(bucket.damage)
+                if bucket.is_exhausted:
+                    self.journal_exhausted.add(bucket.number)
         yield from torn
         self.journal.extend(self._more)
         self.journal.sort(key=lambda entry: entry.jset.seq)
@@ -238,47 +239,6 @@ class Walk:
                                         f"(replaying {newest.last_seq}-{newest.seq})", 0, 0, 0, MAX_POS)
             expected = entry.jset.seq + 1
 
-    def _journal_bucket(self, index: int, bucket: int) -> Iterator[Record | Damage]:
-        assert self.superblock is not None
-        where, sector, block_bytes = f"journal bucket {index}", self._sector_of(bucket), self.geometry.block_bytes
-        magic = jset_magic(self.superblock.set_uuid)
-        entries_bytes = min(JOURNAL_ENTRIES_BYTES, self.geometry.bucket_bytes)
-        length_bytes = min(JOURNAL_PIECE_BYTES, self.geometry.bucket_bytes) if self.within is None else entries_bytes
-        has_more = False
-        while True:
-            try:
-                buf = self.read(sector, length_bytes >> 9)
-            except BcachectlError as error:
-                if length_bytes > entries_bytes and not has_more:
-                    # It may be only what stands behind the entries.
-                    length_bytes = entries_bytes
-                    continue
-                yield self._damage(error, where, sector, length_bytes >> 9)
-                return
-            found = walk_journal_bucket(buf, magic=magic, block_bytes=block_bytes)
-            end = found[-1][0] + found[-1][1].blocks * block_bytes if found else 0
-            if length_bytes == self.geometry.bucket_bytes or end + JSET_MAX_BYTES <= length_bytes:
-                break
-            length_bytes, has_more = self.geometry.bucket_bytes, True
-        for offset_bytes, jset in found:
-            yield Record(f"journal entry {jset.seq} in bucket {index}", sector + (offset_bytes >> 9),
-                         jset.blocks * self.geometry.block_size_sectors, JournalEntry(index, offset_bytes, jset))
-        why = judge_jset(buf, end, magic=magic, limit_bytes=length_bytes - end) if end < length_bytes else ""
-        if why in ("too big", "bad csum"):
-            yield Damage(f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
-        if self.within is not None:
-            return
-        parts = [memoryview(buf)[end:]]
-        if length_bytes < self.geometry.bucket_bytes:
-            try:
-                parts.append(memoryview(self.read(sector + (length_bytes >> 9),
-                                                  (self.geometry.bucket_bytes - length_bytes) >> 9)))
-            except BcachectlError:
-                return
-        # By the second word of each block.
-        if not any((np.frombuffer(part, "<u8")[1::block_bytes // 8] == np.uint64(magic)).any() for part in parts):
-            self.journal_exhausted.add(index)
-
     # Prio sets and uuids.
 
     def _walk_prios(self, newest: Jset) -> Iterator[Record | Damage]:
@@ -294,7 +254,7 @@ class Walk:
             try:
                 prio_set = decode_prio_set(self.read(sector, geometry.meta_sectors), prio_magic(sb.set_uuid), bucket)
             except BcachectlError as error:
-                yield self._damage(error, where, sector, geometry.meta_sectors)
+                yield damage_of(error, where, sector, geometry.meta_sectors)
                 return
             rows = slice(number * per_bucket, min((number + 1) * per_bucket, geometry.nbuckets))
             count = rows.stop - rows.start
@@ -316,7 +276,7 @@ class Walk:
             buf = self.read(ptr.sector, key.size)
             entries = decode_uuids(buf) if newest.version >= JSET_VERSION_UUIDV1 else decode_uuids_v0(buf)
         except BcachectlError as error:
-            yield self._damage(error, where, ptr.sector, key.size)
+            yield damage_of(error, where, ptr.sector, key.size)
             return
         self._mark_ptr(ptr)
         self.uuids = tuple(entries)
@@ -388,7 +348,7 @@ class Walk:
         journal = self.plain_journal
         if journal is None or not self._gen_known.all() or self.geometry.bucket_size_sectors > RUN_MASK:
             return None
-        return Tallier(self.read, self.geometry, self._bset_magic, self.gens, journal)
+        return Tallier(self.read, self.geometry, self._bset_magic, self.gens, journal, self.fd)
 
     def _walk_leaves(self, children: Sequence[Child], tallier: Tallier) -> Iterator[Record | Damage]:
         # The leaves below one node.  What is not plain is read again, by the way of all nodes.
@@ -427,7 +387,7 @@ class Walk:
         # From the first leaf on, with the generations of that moment.
         if self.counted is None and tallier.can_count:
             gens = self.gens.copy()
-            self.counted = Counted([Tallier(self.read, self.geometry, tallier.magic, gens, tallier.journal)
+            self.counted = Counted([Tallier(self.read, self.geometry, tallier.magic, gens, tallier.journal, self.fd)
                                     for _ in range(self.processes)], gens, self.raised)
 
     def tallies(self, places: Sequence[Place]) -> Generator[Tally | None, None, None]:
@@ -460,7 +420,7 @@ class Walk:
                 seed=ptr_make(ptr.sector, ptr.gen, ptr.dev), block_bytes=block_bytes,
                 node_blocks=(nsectors << 9) // block_bytes, where=f"bucket {bucket}")
         except BcachectlError as error:
-            return None, [self._damage(error, where, ptr.sector, nsectors, start, end)]
+            return None, [damage_of(error, where, ptr.sector, nsectors, start, end)]
         if (levels.is_leaf(self.read, sets, nsectors, self._bset_magic, self.geometry) if level
                 else levels.is_interior(self.read, sets, nsectors, self._bset_magic, self.geometry)):
             why = "bad level: it is a leaf" if level else "bad level: it is an interior node"
@@ -597,13 +557,6 @@ class Walk:
 
     def _sector_of(self, bucket: int) -> int:
         return self.geometry.sector_of(bucket)
-
-    def _damage(self, error: BcachectlError, where: str, sector: int, nsectors: int, start: int = 0,
-                end: int = 0) -> Damage:
-        if isinstance(error, Corrupt):
-            detail = error.where.partition(", ")[2]
-            return Damage(f"{where}, {detail}" if detail else where, error.why, sector, nsectors, start, end)
-        return Damage(where, f"IO error ({error})", sector, nsectors, start, end)
 
 
 def _place_of(child: Child) -> Place:

@@ -41,9 +41,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def report(image: Image, processes: int) -> list[str]:
+def report(image: Image, processes: int, fd: int = -1) -> list[str]:
     """All that a check says, with leaves tallied by so many processes; 0 for none tallied."""
-    check = Check(image.cache.read, image.cache.size_sectors)
+    check = Check(image.cache.read, image.cache.size_sectors, fd=fd)
     check.walk.processes = processes
     run(check)
     return [repr(check.totals), *map(repr, check.findings), repr(check.dirty), repr(check.unknown),
@@ -95,6 +95,41 @@ def test_a_good_set_is_added_up(golden: Callable[..., Path], name: str, monkeypa
     # As plain Python, the scan is slow.
     check.walk.processes = 2 if IS_COMPILED else 1
     assert run(check).totals.extents
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_leaves_read_from_a_descriptor(golden: Callable[..., Path], tmp_path: Path, kept: int,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read there is read in the usual way, which knows what to say about it."""
+    monkeypatch.setattr(tally, "IS_COMPILED", True)
+    image = base_image(golden("deep_crash") / "cache.img")
+    alone, copy = report(image, 0), tmp_path / "cache.img"
+    copy.write_bytes(image.cache.base[:len(image.cache.base) * kept // 3 - 100 * (kept < 3)])
+    with copy.open("rb") as file:
+        assert report(image, 2 if IS_COMPILED else 1, file.fileno()) == alone
+    assert report(image, 2 if IS_COMPILED else 1, file_closed()) == alone
+
+
+def file_closed() -> int:
+    """A descriptor that nothing can be read from."""
+    reader, writer = os.pipe()
+    os.close(writer)
+    os.close(reader)
+    return reader
+
+
+def test_damaged_leaves_read_from_a_descriptor(golden: Callable[..., Path], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "IS_COMPILED", True)
+    dice, base = random.Random(3), base_image(golden("deep_crash") / "cache.img")
+    for number in range(4):
+        image = base.fresh()
+        for _ in range(3):
+            change_key(image, dice)
+        copy = tmp_path / f"cache{number}.img"
+        copy.write_bytes(image.cache.content())
+        with copy.open("rb") as file:
+            assert report(image, 2 if IS_COMPILED else 1, file.fileno()) == report(image, 0)
 
 
 def change_key(image: Image, dice: random.Random) -> None:

@@ -219,7 +219,8 @@ def test_leaves_that_are_counted(some: list[tuple[list[list[Key]], Extents, tupl
 
     gens = GENS + np.array(rise, np.uint8)
     counted = Counted([tallier(GENS), tallier(GENS)], GENS, 0)
-    said = [counted.talliers[index % 2].count(place) for index, place in enumerate(places)]
+    said = [each for tallier, piece in zip(counted.talliers, (places[:2], places[2:]), strict=True)
+            for each in tallier.count(piece)]
     is_settled = counted.settle(gens)
     event(f"settled: {is_settled}")
     if not is_settled:
