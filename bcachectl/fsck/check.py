@@ -35,7 +35,7 @@ from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.flags import changes, superblock_there
 from bcachectl.fsck.live import staleness
-from bcachectl.fsck.lost_prios import lost_prio_sets
+from bcachectl.fsck.lost_prios import lost_prio_sets, may_be_prio_set
 from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Slot
 from bcachectl.fsck.salvage import (
     TAG_CONTRADICTED,
@@ -64,6 +64,8 @@ UNKNOWN_CODES = ("JOURNAL_GAP", "JOURNAL_CSUM", "JOURNAL_KEYS", "JOURNAL_EMPTY",
 """Codes of damage that may have hit keys anywhere."""
 LOST_PRIO_CODES = ("PRIO_PTR", "PRIO_CSUM", "PRIO_MAGIC", "PRIO_IO", "PRIO_LOOP", "PRIO_INTO_JOURNAL")
 """Codes of damage that hides prio sets."""
+DAMAGED_PRIO_CODES = ("PRIO_CSUM", "PRIO_MAGIC", "PRIO_IO")
+"""Codes of prio sets that are damaged themselves."""
 RANGES_LIMIT = 1_000
 RUNS_AT_ONCE = 1 << 17
 LEAVES_AT_ONCE = 64
@@ -184,6 +186,7 @@ class Check:
         self._lost_ranges: list[tuple[int, int]] = []
         self._pending: list[_Pending] = []
         self._lost: list[Extents] = []
+        self._damaged_prios: set[int] = set()
         self._plain: dict[int, PlainLeaf] = {}
         self._is_all_plain = self._is_counted = False
         self._counted_places: list[Place] = []
@@ -505,6 +508,9 @@ class Check:
         if any(pending.finding.code in LOST_PRIO_CODES for pending in self._pending):
             metadata[lost_prio_sets(walk, self.claims)] = True
         metadata[[bucket for bucket in self.claims if bucket < len(metadata)]] = True
+        self._damaged_prios = {pending.finding.bucket for pending in self._pending if pending.finding.bucket is not None
+                               and pending.finding.code in DAMAGED_PRIO_CODES
+                               and may_be_prio_set(walk, pending.finding.bucket)}
         leaves = self._plain_leaves()
         self._is_counted = self._take_counted(leaves, metadata)
         tallied = self._tallied(leaves)
@@ -627,6 +633,16 @@ class Check:
             self._add(self._extent_finding(code, kept, row, f"the bucket is that of the {what}"),
                       int(kept.start[row]), int(kept.end[row]))
             self._drop(kept, row)
+        for row in np.flatnonzero(np.isin(bucket, list(self._damaged_prios)) & ~metadata[bucket]).tolist():
+            # The pointer to the prio set may be what is wrong, or this one.
+            start, end = int(kept.start[row]), int(kept.end[row])
+            why = "the bucket may be that of a damaged prio set"
+            self._add(self._extent_finding("EXTENT_IN_METADATA", kept, row, f"{why}; this one is kept" if
+                                           kept.dirty[row] else why), start, end)
+            if kept.dirty[row]:
+                self.unknown.append(Slot(start, end, None, 0))
+            else:
+                self._drop(kept, row)
 
     def _drop(self, extents: Extents, row: int) -> None:
         self.dropped |= {(int(extents.start[row]), int(PTR_OFFSET.get(extents.ptr)[row]))}

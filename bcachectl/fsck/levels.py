@@ -109,7 +109,9 @@ def _pointers(sets: Sequence[Keyed], nsectors: int, geometry: Geometry) -> tuple
         keys = image.keys
         pointing = validity.columns_available(keys) & (keys.size > 0)
         inside = PTR_OFFSET.get(keys.ptr) % np.uint64(geometry.bucket_size_sectors)
-        fitting = pointing & (keys.size == nsectors) & ~keys.dirty & (inside == 0)
+        # A pointer to the node itself may have a wrong length.
+        has_length = (keys.size == nsectors) | (keys.size == geometry.node_sectors)
+        fitting = pointing & has_length & ~keys.dirty & (inside == 0)
         others += int(pointing.sum()) - int(fitting.sum())
         words += keys.ptr[fitting & ~validity.columns_out_of_range(keys, geometry)].tolist()
     return words, others

@@ -308,12 +308,28 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
     for start, end in lost_ranges:
         slots = [part for slot in slots for part in _without(slot, start=start, end=end)]
         slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
-    if any(slot.leaf is None and slot.lost is None for slot in slots):
+    if any(slot.leaf is slot.lost is None or slot.is_astray or _has_other_gen(walk, slot) for slot in slots):
         ptrs = [slot.leaf or slot.lost or Ptr(0, 0, 0) for slot in slots]
         candidates = find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
         slots = [part for slot in slots
                  for part in (_fill(slot, candidates) if slot.leaf is slot.lost is None else [slot])]
+        # Where pointers are wrong, one that is missed nowhere may be missed after all: its keys are strays.
+        taken = {slot.leaf for slot in slots}
+        slots += [each.slot._replace(end=each.slot.start, is_astray=True) for each in candidates
+                  if each.slot.leaf not in taken]
+        slots.sort(key=lambda slot: slot.start)
     return slots
+
+
+def _has_other_gen(walk: Walk, slot: Slot) -> bool:
+    # A leaf is good but for the generation in the pointer to it: that was overwritten, and makes others look replaced.
+    if slot.lost is None or slot.level:
+        return False
+    assert walk.superblock is not None
+    buf, _unread = _read_what_can_be(walk, slot.lost.sector, slot.nsectors)
+    seed = ptr_make(slot.lost.sector, slot.lost.gen, slot.lost.dev)
+    gen = None if buf is None else _real_gen(buf, bset_magic(walk.superblock.set_uuid), seed, walk.geometry.block_bytes)
+    return gen not in (None, slot.lost.gen)
 
 
 def _without(slot: Slot, *, start: int, end: int) -> list[Slot]:

@@ -179,6 +179,11 @@ def test_an_extent_where_a_prio_set_is_that_nothing_leads_to(golden: Callable[..
 @pytest.mark.parametrize("names", [
     # A leaf whose pointer is bad and the next one both end at one place: neither is the whole range.
     ("child_beyond_deep_crash", "child_twice_deep_crash"),
+    # A pointer has the generation of another one's bucket, or leads where that should, so that a leaf has no pointer.
+    ("child_same_deep_crash", "child_gen_deep_crash", "separator_lower_deep_crash"),
+    ("child_same_deep_crash", "child_into_journal_deep_crash"),
+    # The wrong length of a pointer hides that it leads to an interior node.
+    ("child_not_at_start_deep_crash", "child_is_interior_deep_crash"),
     # Nothing is left of a leaf whose parent is damaged too: it is not the room between two others.
     ("set_zero_leaf_deep_crash", "set_zero_interior_deep_crash"),
     ("set_zero_leaf_deep_crash", "set_zero_interior_deep_crash", "child_dirty_deep_crash"),
@@ -188,6 +193,28 @@ def test_what_a_lost_leaf_had_is_nobody_else_s(golden: Callable[..., Path], name
     image = known.image.fresh()
     for name in names:
         CASES[name].edit(image)
+    assert not list(wrong_after_writeback(image, known))
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
+
+
+def test_old_entries_behind_the_new_one(golden: Callable[..., Path]) -> None:
+    """A repair's journal entry takes a sector of its bucket; what stands behind it is not read by any start."""
+    known = truth(golden, "two_backing")
+    image = known.image.fresh()
+    for name in ("root_level_1_two_backing", "journal_version_9_two_backing", "journal_full_two_backing"):
+        CASES[name].edit(image)
+    assert not list(judge(image, known, random.Random(1), safe_only=True))
+
+
+@pytest.mark.parametrize("damage", ["prio_last_byte_deep_crash", "prio_data_deep_crash", "prio_zero_deep_crash"])
+def test_an_extent_in_a_damaged_prio_set_is_doubtful(golden: Callable[..., Path], damage: str) -> None:
+    """One of the two is wrong, and nobody knows which."""
+    known = truth(golden, "deep_crash")
+    image = known.image.fresh()
+    for name in ("extent_in_metadata_deep_crash", damage):
+        CASES[name].edit(image)
+    assert "EXTENT_IN_METADATA" in serious(check(image))
     assert not list(wrong_after_writeback(image, known))
     for safe_only in (True, False):
         assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
