@@ -292,6 +292,8 @@ class Connection:
 
     def answer_writes(self, pending: PendingWrites, error: int) -> None:
         """Put the replies to writes that the engine has written together among what is to be sent."""
+        assert self.server.direct_reads is not None, "only `DirectTransmission` has writes of this kind"
+        self.server.direct_reads.backend.client_ios -= 1
         self.in_flight -= len(pending.cookies)
         self.in_flight_bytes -= pending.length
         self.server.pool.release(pending.buffer)

@@ -91,6 +91,7 @@ class DirectReads:
         ring = backend.ring
         self._first_entry = ring.reserve(MAX_FLIGHTS)
         self._base = backend.add_client(self)
+        backend.is_looking_for_requests = True
         for slot, buffer in enumerate(self.buffers):
             ring.fill(self._first_entry + slot, OP_READ, fd=fd, user_data=self._base | slot, address=buffer.address)
 
@@ -123,7 +124,7 @@ class DirectReads:
             flights[slot] = reader, cookie, offset, length, bucket, now_ns
         ring.tail = tail
         reader.in_flight += len(reads) - len(left)
-        self.backend.awaited_reads += len(reads) - len(left)
+        self.backend.client_ios += len(reads) - len(left)
         if not self.backend.waited_in:
             ring.enter()
         return left
@@ -136,7 +137,7 @@ class DirectReads:
         slow_ns = congestion.read_threshold_us * 1000 if congestion.value >= 0 else -1
         now_ns = monotonic_ns()
         readers: dict[Reader, None] = {}
-        self.backend.awaited_reads -= len(completions)
+        self.backend.client_ios -= len(completions)
         for slot, result in completions:
             flight = flights[slot]
             assert flight is not None, "a slot whose entry completes is in flight"
@@ -266,6 +267,7 @@ class DirectTransmission:
             connection.in_flight += len(placed)
             connection.in_flight_bytes += total
             pending = PendingWrites(connection, [cookie for cookie, _, _, _ in placed], buffer, total)
+            self.reads.backend.client_ios += 1
             batch.serve(Request(REQ_WRITE, 0, 0, data, 0, connection.stream, pending))
         for write, place in zip(writes, places, strict=True):
             if place < 0:

@@ -42,7 +42,8 @@ _FSYNC_DATASYNC = 1
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 LOOK_NS = 200_000
-"""How long the end of a client's read is looked for before the backend sleeps (docs/decisions/0024)."""
+"""How long the backend looks whether something completes before it sleeps (docs/decisions/0024)."""
+LOOKS_SKIPPED_MAX = 256
 
 MAX_KEPT, MAX_KEPT_SECTORS = 4, 256
 """Stand-ins for memory that is not aligned, which are used again: of each size, and how long at most."""
@@ -68,6 +69,26 @@ class _Flight:
         self.flushing = False
         self.entries = 0
         self.result = 0
+
+
+class Looks:
+    """Whether to look before the next sleep: always, as long as something is found, and after every time in vain twice
+    as many sleeps pass as before, up to `LOOKS_SKIPPED_MAX`.
+    """
+
+    def __init__(self) -> None:
+        self._skipped = 0
+        self._left = 0
+
+    def is_due(self) -> bool:
+        """Whether to look now; asked before each sleep."""
+        self._left -= 1
+        return self._left < 0
+
+    def ended(self, *, found: bool) -> None:
+        """What came of it."""
+        self._skipped = 0 if found else min(2 * self._skipped + 1, LOOKS_SKIPPED_MAX)
+        self._left = self._skipped
 
 
 class RingClient(Protocol):
@@ -96,8 +117,12 @@ class RingBackend:
         self.in_ring = 0
         self.max_in_ring = self.ring.cq_entries // 2
         self.clients: dict[int, RingClient] = {}
-        self.awaited_reads = 0
-        """Reads of clients in flight that a process waits for: their end is looked for before the backend sleeps."""
+        self.client_ios = 0
+        """Reads and writes in flight that a process waits for, and that a device is to end."""
+        self.is_looking_for_requests = False
+        """Processes wait for answers and send their next requests soon, in another way than by this ring."""
+        self._device_looks, self._request_looks = Looks(), Looks()
+        self._may_look = len(os.sched_getaffinity(0)) > 1   # with one processor, nobody else would run meanwhile
         self._bounces: dict[int, list[mmap.mmap]] = {}      # by their sectors
         self._last_client = 0
         self._is_polled = False
@@ -157,17 +182,23 @@ class RingBackend:
         if not self._is_polled:
             self._is_polled = self._push_poll(fd)
         timeout_ns = 0 if self.done else int(timeout_s * NS_PER_S)
-        landed = self._look() if timeout_ns and self.awaited_reads else {}
-        self._sort_out(landed or self.ring.serve(timeout_ns))
+        self._sort_out((self._look(timeout_ns) if timeout_ns else {}) or self.ring.serve(timeout_ns))
         is_due, self._is_poll_due = self._is_poll_due, False
         return is_due
 
-    def _look(self) -> dict[int, list[tuple[int, int]]]:
-        # What completes within `LOOK_NS`.
-        end_ns = monotonic_ns() + LOOK_NS
+    def _look(self, timeout_ns: int) -> dict[int, list[tuple[int, int]]]:
+        # What completes within `LOOK_NS`, if it is worth looking.  A device that is quick enough and a process that
+        # sends its next request soon are two questions.
+        if not self._may_look or not (self.client_ios or self.is_looking_for_requests):
+            return {}
+        looks = self._device_looks if self.client_ios else self._request_looks
+        if not looks.is_due():
+            return {}
+        end_ns = monotonic_ns() + (LOOK_NS if timeout_ns < 0 else min(LOOK_NS, timeout_ns))
         while True:
             landed = self.ring.serve(0)
             if landed or monotonic_ns() >= end_ns:
+                looks.ended(found=bool(landed))
                 return landed
 
     def fileno(self) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import mmap
@@ -320,6 +321,61 @@ class Client:
     def landed(self, completions: list[tuple[int, int]]) -> None:
         """Keep them."""
         self.landed_so_far += completions
+
+
+def test_looking_in_vain_becomes_rare_and_one_success_brings_it_back() -> None:
+    looks, asked = uring.Looks(), 0
+    for _ in range(10 * uring.LOOKS_SKIPPED_MAX):
+        if looks.is_due():
+            asked += 1
+            looks.ended(found=False)
+    assert asked <= 20
+    while not looks.is_due():
+        pass
+    looks.ended(found=True)
+    for _ in range(10):
+        assert looks.is_due()
+        looks.ended(found=True)
+
+
+def test_a_ring_is_looked_at_before_it_is_slept_in(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes soon is found without a sleep, and what does not come is slept for, and no longer than was said."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    backend = ring_backend([])
+    now_ns, comes_ns, sleeps = 0, 0, list[int]()
+
+    def serve(timeout_ns: int) -> dict[int, list[tuple[int, int]]]:
+        nonlocal now_ns
+        now_ns += 1000
+        if timeout_ns:
+            sleeps.append(timeout_ns)
+            now_ns = comes_ns
+        return {7: [(0, 0)]} if now_ns >= comes_ns else {}
+
+    with contextlib.closing(backend), open(os.devnull, encoding="ascii") as nobody:
+        monkeypatch.setattr(uring, "monotonic_ns", lambda: now_ns)
+        monkeypatch.setattr(backend.ring, "serve", serve)
+        comes_ns = uring.LOOK_NS // 2
+        backend.wait(nobody.fileno(), -1)
+        assert sleeps == [-NS_PER_S], "no process waits for anything"
+        sleeps.clear()
+        backend.client_ios = 1
+        for _ in range(5):
+            comes_ns = now_ns + uring.LOOK_NS // 2
+            backend.wait(nobody.fileno(), -1)
+        assert not sleeps
+        comes_ns = now_ns + 10 * uring.LOOK_NS
+        backend.wait(nobody.fileno(), uring.LOOK_NS / 4 / NS_PER_S)
+        assert sleeps == [uring.LOOK_NS // 4]
+        assert now_ns == comes_ns
+        sleeps.clear()
+        # In vain once: the next sleep comes at once.
+        began_ns = now_ns
+        comes_ns = now_ns + 10 * uring.LOOK_NS
+        backend.wait(nobody.fileno(), -1)
+        assert sleeps == [-NS_PER_S]
+        assert now_ns == comes_ns == began_ns + 10 * uring.LOOK_NS
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("nbytes", [4096, 8192])
