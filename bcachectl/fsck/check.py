@@ -721,7 +721,7 @@ class Check:
     def _only_clean(self) -> list[int]:
         # Device numbers that have clean data only, and a free slot or none.  Few leaves can hold any.
         uuids = self.walk.uuids
-        free = [*(slot for slot, entry in enumerate(uuids) if entry.is_free), len(uuids)]
+        free = [*(slot for slot, entry in enumerate(uuids) if entry is FREE or entry.is_free), len(uuids)]
         found: set[int] = set()
         for slot in self.slots:
             first, last = slot.start >> INODE_SHIFT, slot.end - 1 >> INODE_SHIFT

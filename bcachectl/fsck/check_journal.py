@@ -82,17 +82,19 @@ def _wrong_magics(walk: Walk) -> Iterator[Finding]:
     reached = _ends(walk)
     for index, bucket in enumerate(sb.d):
         end = reached.get(index, 0)
-        sectors = min(JSET_MAX_BYTES, geometry.bucket_bytes - end) >> 9
+        sector, sectors = geometry.sector_of(bucket) + (end >> 9), min(JSET_MAX_BYTES, geometry.bucket_bytes - end) >> 9
         try:
-            buf = walk.read(geometry.sector_of(bucket) + (end >> 9), sectors) if sectors else b""
+            buf = walk.read(sector, 1) if sectors else b""
+            if not any(buf[:8]) or buf[8:16] == magic:
+                continue
+            buf = walk.read(sector, sectors)
         except BcachectlError:
             continue
         length = JSET_HEADER_BYTES + int.from_bytes(buf[28:32], "little") * 8
-        if len(buf) < length or buf[8:16] == magic or not any(buf[:8]):
+        if len(buf) < length:
             continue
         if int.from_bytes(buf[:8], "little") == crc64(magic + buf[16:length]):
-            yield Finding("JOURNAL_TORN", f"journal bucket {index}, byte {end}", "bad magic",
-                          sector=geometry.sector_of(bucket) + (end >> 9))
+            yield Finding("JOURNAL_TORN", f"journal bucket {index}, byte {end}", "bad magic", sector=sector)
 
 
 def _check_numbers(walk: Walk) -> Iterator[Finding]:

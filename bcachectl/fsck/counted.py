@@ -64,7 +64,7 @@ class Counted:
         claims = np.bitwise_or.reduce([scan.claims for scan in self._scans])
         if int(raised.max(initial=0)) > COUNTED_BEHIND_MAX or bool(raised[self._used(claims)].any()):
             return False
-        if not all(scan.settle(gens) for scan in self._scans):
+        if not all(list(in_order(lambda scan: scan.settle(gens), self._scans, len(self._scans)))):
             return False
         claims = self._scans[0].claims
         for scan in self._scans[1:]:

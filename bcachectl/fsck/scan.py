@@ -84,14 +84,22 @@ def _room(words: int) -> memoryview:
     return np.empty(words, np.uint64).data
 
 
+def rows_of(extents: Extents) -> npt.NDArray[np.uint64]:
+    """The map as `Scan` has it."""
+    is_data = (extents.nptrs > 0) & (PTR_DEV.get(extents.ptr) == 0)
+    kind = np.where(is_data, 1 + 2 * extents.dirty.astype(np.uint64), np.uint64(0))
+    return np.stack([extents.start, extents.end, extents.ptr, kind], 1).astype(np.uint64).ravel()
+
+
 class Scan:
     """Scans leaves of ``geometry.node_sectors``, one after the other, with the generations in ``gens``.
 
     After `leaf` its results stand in the attributes, after `settle` those of all leaves that were counted.
-    ``journal`` is a flat map without keys that no kernel accepts, ``magic`` that of the set's nodes.
+    ``journal`` are the `rows_of` a flat map without keys that no kernel accepts, ``magic`` that of the set's nodes.
     """
 
-    def __init__(self, geometry: Geometry, gens: npt.NDArray[np.uint8], journal: Extents, magic: int = 0) -> None:
+    def __init__(self, geometry: Geometry, gens: npt.NDArray[np.uint8], journal: npt.NDArray[np.uint64],
+                 magic: int = 0) -> None:
         bucket_sectors = geometry.bucket_size_sectors
         self.gens = gens.data
         self.magic, self.version = magic, BSET_VERSION
@@ -108,10 +116,7 @@ class Scan:
         self.form, self.varying = HIGH_ONE | 1 << KEY_PTRS.offset, KEY_SIZE.mask | KEY_DIRTY.mask
         self.place_start = self.place_end = 0
 
-        is_data = (journal.nptrs > 0) & (PTR_DEV.get(journal.ptr) == 0)
-        kind = np.where(is_data, 1 + 2 * journal.dirty.astype(np.uint64), np.uint64(0))
-        self.journal_rows = len(kind)
-        self.journal = np.stack([journal.start, journal.end, journal.ptr, kind], 1).astype(np.uint64).ravel().data
+        self.journal_rows, self.journal = len(journal) // _ROW_WORDS, journal.data
 
         # A key has two words at least.  Where one row lies over another, there may be two more than before.
         rows = geometry.node_bytes // 8 + 2 * JOURNAL_ROWS_MAX + 16

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.extents import GEN_BITS, U64, Extents
-from bcachectl.fsck.scan import IS_COMPILED, Scan
+from bcachectl.fsck.scan import IS_COMPILED, Scan, rows_of
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
     HIGH_ONE,
@@ -139,9 +139,10 @@ class Tallier:
     """Tallies the leaves of one cache device with the generations in ``gens`` and the keys of the journal."""
 
     def __init__(self, read: Callable[[int, int], bytes], geometry: Geometry, magic: int, gens: npt.NDArray[np.uint8],
-                 journal: Extents, fd: int = -1) -> None:
+                 journal: Extents, fd: int = -1, rows: U64 | None = None) -> None:
         """``gens`` must know every bucket; ``journal`` is a flat map without keys that no kernel accepts, or pointers
-        with the bit set that no kernel looks at.  ``fd``, if not -1, is where pread gives what ``read`` does."""
+        with the bit set that no kernel looks at.  ``fd``, if not -1, is where pread gives what ``read`` does.
+        ``rows`` are those of the journal, if they are there already (`with_gens`)."""
         bucket_sectors = geometry.bucket_size_sectors
         assert bucket_sectors <= RUN_MASK and not bucket_sectors & (bucket_sectors - 1)
         self.read, self.geometry, self.magic, self.gens, self.journal = read, geometry, magic, gens, journal
@@ -150,9 +151,17 @@ class Tallier:
         self._bucket_end = bucket_sectors << GEN_BITS
         self._ptr_min = geometry.first_bucket * bucket_sectors << GEN_BITS
         self._ptr_limit = min(geometry.nbuckets * bucket_sectors << GEN_BITS, 1 << PTR_DEV.offset)
-        self.scan = Scan(geometry, gens, journal, magic) if IS_COMPILED and sys.byteorder == "little" else None
+        self._rows = rows
+        self.scan: Scan | None = None
+        if IS_COMPILED and sys.byteorder == "little":
+            self._rows = rows_of(journal) if rows is None else rows
+            self.scan = Scan(geometry, gens, self._rows, magic)
         self.can_count = self.scan is not None and self.scan.can_count
         self._fd = fd
+
+    def with_gens(self, gens: npt.NDArray[np.uint8]) -> Tallier:
+        """Another one of the same set."""
+        return Tallier(self.read, self.geometry, self.magic, gens, self.journal, self._fd, self._rows)
 
     @property
     def piece_leaves(self) -> int:

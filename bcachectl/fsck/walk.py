@@ -387,8 +387,7 @@ class Walk:
         # From the first leaf on, with the generations of that moment.
         if self.counted is None and tallier.can_count:
             gens = self.gens.copy()
-            self.counted = Counted([Tallier(self.read, self.geometry, tallier.magic, gens, tallier.journal, self.fd)
-                                    for _ in range(self.processes)], gens, self.raised)
+            self.counted = Counted([tallier.with_gens(gens) for _ in range(self.processes)], gens, self.raised)
 
     def tallies(self, places: Sequence[Place]) -> Generator[Tally | None, None, None]:
         """Leaves once more, with the generations as they are now, None for those that are not plain any more."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.counted import Counted
 from bcachectl.fsck.extents import Extents
-from bcachectl.fsck.scan import JOURNAL_ROWS_MAX, SPREADS_MAX, Scan
+from bcachectl.fsck.scan import JOURNAL_ROWS_MAX, SPREADS_MAX, Scan, rows_of
 from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Place, Spread, Tallier, Tally, joined_spreads
 from bcachectl.ondisk.bkey import HIGH_ONE, INODE_SHIFT, MAX_POS, PTR_CHECK_DEV
 from bcachectl.ondisk.bset import encode_bset
@@ -147,7 +147,7 @@ def compare(sets: list[list[Key]], journal: Extents, gens: np.ndarray[tuple[int]
     place = Place(BUCKET * 64, PLACE_PTR, GEOMETRY.node_sectors, start, end)
     tallier.scan = None
     expected = tallier.tally(place)
-    tallier.scan = Scan(GEOMETRY, gens, journal)
+    tallier.scan = Scan(GEOMETRY, gens, rows_of(journal))
     log = tallier.log(memoryview(data), place)
     is_known = tallier.scan.leaf(memoryview(data).cast("Q"), log, start, end) if log else False
     got = tallier.tally(place)
@@ -213,7 +213,7 @@ def test_leaves_that_are_counted(some: list[tuple[list[list[Key]], Extents, tupl
 
     def tallier(gens: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> Tallier:
         made = Tallier(lambda sector, _count: nodes[sector // 64], GEOMETRY, MAGIC, gens, journal)
-        made.scan = Scan(GEOMETRY, gens, journal, MAGIC)
+        made.scan = Scan(GEOMETRY, gens, rows_of(journal), MAGIC)
         made.can_count = True
         return made
 
