@@ -188,7 +188,8 @@ def _keys(walked: Walked) -> Iterator[extent.Extents]:
     for slot, found in leaf_extents(walk):
         count = int(too_stale(walk, found).sum())
         if count:
-            walked.damages.append(Damage("btree", f"key too stale: {count} keys", 0, 0, slot.start, slot.end))
+            walked.damages.append(Damage("BTREE_PTR_TOO_STALE", "btree", f"key too stale: {count} keys", 0, 0,
+                                         slot.start, slot.end))
         yield extent.merge(found, bucket_size_sectors=walk.geometry.bucket_size_sectors)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """`Check`: the rules across all structures of a set, over one walk, as `Finding`s with what they cost.
 
-1. `Check.stages` walks the device and yields its `Progress`; each `Damage` becomes a finding by `DAMAGE_CODES`.  Nodes
-   are judged as they come and not kept.
+1. `Check.stages` walks the device and yields its `Progress`; each `Damage` becomes a finding.  Nodes are judged
+   as they come and not kept.
 2. Rules that need one structure whole: superblock, journal, prio sets, uuid array.
 3. Who claims which bucket: superblock, journal, prio sets, uuid array, btree nodes; then data.
 4. Every leaf once more with the journal on top (`salvage`): extents against buckets, against each other, against the
@@ -70,58 +70,6 @@ RANGES_LIMIT = 1_000
 RUNS_AT_ONCE = 1 << 17
 LEAVES_AT_ONCE = 64
 PRIO_INITIAL, PRIO_BTREE = 32768, 65535
-
-DAMAGE_CODES: tuple[tuple[str, str, str], ...] = (
-    # Start of `Damage.where`, part of `Damage.why`, code.  The first that fits.
-    ("superblock", "IO error", "SB_IO"),
-    ("superblock", "bad offset", "SB_OFFSET"),
-    ("superblock", "bad magic", "SB_MAGIC"),
-    ("superblock", "Bad checksum", "SB_CSUM"),
-    ("superblock", "Bad UUID", "SB_UUID"),
-    ("superblock", "feature", "SB_FEATURE"),
-    ("superblock", "block size", "SB_BLOCK_SIZE"),
-    ("superblock", "bucket size", "SB_BUCKET_SIZE"),
-    ("superblock", "ournal buckets", "SB_JOURNAL_BUCKETS"),
-    ("superblock", "buckets", "SB_NBUCKETS"),
-    ("superblock", "device too small", "SB_DEVICE_SIZE"),
-    ("superblock", "number in set", "SB_NR_IN_SET"),
-    ("superblock", "first bucket", "SB_FIRST_BUCKET"),
-    ("superblock", "version", "SB_VERSION"),
-    ("journal", "no journal entries", "JOURNAL_EMPTY"),
-    ("journal", "missing!", "JOURNAL_GAP"),
-    ("journal", "IO error", "JOURNAL_IO"),
-    ("journal entry", "bad key", "JOURNAL_KEY"),
-    ("journal entry", "", "JOURNAL_KEYS"),
-    ("journal bucket", "", "JOURNAL_TORN"),
-    ("prio set", "bad prio bucket", "PRIO_PTR"),
-    ("prio set", "bad csum", "PRIO_CSUM"),
-    ("prio set", "bad magic", "PRIO_MAGIC"),
-    ("prio set", "", "PRIO_IO"),
-    ("uuid array", "bad uuid pointer", "UUID_PTR"),
-    ("uuid array", "", "UUID_IO"),
-    ("btree root", "bad level", "BTREE_LEVEL"),
-    ("btree root", "", "BTREE_ROOT_PTR"),
-    ("btree node", "bad level", "BTREE_LEVEL"),
-    ("btree node", "two pointers", "BTREE_NODE_TWICE"),
-    ("btree node", "bad btree header", "BTREE_HEADER"),
-    ("btree node", "unsupported bset version", "BTREE_VERSION"),
-    ("btree node", "bad magic", "BTREE_MAGIC"),
-    ("btree node", "bad checksum", "BTREE_CSUM"),
-    ("btree node", "empty set", "BTREE_EMPTY_SET"),
-    ("btree node", "corrupted btree", "BTREE_CORRUPTED"),
-    ("btree node", "short btree key", "BTREE_SHORT_KEY"),
-    ("btree node", "several pointers", "BTREE_PTRS"),
-    ("btree node", "out of order", "BTREE_ORDER"),
-    ("btree node", "spotted btree ptr", "BTREE_PTR"),
-    ("btree node", "two children", "BTREE_CHILD_TWICE"),
-    ("btree node", "no child", "BTREE_CHILD_GAP"),
-    ("btree node", "length too big", "EXTENT_CROSSES_BUCKET"),
-    ("btree node", "short offset", "EXTENT_IN_RESERVED"),
-    ("btree node", "past end", "EXTENT_BEYOND_DEVICE"),
-    ("btree node", "larger than its offset", "EXTENT_SIZE"),
-    ("btree node", "IO error", "BTREE_IO"),
-    ("btree node", "", "BTREE_KEYS"),
-)
 
 
 class Progress(NamedTuple):
@@ -248,8 +196,7 @@ class Check:
             self._add(finding)
 
     def _damage(self, damage: Damage) -> None:
-        code = next((code for where, why, code in DAMAGE_CODES
-                     if damage.where.startswith(where) and why in damage.why), "BTREE_KEYS")
+        code = damage.code
         bucket = self.walk.geometry.bucket_of(damage.sector) if damage.sector and self.walk.superblock else None
         if code == "BTREE_PTR" and damage.start < damage.end:
             self._lost_ranges.append((damage.start, damage.end))

@@ -15,7 +15,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+DamageCode = Literal[
+    "SB_IO", "SB_OFFSET", "SB_MAGIC", "SB_CSUM", "SB_UUID", "SB_FEATURE", "SB_BLOCK_SIZE", "SB_BUCKET_SIZE",
+    "SB_JOURNAL_BUCKETS", "SB_NBUCKETS", "SB_DEVICE_SIZE", "SB_NR_IN_SET", "SB_FIRST_BUCKET", "SB_VERSION",
+    "SB_UNUSABLE",
+    "JOURNAL_EMPTY", "JOURNAL_GAP", "JOURNAL_IO", "JOURNAL_KEY", "JOURNAL_KEYS", "JOURNAL_TORN",
+    "PRIO_PTR", "PRIO_CSUM", "PRIO_MAGIC", "PRIO_IO",
+    "UUID_PTR", "UUID_IO",
+    "BTREE_ROOT_PTR", "BTREE_LEVEL", "BTREE_NODE_TWICE", "BTREE_HEADER", "BTREE_VERSION", "BTREE_MAGIC", "BTREE_CSUM",
+    "BTREE_EMPTY_SET", "BTREE_CORRUPTED", "BTREE_SHORT_KEY", "BTREE_PTRS", "BTREE_ORDER", "BTREE_PTR",
+    "BTREE_CHILD_TWICE", "BTREE_CHILD_GAP", "BTREE_IO", "BTREE_KEYS", "BTREE_PTR_TOO_STALE",
+    "EXTENT_CROSSES_BUCKET", "EXTENT_IN_RESERVED", "EXTENT_BEYOND_DEVICE", "EXTENT_SIZE",
+]
+"""The codes of what a walk comes across (`bcachectl.fsck.records.Damage`); the others are those of the rules."""
 
 
 class Severity(IntEnum):

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError
+from bcachectl.fsck.damage import JOURNAL_BUCKET, damage_of
 from bcachectl.fsck.fill import fill_words
-from bcachectl.fsck.records import Damage, JournalEntry, Record, damage_of
+from bcachectl.fsck.records import Damage, JournalEntry, Record
 from bcachectl.fsck.threads import in_order
 from bcachectl.ondisk.crc64 import Buffer
 from bcachectl.ondisk.jset import JSET_MAX_BYTES, judge_jset, walk_journal_bucket
@@ -133,8 +134,9 @@ class _Reader:
                     # It may be only what stands behind the entries.
                     length_bytes = entries_bytes
                     continue
-                return JournalBucket(place.number, damage=damage_of(error, f"journal bucket {place.number}", sector,
-                                                                   length_bytes >> 9))
+                where = f"journal bucket {place.number}"
+                return JournalBucket(place.number, damage=damage_of(error, JOURNAL_BUCKET, where, sector,
+                                                                    length_bytes >> 9))
             end = self._end(buf)
             if length_bytes == bucket_bytes or end + JSET_MAX_BYTES <= length_bytes:
                 return self._judge(place, buf)
@@ -157,7 +159,7 @@ class _Reader:
         why = judge_jset(buf, end, magic=self.magic, limit_bytes=len(buf) - end) if end < len(buf) else ""
         damage = None
         if why in ("too big", "bad csum"):
-            damage = Damage(f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
+            damage = Damage("JOURNAL_TORN", f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
         is_exhausted = not self.entries_only and self._is_exhausted(place, buf, end)
         return JournalBucket(place.number, entries, damage, is_exhausted)
 

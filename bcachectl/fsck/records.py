@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck.extents import Extents
+from bcachectl.fsck.findings import DamageCode
 from bcachectl.fsck.tally import Place, Tally
 from bcachectl.ondisk.bkey import Ptr
 from bcachectl.ondisk.bset import BsetImage
@@ -72,12 +72,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Something that is not as it should be: ``why`` is the kernel's word for it.
+    """Something that is not as it should be: ``why`` is the kernel's word for it, ``code`` that of the finding.
 
     ``start, end`` are the positions whose keys cannot be known because of it, both 0 if it costs no keys.
     ``is_harmless`` marks what any power failure leaves behind: a torn entry at the end of the journal.
     """
 
+    code: DamageCode
     where: str
     why: str
     sector: int
@@ -88,14 +89,6 @@ class Damage:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.why}"
-
-
-def damage_of(error: BcachectlError, where: str, sector: int, nsectors: int, start: int = 0, end: int = 0) -> Damage:
-    """The damage that keeps a structure from being read."""
-    if isinstance(error, Corrupt):
-        detail = error.where.partition(", ")[2]
-        return Damage(f"{where}, {detail}" if detail else where, error.why, sector, nsectors, start, end)
-    return Damage(where, f"IO error ({error})", sector, nsectors, start, end)
 
 
 class Slot(NamedTuple):

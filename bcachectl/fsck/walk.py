@@ -38,10 +38,11 @@ from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck import levels
 from bcachectl.fsck.counted import Counted
+from bcachectl.fsck.damage import BTREE_NODE, EXTENTS, PRIO_SET, SUPERBLOCK, UUID_ARRAY, damage_of
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import tallies
 from bcachectl.fsck.journal import read_journal
-from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Record, Slot, damage_of
+from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Record, Slot
 from bcachectl.fsck.tally import RUN_MASK, Place, Tallier, Tally
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
@@ -181,14 +182,14 @@ class Walk:
             raw = self.read(SB_SECTOR, SB_BYTES >> 9)
             sb = decode_superblock(raw)
         except BcachectlError as error:
-            yield damage_of(error, "superblock", SB_SECTOR, SB_BYTES >> 9)
+            yield damage_of(error, SUPERBLOCK, "superblock", SB_SECTOR, SB_BYTES >> 9)
             self._adopt(self._instead)
             return
         yield Record("superblock", SB_SECTOR, SB_BYTES >> 9, sb)
         try:
             check_superblock(sb, device_sectors=self.size_sectors, for_kernel=False)
         except Corrupt as error:
-            yield Damage(error.where, error.why, SB_SECTOR, SB_BYTES >> 9)
+            yield Damage(SUPERBLOCK.of(error), error.where, error.why, SB_SECTOR, SB_BYTES >> 9)
             if self._instead is not None or not _is_usable(sb, self.size_sectors):
                 self._adopt(self._instead)
                 return
@@ -223,8 +224,8 @@ class Walk:
         self.journal.extend(self._more)
         self.journal.sort(key=lambda entry: entry.jset.seq)
         if not self.journal:
-            yield Damage("journal", "no journal entries found", self._sector_of(self.superblock.first_bucket), 0,
-                         0, MAX_POS)
+            yield Damage("JOURNAL_EMPTY", "journal", "no journal entries found",
+                         self._sector_of(self.superblock.first_bucket), 0, 0, MAX_POS)
             return
         newest = self.journal[-1].jset
         # One that makes no sense is taken from the entries before.
@@ -235,7 +236,7 @@ class Walk:
         expected = last_seq
         for entry in self.replay:
             if entry.jset.seq != expected:
-                yield Damage("journal", f"journal entries {expected}-{entry.jset.seq - 1} missing! "
+                yield Damage("JOURNAL_GAP", "journal", f"journal entries {expected}-{entry.jset.seq - 1} missing! "
                                         f"(replaying {newest.last_seq}-{newest.seq})", 0, 0, 0, MAX_POS)
             expected = entry.jset.seq + 1
 
@@ -249,12 +250,12 @@ class Walk:
         for number in range(geometry.prio_buckets):
             where, sector = f"prio set {number} at bucket {bucket}", self._sector_of(bucket)
             if not geometry.first_bucket <= bucket < geometry.nbuckets:
-                yield Damage(where, "bad prio bucket", 0, 0)
+                yield Damage("PRIO_PTR", where, "bad prio bucket", 0, 0)
                 return
             try:
                 prio_set = decode_prio_set(self.read(sector, geometry.meta_sectors), prio_magic(sb.set_uuid), bucket)
             except BcachectlError as error:
-                yield damage_of(error, where, sector, geometry.meta_sectors)
+                yield damage_of(error, PRIO_SET, where, sector, geometry.meta_sectors)
                 return
             rows = slice(number * per_bucket, min((number + 1) * per_bucket, geometry.nbuckets))
             count = rows.stop - rows.start
@@ -268,7 +269,7 @@ class Walk:
     def _walk_uuids(self, newest: Jset) -> Iterator[Record | Damage]:
         key = newest.uuid_bucket
         if validity.btree_ptr_invalid(key, self.geometry):
-            yield Damage("uuid array", f"bad uuid pointer {text(key)}", 0, 0)
+            yield Damage("UUID_PTR", "uuid array", f"bad uuid pointer {text(key)}", 0, 0)
             return
         ptr = key.ptrs[0]
         where = f"uuid array at bucket {self.geometry.bucket_of(ptr.sector)}"
@@ -276,7 +277,7 @@ class Walk:
             buf = self.read(ptr.sector, key.size)
             entries = decode_uuids(buf) if newest.version >= JSET_VERSION_UUIDV1 else decode_uuids_v0(buf)
         except BcachectlError as error:
-            yield damage_of(error, where, ptr.sector, key.size)
+            yield damage_of(error, UUID_ARRAY, where, ptr.sector, key.size)
             return
         self._mark_ptr(ptr)
         self.uuids = tuple(entries)
@@ -287,7 +288,7 @@ class Walk:
     def _walk_btree(self, newest: Jset) -> Iterator[Record | Damage]:
         root, level = newest.btree_root, newest.btree_level
         if not self._is_root(root):
-            yield Damage("btree root", f"bad btree root {text(root)}", 0, 0, 0, MAX_POS)
+            yield Damage("BTREE_ROOT_PTR", "btree root", f"bad btree root {text(root)}", 0, 0, 0, MAX_POS)
             # The root seldom changes: the entry before most likely named the same one.
             older = next((entry.jset for entry in reversed(self.journal) if self._is_root(entry.jset.btree_root)), None)
             if older is None:
@@ -296,8 +297,8 @@ class Walk:
             root, level = older.btree_root, older.btree_level
         real = levels.root_level(self.read, root.ptrs[0], root.size, self._bset_magic, self.geometry, level)
         if real != level:
-            yield Damage("btree root", f"bad level {level}, its nodes are of level {real}", root.ptrs[0].sector,
-                         root.size)
+            yield Damage("BTREE_LEVEL", "btree root", f"bad level {level}, its nodes are of level {real}",
+                         root.ptrs[0].sector, root.size)
             level = real
         self._mark_ptr(root.ptrs[0])
         tallier = self._tallier() if self.processes else None
@@ -331,7 +332,7 @@ class Walk:
         yield from damages
         if node is None:
             # A node of another level tells nothing about its range: it is as if nothing stood there.
-            is_other = any("bad level" in damage.why for damage in damages)
+            is_other = any(damage.code == "BTREE_LEVEL" for damage in damages)
             self.slots.append(Slot(start, end, None, 0) if is_other else Slot(start, end, None, key.size, ptr, level))
             return None
         yield Record(f"btree node at bucket {node.bucket}, level {level}", ptr.sector, key.size, node)
@@ -409,7 +410,8 @@ class Walk:
         bucket = self.geometry.bucket_of(ptr.sector)
         where = f"btree node at bucket {bucket}, level {level}"
         if self._visited[bucket]:
-            return None, [Damage(where, "two pointers lead to this node", ptr.sector, nsectors, start, end)]
+            return None, [Damage("BTREE_NODE_TWICE", where, "two pointers lead to this node", ptr.sector, nsectors,
+                                 start, end)]
         self._visited[bucket] = True
         self.nodes += 1
         block_bytes = self.geometry.block_bytes
@@ -419,11 +421,11 @@ class Walk:
                 seed=ptr_make(ptr.sector, ptr.gen, ptr.dev), block_bytes=block_bytes,
                 node_blocks=(nsectors << 9) // block_bytes, where=f"bucket {bucket}")
         except BcachectlError as error:
-            return None, [damage_of(error, where, ptr.sector, nsectors, start, end)]
+            return None, [damage_of(error, BTREE_NODE, where, ptr.sector, nsectors, start, end)]
         if (levels.is_leaf(self.read, sets, nsectors, self._bset_magic, self.geometry) if level
                 else levels.is_interior(self.read, sets, nsectors, self._bset_magic, self.geometry)):
             why = "bad level: it is a leaf" if level else "bad level: it is an interior node"
-            return None, [Damage(where, why, ptr.sector, nsectors, start, end)]
+            return None, [Damage("BTREE_LEVEL", where, why, ptr.sector, nsectors, start, end)]
         node = Node(bucket, ptr.gen, level, start, end, nsectors, tuple(sets), written_blocks)
         damages = []
         last = max((int(image.keys.pos[image.keys.size > 0].max(initial=0)) for image in sets), default=0)
@@ -431,11 +433,11 @@ class Walk:
             check_node_end(last, end, where)
         except Corrupt as error:
             lost = (0, 0) if level else (end, last)
-            damages.append(Damage(error.where, error.why, ptr.sector, nsectors, *lost))
+            damages.append(Damage(BTREE_NODE.of(error), error.where, error.why, ptr.sector, nsectors, *lost))
         if any(bool((image.keys.nptrs > 1).any()) for image in sets):
-            damages.append(Damage(where, "a key with several pointers", ptr.sector, nsectors))
+            damages.append(Damage("BTREE_PTRS", where, "a key with several pointers", ptr.sector, nsectors))
         if any(not bool((image.keys.pos[:-1] <= image.keys.pos[1:]).all()) for image in sets):
-            damages.append(Damage(where, "keys out of order", ptr.sector, nsectors))
+            damages.append(Damage("BTREE_ORDER", where, "keys out of order", ptr.sector, nsectors))
         return node, damages
 
     def children(self, node: Node) -> tuple[list[Child], list[Damage]]:
@@ -460,21 +462,23 @@ class Walk:
             key = _interior_key(node.sets[-minus_number].keys, row)
             if validity.btree_ptr_invalid(key, self.geometry):
                 lost = (start, pos) if start < pos <= node.end else (0, 0)
-                damages.append(Damage(where, f"spotted btree ptr {text(key)}", sector, node.nsectors, *lost))
+                damages.append(Damage("BTREE_PTR", where, f"spotted btree ptr {text(key)}", sector, node.nsectors,
+                                      *lost))
                 continue
             if pos == 0 or not _is_here(key) or validity.ptr_stale(key, self.geometry, self.gens):
                 continue
             if pos <= start:
-                damages.append(Damage(where, f"two children end at {pos >> INODE_SHIFT}:{pos & SECTOR_MASK}", sector,
-                                      node.nsectors, children[-1][2] if children else 0, start))
+                why = f"two children end at {pos >> INODE_SHIFT}:{pos & SECTOR_MASK}"
+                damages.append(Damage("BTREE_CHILD_TWICE", where, why, sector, node.nsectors,
+                                      children[-1][2] if children else 0, start))
                 children.append((node.level - 1, key, min(start, node.end), min(start, node.end)))
                 continue
             children.append((node.level - 1, key, min(start, node.end), min(pos, node.end)))
             start = pos
         if start < node.end:
             # The journal may still hold keys there; `bcachectl.fsck.live` finds the gap by itself.
-            damages.append(Damage(where, "no child for the end of the node's range", sector, node.nsectors, start,
-                                  node.end))
+            damages.append(Damage("BTREE_CHILD_GAP", where, "no child for the end of the node's range", sector,
+                                  node.nsectors, start, node.end))
         return children, damages
 
     def _good_children(self, keys: KeyColumns) -> dict[int, Bkey]:
@@ -493,9 +497,10 @@ class Walk:
             for row in np.flatnonzero(validity.extents_fatal(image.keys, self.geometry)):
                 key = _leaf_key(image.keys, int(row))
                 why = validity.ptr_problem(key, self.geometry) or "bad, size larger than its offset"
-                yield Damage(f"btree node at bucket {node.bucket}, level 0", f"spotted extent {text(key)}: {why}",
-                             self._sector_of(node.bucket), node.nsectors, max(int(image.keys.pos[row]) - key.size, 0),
-                             int(image.keys.pos[row]))
+                end = int(image.keys.pos[row])
+                yield Damage(EXTENTS[why], f"btree node at bucket {node.bucket}, level 0",
+                             f"spotted extent {text(key)}: {why}", self._sector_of(node.bucket), node.nsectors,
+                             max(end - key.size, 0), end)
 
     # Generations.
 
@@ -541,12 +546,12 @@ class Walk:
         for entry, keys in zip(self.replay, self.journal_keys, strict=True):
             where = f"journal entry {entry.jset.seq} in bucket {entry.index}"
             if isinstance(keys, Corrupt):
-                yield Damage(where, f"{keys.where}: {keys.why}", 0, 0)
+                yield Damage("JOURNAL_KEYS", where, f"{keys.where}: {keys.why}", 0, 0)
                 continue
             fatal = validity.extents_fatal(keys, self.geometry)
             for row in np.flatnonzero(fatal):
                 end = int(keys.pos[row])
-                yield Damage(where, f"bad key {text(_leaf_key(keys, int(row)))}", 0, 0,
+                yield Damage("JOURNAL_KEY", where, f"bad key {text(_leaf_key(keys, int(row)))}", 0, 0,
                              max(end - int(keys.size[row]), 0), end)
             self.mark_columns([keys], 0)
             parts.append(extent.from_keys(extent.without(keys, fatal)))
