@@ -54,7 +54,9 @@ class Backing(NamedTuple):
 class Held(Protocol):
     """The dirty data that a cache holds: how much by device number, and all of one device number's."""
 
-    dirty: dict[int, Spread]
+    @property
+    def dirty(self) -> dict[int, Spread]:
+        """Sectors by device number, and where they lie."""
 
     def dirty_extents(self, inode: int) -> Extents:
         """Every dirty extent of a device number."""

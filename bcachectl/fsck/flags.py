@@ -48,7 +48,9 @@ STATE_WORDS = {BdevState.NONE: "none", BdevState.CLEAN: "clean", BdevState.DIRTY
 class Evidence(Protocol):
     """What is known of the dirty data that a set holds of its devices."""
 
-    dirty: dict[int, Spread]
+    @property
+    def dirty(self) -> dict[int, Spread]:
+        """Sectors by device number, and where they lie."""
 
     def may_lack(self, inode: int) -> bool:
         """Dirty data of a device number may be missing from ``dirty``."""

@@ -26,9 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError, WrongState
-from bcachectl.fsck.check import PRIO_BTREE, PRIO_INITIAL, Check, run
+from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.check_backing import Backing, settled_backing
 from bcachectl.fsck.check_journal import leftovers
+from bcachectl.fsck.check_structures import PRIO_BTREE, PRIO_INITIAL
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import CODES, Finding, Severity
 from bcachectl.fsck.flags import changes, superblock_there
