@@ -5,7 +5,8 @@ What the damaged superblock still says is taken where the rest of the device bea
 
 1. Journal entries, without knowing the set: an entry checks itself, and its magic tells the first half of the set uuid,
    which is all that any magic needs.
-2. The newest entry names the bucket of the first prio set.  The bucket size is the one that puts a prio set there.
+2. The newest entry names the bucket of the first prio set.  The bucket size is the one that puts a prio set there, and
+   the root and the uuid array at the start of a bucket.
 3. The places of the entries behind each other tell the block size.
 4. Without any entry, bucket size and set uuid have to be known, and are believed if buckets of that
    size hold prio sets or btree nodes of that set (`EVIDENCE_BUCKETS`).  What a start needs is gone then, but what is
@@ -237,19 +238,22 @@ def _read_around(read: Read, start: int, count: int) -> bytes:
 
 
 def _bucket_size(read: Read, size_sectors: int, newest: Jset, set_uuid: bytes, likely: list[int]) -> int:
-    magic = prio_magic(set_uuid).to_bytes(8, "little")
-    good = [size for size in dict.fromkeys([*likely, *BUCKET_SIZES]) if size in BUCKET_SIZES]
-    for size in good:
-        sector = newest.prio_bucket[0] * size
-        try:
-            if 0 < sector < size_sectors and read(sector, 1)[8:16] == magic:
-                return size
-        except BcachectlError:
-            continue
-    # The prio set is gone as well: a root, or the uuid array, stands at the start of a bucket.
+    # A root, and the uuid array, stand at the start of a bucket: that rules out what an old prio set elsewhere says.
     sectors = [key.ptrs[0].sector for key in (newest.btree_root, newest.uuid_bucket) if key.ptrs]
-    return next((size for size in good if sectors and all(sector % size == 0 for sector in sectors)
-                 and size in likely), 0)
+    good = [size for size in dict.fromkeys([*likely, *BUCKET_SIZES]) if size in BUCKET_SIZES]
+    fitting = [size for size in good if all(sector % size == 0 for sector in sectors)]
+    by_prio_set = [size for size in good if _has_prio_set(read, size_sectors, newest.prio_bucket[0] * size, set_uuid)]
+    found = [size for size in by_prio_set if size in fitting]
+    # The prio set may be gone as well.
+    found += [size for size in fitting if sectors and size in likely]
+    return (found or by_prio_set or [0])[0]
+
+
+def _has_prio_set(read: Read, size_sectors: int, sector: int, set_uuid: bytes) -> bool:
+    try:
+        return 0 < sector < size_sectors and read(sector, 1)[8:16] == prio_magic(set_uuid).to_bytes(8, "little")
+    except BcachectlError:
+        return False
 
 
 def _block_size(entries: list[_Found], bucket_size: int, likely: int) -> int:

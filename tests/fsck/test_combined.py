@@ -198,6 +198,17 @@ def test_what_a_lost_leaf_had_is_nobody_else_s(golden: Callable[..., Path], name
         assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
 
 
+def test_an_old_prio_set_does_not_tell_the_bucket_size(golden: Callable[..., Path]) -> None:
+    """The chain leads to a bucket that is no prio set; by another bucket size it would lead to one that was."""
+    known = truth(golden, "deep_crash")
+    image = known.image.fresh()
+    for name in ("prio_in_journal_deep_crash", "sb_nr_this_dev_1_deep_crash", "child_in_journal_deep_crash"):
+        CASES[name].edit(image)
+    assert check(image).walk.geometry == known.image.walk.geometry
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
+
+
 def test_old_entries_behind_the_new_one(golden: Callable[..., Path]) -> None:
     """A repair's journal entry takes a sector of its bucket; what stands behind it is not read by any start."""
     known = truth(golden, "two_backing")
