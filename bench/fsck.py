@@ -238,7 +238,7 @@ def steps(path: Path, keys: int) -> None:
         leaves = [item.value for item in walk.structures() if isinstance(getattr(item, "value", None), PlainLeaf)]
         assert walk.superblock is not None and walk.plain_journal is not None
         tallier = Tallier(walk.read, walk.geometry, bset_magic(walk.superblock.set_uuid), walk.gens,
-                          walk.plain_journal)
+                          walk.plain_journal, device.plain_fd)
         names = ["read", "log and checksum", "columns", "runs and counts"]
         depths = [0, 1, 2, 3]
         if tallier.scan is not None:
@@ -252,10 +252,12 @@ def steps(path: Path, keys: int) -> None:
 
 def _step(tallier: Tallier, places: list[Place], depth: int) -> float:
     start_s = time.process_time()
+    if depth == 3:
+        for at in range(0, len(places), tallier.piece_leaves):
+            piece = places[at:at + tallier.piece_leaves]
+            tallier.count(piece)
+        return time.process_time() - start_s
     for place in places:
-        if depth == 3:
-            (tallier.count if tallier.can_count else tallier.tally)(place)
-            continue
         view = memoryview(tallier.read(place.sector, place.nsectors))
         if depth > 0:
             (at, count), *_rest = tallier.log(view, place)

@@ -195,7 +195,7 @@ class Tallier:
                 scan.drop(number)
                 logs[number] = None
         is_counted = scan.count(len(piece))
-        return [np.frombuffer(scan.marks_of(number), np.uint64) if is_counted[number]
+        return [_words(scan.marks_of(number)) if is_counted[number]
                 else self.tally(place) if log is not None or place.nsectors != scan.node_sectors else None
                 for number, (place, log) in enumerate(zip(piece, logs, strict=True))]
 
@@ -420,6 +420,11 @@ class Tallier:
             if runs is not None and is_counted:
                 tallies.append(_tally_rows(part, runs))
         return _sum(tallies, marks)
+
+
+def _words(data: bytes) -> U64:
+    # Mostly there are none.
+    return np.frombuffer(data, np.uint64) if data else _NONE
 
 
 def _scanned(scan: Scan) -> Tally:

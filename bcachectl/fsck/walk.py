@@ -377,6 +377,8 @@ class Walk:
                 yield Record(f"btree node at bucket {bucket}, level 0", key.ptrs[0].sector, key.size,
                              PlainLeaf(bucket, place, tally, marks, raised))
                 self.slots.append(Slot(start, end, key.ptrs[0], key.size))
+                if not len(marks):
+                    continue
                 late.append(marks)
                 if self.counted is None or len(late) == MARKS_AT_ONCE:
                     # Leaves that are counted do not look at generations before the end.
