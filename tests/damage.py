@@ -246,6 +246,9 @@ def set_cases() -> Iterator[Case]:
             yield case("seq_middle", "BTREE_CORRUPTED", lambda image, node: image.bset(node, 1, 16, "Q", 5, fix=False))
             yield case("seq_last", "BTREE_SET_LOST",
                        lambda image, node: image.bset(node, len(node.sets) - 1, 16, "Q", 5, fix=False))
+        if base == "killed" and what != "interior":
+            yield case("zero_last", "BTREE_SET_MISSING",
+                       lambda image, node: image.cache.put(image.set_at(node, len(node.sets) - 1), bytes(512)))
 
 
 def _node_unreadable(image: Image, node: Node) -> None:

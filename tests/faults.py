@@ -28,5 +28,7 @@ def fail_reads(patch: pytest.MonkeyPatch, is_bad: IsBad) -> None:
             raise OSError(5, os.strerror(5))
         read_into(self, offset_bytes, buf)
 
+    # Nobody can come between a descriptor and who reads it.
+    patch.setattr(BlockDevice, "plain_fd", property(lambda self: -1))
     patch.setattr(BlockDevice, "read", failing_read)
     patch.setattr(BlockDevice, "read_into", failing_read_into)

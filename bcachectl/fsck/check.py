@@ -36,6 +36,7 @@ from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Severity
 from bcachectl.fsck.flags import changes, superblock_there
+from bcachectl.fsck.lacking import lacking
 from bcachectl.fsck.leaves import LEAVES_AT_ONCE, Leaves, overlapping
 from bcachectl.fsck.live import staleness
 from bcachectl.fsck.losses import UNKNOWN_CODES, with_losses
@@ -273,6 +274,7 @@ class Check:
         walk = self.walk
         self.slots = with_strays(walk, expand(walk, self._lost_ranges, self.claims), known_buckets=self.known_buckets)
         self.journal = journal_map(walk)
+        self._lacking()
         for slot in self.slots:
             if slot.leaf is None and slot.lost is not None:
                 self.claims.setdefault(walk.geometry.bucket_of(slot.lost.sector), "damaged btree node")
@@ -292,6 +294,17 @@ class Check:
                 self._leaf(slot, metadata)
             yield Progress("extents", number * LEAVES_AT_ONCE, len(self.slots))
         yield Progress("extents", len(self.slots), len(self.slots))
+
+    def _lacking(self) -> None:
+        # Leaves of which a set is gone that the journal tells of.
+        missing = lacking(self.walk, self.slots, self.journal, known_buckets=self.known_buckets)
+        for number, sectors in enumerate(missing):
+            if sectors:
+                slot = self.slots[number] = self.slots[number]._replace(lacks_set=True)
+                assert slot.leaf is not None, "a leaf that lacks something is there"
+                self._add(Finding("BTREE_SET_MISSING", "btree leaf", f"{counted(sectors, 'dirty sector')} that the "
+                                  "journal tells of are not in it", self.walk.geometry.bucket_of(slot.leaf.sector),
+                                  slot.leaf.sector), slot.start, slot.end)
 
     def _leaf(self, slot: Slot, metadata: npt.NDArray[np.bool_]) -> None:
         found = self._leaf_map(slot)

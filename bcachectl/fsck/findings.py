@@ -211,6 +211,9 @@ CODES: dict[str, Meaning] = {
     "BTREE_CORRUPTED": Meaning(_E, "A set of keys stands behind the end of its node's log: one between was lost."),
     "BTREE_SET_LOST": Meaning(_E, "The last set of keys of a node does not carry the node's number, and its checksum "
                                   "says that it should; the kernel would miss it without a word."),
+    "BTREE_SET_MISSING": Meaning(_E, "A leaf has nothing where the journal tells of dirty data that nothing has "
+                                     "replaced since: a set of its keys is gone. What the journal tells is kept; what "
+                                     "else was in that set is not known."),
     "BTREE_SHORT_KEY": Meaning(_E, "A node holds keys behind the end of its range; the kernel refuses the set."),
     "BTREE_KEY_BEFORE": Meaning(_E, "A leaf holds keys before the start of its range, where no lookup finds them."),
     "BTREE_STRAY": Meaning(_E, "Dirty data is known only by keys outside the range of their leaf, where no lookup "

@@ -92,8 +92,8 @@ class Leaves:
     def _plain_leaves(self, slots: Sequence[Slot], is_sure: bool) -> list[PlainLeaf | None]:
         # For each slot, its leaf if that is plain and may be believed.
         plain, self._plain = self._plain, {}
-        leaves = [plain.get(slot.leaf.sector) if slot.leaf is not None and slot.strays is None and is_sure else None
-                  for slot in slots]
+        leaves = [plain.get(slot.leaf.sector) if slot.leaf is not None and slot.strays is None and not slot.lacks_set
+                  and is_sure else None for slot in slots]
         found = [leaf if leaf is not None and (leaf.place.start, leaf.place.end) == (slot.start, slot.end) else None
                  for slot, leaf in zip(slots, leaves, strict=True)]
         self._is_all_plain = sum(leaf is not None for leaf in found) == len(plain)

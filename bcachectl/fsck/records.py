@@ -109,3 +109,5 @@ class Slot(NamedTuple):
     """Some keys of the leaf lie outside [start, end)."""
     strays: Extents | None = None
     """Dirty keys of other leaves that lie in [start, end) (`bcachectl.fsck.strays`)."""
+    lacks_set: bool = False
+    """The journal tells of keys that the leaf must have had (`bcachectl.fsck.lacking`)."""

@@ -12,7 +12,8 @@ Whoever judges the cost of damage and whoever repairs it must agree, so both ask
   the keys that went into the sets (`older_keys`).  They stand where the damaged set stood.  Keys that were replaced
   without the journal (write-back, moving gc, fills) name buckets that were used again, if they are out of date.
 * Sectors of a node that cannot be read cost the sets that they belong to, not the node; where a set may have begun in
-  one, it is a damaged set, and not the end of the node.
+  one, it is a damaged set, and not the end of the node.  So is a set of which only the journal tells
+  (`bcachectl.fsck.lacking`).
 * Pointers in a damaged interior node are hints.  A hint is followed if the node that it leads to has a good checksum,
   which is seeded with the very pointer.
 * An extent that no kernel accepts hides its range and counts as lost.
@@ -528,23 +529,33 @@ def journal_map(walk: Walk) -> Extents:
     return extent.flatten(extent.concatenate(parts))
 
 
+def older_entries(walk: Walk) -> list[tuple[int, Extents]]:
+    """The entries before those to be replayed, without a gap, the oldest first: the number and the keys of each."""
+    by_seq = {entry.jset.seq: entry.jset.keys for entry in walk.journal}
+    seq, words = walk.replay[0].jset.seq if walk.replay else 0, 0
+    found: list[tuple[int, Extents]] = []
+    while seq - 1 in by_seq and words < OLDER_KEYS_LIMIT * 3:
+        seq -= 1
+        words += len(by_seq[seq]) // 8
+        try:
+            found.append((seq, entry_keys(walk, by_seq[seq])))
+        except Corrupt:
+            break
+    return found[::-1]
+
+
+def entry_keys(walk: Walk, keys: bytes) -> Extents:
+    """The keys of a journal entry in their order; raises Corrupt."""
+    return _tagged(walk, SalvagedSet(0, decode_key_columns(keys, len(keys) // 8), True))
+
+
 def older_keys(walk: Walk) -> tuple[Extents, bool]:
-    """The keys of the entries before those to be replayed, without a gap, as a flat map; whether that is all there ever
-    were: the first entry of a set has the number 1."""
+    """The keys of `older_entries` as a flat map; whether that is all there ever were: the first entry of a set has the
+    number 1."""
     if walk.older is None:
-        by_seq = {entry.jset.seq: entry.jset.keys for entry in walk.journal}
-        seq, words = walk.replay[0].jset.seq if walk.replay else 0, 0
-        parts: list[Extents] = []
-        while seq - 1 in by_seq and words < OLDER_KEYS_LIMIT * 3:
-            seq -= 1
-            words += len(by_seq[seq]) // 8
-            try:
-                keys = decode_key_columns(by_seq[seq], len(by_seq[seq]) // 8)
-            except Corrupt:
-                seq += 1
-                break
-            parts.append(_tagged(walk, SalvagedSet(0, keys, True)))
-        walk.older = extent.flatten(extent.concatenate(parts[::-1])), seq == 1
+        entries = older_entries(walk)
+        first = entries[0][0] if entries else walk.replay[0].jset.seq if walk.replay else 0
+        walk.older = extent.flatten(extent.concatenate([rows for _seq, rows in entries])), first == 1
     return walk.older
 
 
@@ -606,9 +617,15 @@ def leaf_map(walk: Walk, slot: Slot, journal: Extents, *, known_buckets: int) ->
 
 
 def slot_sets(walk: Walk, slot: Slot) -> list[SalvagedSet] | None:
-    """The sets of the leaf of a slot, damaged or not; None if there is none, or none of it can be read."""
+    """The sets of the leaf of a slot, damaged or not; None if there is none, or none of it can be read.  A set that is
+    gone without a trace is a damaged one without keys.
+    """
     ptr = slot.leaf or (slot.lost if slot.level == 0 else None)
-    return read_sets(walk, ptr, slot.nsectors) if ptr is not None else None
+    sets = read_sets(walk, ptr, slot.nsectors) if ptr is not None else None
+    if sets and slot.lacks_set:
+        gone = SalvagedSet(sets[-1].block + 1, decode_key_columns(b"", 0), is_valid=False, is_whole=False)
+        return [*sets, gone]
+    return sets
 
 
 def own_keys(walk: Walk, slot: Slot) -> Extents:
