@@ -23,17 +23,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from bcachectl.errors import Corrupt
 from bcachectl.fsck import extents as extent
+from bcachectl.fsck import rescue_map
 from bcachectl.fsck.extents import GEN_BITS, Extents
 from bcachectl.fsck.live import staleness
 from bcachectl.fsck.records import Slot
-from bcachectl.fsck.salvage import bucket_of, entry_keys, older_entries, own_keys, slot_sets
+from bcachectl.fsck.salvage import bucket_of, entry_keys, older_entries, older_keys, own_keys, slot_sets
 from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_DEV
 
@@ -45,7 +46,7 @@ class _Told(NamedTuple):
     rows: Extents
     seq: npt.NDArray[np.uint64]
 
-    def take(self, which: npt.NDArray[np.bool_]) -> _Told:
+    def take(self, which: npt.NDArray[Any]) -> _Told:
         return _Told(self.rows.take(which), self.seq[which])
 
 
@@ -55,24 +56,43 @@ def lacking(walk: Walk, slots: Sequence[Slot], journal: Extents, *, known_bucket
     The gens of buckets from ``known_buckets`` on are not known.
     """
     missing = [0] * len(slots)
-    told = _told(walk)
-    first_replayed = walk.replay[0].jset.seq if walk.replay else 0
-    is_older = told.seq < first_replayed
-    if not is_older.any():
+    wanted = _outside_of(_live(walk, older_keys(walk)[0], known_buckets), journal)
+    if not len(wanted.start):
         return missing
-    # Few leaves, as a rule, have anything to do with what the journal tells.
-    older = told.rows.take(is_older)
-    first = np.searchsorted(np.sort(older.end), np.array([slot.start for slot in slots], np.uint64), "right")
-    last = np.searchsorted(np.sort(older.start), np.array([slot.end for slot in slots], np.uint64), "left")
-    for number in np.flatnonzero(first < last).tolist():
-        slot = slots[number]
-        if slot.strays is None and _is_good(walk, slot):
-            here = told.take((told.rows.start < slot.end) & (told.rows.end > slot.start))
-            own = own_keys(walk, slot)
-            here = here.take((here.seq > _newest_in(here, own)) & (here.seq < first_replayed))
-            rows = extent.clip(_live(walk, extent.flatten(here.rows), known_buckets), start=slot.start, end=slot.end)
-            missing[number] = int(_outside_of(_outside_of(rows, journal), own).size.sum())
+    told: _Told | None = None
+    first = np.searchsorted(wanted.end, np.array([slot.start for slot in slots], np.uint64), "right").tolist()
+    last = np.searchsorted(wanted.start, np.array([slot.end for slot in slots], np.uint64), "left").tolist()
+    for number, slot in enumerate(slots):
+        if first[number] >= last[number] or slot.strays is not None or slot.leaf is None:
+            continue
+        # Few leaves, as a rule, have nothing for some of it, and only these are looked at closely.
+        here = extent.clip(wanted.take(slice(first[number], last[number])), start=slot.start, end=slot.end)
+        here = _outside_of(here, _covered(walk, slot))
+        if len(here.start):
+            told = _told(walk) if told is None else told
+            missing[number] = int(_behind(walk, slot, told, here).size.sum())
     return missing
+
+
+def _covered(walk: Walk, slot: Slot) -> Extents:
+    # What the leaf has any key for, as a flat map; everything if one of its sets is damaged.
+    sets = slot_sets(walk, slot) or []
+    if not sets or not all(image.is_valid for image in sets):
+        return rescue_map.ranges([(slot.start, slot.end)], _OWN)
+    rows = extent.concatenate([extent.from_keys(image.keys) for image in sets])
+    if not len(rows.start):
+        return rows
+    order = np.argsort(rows.start, kind="stable")
+    start, end = rows.start[order], np.maximum.accumulate(rows.end[order])
+    heads = np.flatnonzero(np.concatenate(([True], start[1:] > end[:-1])))
+    return rescue_map.marked(start[heads], end[np.append(heads[1:], len(start)) - 1], _OWN)
+
+
+def _behind(walk: Walk, slot: Slot, told: _Told, missing: Extents) -> Extents:
+    # What of ``missing`` the journal says behind everything that is in the leaf.
+    told = told.take((told.rows.start < slot.end) & (told.rows.end > slot.start))
+    newer = told.take(told.seq > _newest_in(told, own_keys(walk, slot)))
+    return _outside_of(missing, _outside_of(missing, extent.flatten(newer.rows)))
 
 
 def _told(walk: Walk) -> _Told:
@@ -104,11 +124,6 @@ def _live(walk: Walk, rows: Extents, known_buckets: int) -> Extents:
     is_known = np.isin(rows.start >> np.uint64(INODE_SHIFT), np.array(known, np.uint64))
     rows = rows.take(rows.dirty & (rows.nptrs > 0) & (PTR_DEV.get(rows.ptr) == 0) & (rows.csum == 0) & is_known)
     return rows.take((bucket_of(walk, rows) < known_buckets) & (staleness(walk, rows) == 0))
-
-
-def _is_good(walk: Walk, slot: Slot) -> bool:
-    sets = slot_sets(walk, slot)
-    return slot.leaf is not None and bool(sets) and all(image.is_valid for image in sets or [])
 
 
 def _outside_of(rows: Extents, others: Extents) -> Extents:
