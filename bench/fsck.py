@@ -32,7 +32,6 @@ from bcachectl.blockdev import BlockDevice, open_device
 from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.records import PlainLeaf
 from bcachectl.fsck.rescue import open_check
-from bcachectl.fsck.scan import IS_COMPILED
 from bcachectl.fsck.tally import Place, Tallier
 from bcachectl.fsck.walk import Walk
 from bcachectl.fsck.writeback import find_dirty
@@ -285,7 +284,7 @@ def main() -> int:
     if args.write is not None:
         Writer(args.write, args.keys, is_old=args.old).write()
         return 0
-    print(f"fsck: {machine()}, {'scan compiled' if IS_COMPILED else 'nothing compiled'}")
+    print(f"fsck: {machine()}")
     is_good = True
     for kind in ("new", "old"):
         with tempfile.TemporaryDirectory() as folder:

@@ -88,9 +88,9 @@ def engine_run(
         raise UsageError("--direct and --overlay exclude each other: what an overlay holds lies in the page cache")
     if ready_fd is not None:
         _check_descriptor(ready_fd)
-    if set(force or ()) - {HAZARD_STALE}:
-        raise UsageError(f"--force={min(set(force or ()) - {HAZARD_STALE})} overrides nothing here; it takes "
-                         f"{HAZARD_STALE}")
+    others = frozenset(force or ()) - {HAZARD_STALE}
+    if others:
+        raise UsageError(f"--force={min(others)} overrides nothing here; it takes {HAZARD_STALE}")
     if overlay is None:
         _refuse_small(cache, backing or [])
     is_forced = bool(force)
