@@ -19,6 +19,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from bcachectl import discovery
+from bcachectl.discovery import BlockNode
 from tests import over
 from tests.require import all_required, need, need_root, need_tool, patience
 
@@ -79,6 +81,18 @@ def _no_device_is_left() -> Iterator[None]:
     dead = over.left_by_the_dead()
     over.remove(dead)
     assert [info for info in over.devices() if info not in dead] == []
+
+
+@pytest.fixture(autouse=True)
+def _only_own_loop_devices(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests that run beside this one have loop devices on copies of the same images: here they are not seen."""
+    own = f"{tmp_path_factory.getbasetemp()}/"
+    everything = discovery.enumerate_devices
+
+    def own_devices() -> list[BlockNode]:
+        return [node for node in everything() if node.kind != "loop" or (node.file or "").startswith(own)]
+
+    monkeypatch.setattr(discovery, "enumerate_devices", own_devices)
 
 
 @pytest.fixture

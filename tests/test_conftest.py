@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bcachectl import discovery
 from tests.conftest import TESTS
 
 pytestmark = pytest.mark.golden
@@ -44,3 +46,13 @@ def test_loop_device(loop_device: Callable[..., str], tmp_path: Path) -> None:
     assert Path(device).read_bytes() == b"x" * 8192
     with pytest.raises(PermissionError), Path(device).open("r+b", buffering=0) as file:
         file.write(bytes(4096))
+
+
+def test_loop_devices_of_tests_beside_are_not_seen(loop_device: Callable[..., str], tmp_path: Path) -> None:
+    with tempfile.NamedTemporaryFile() as other:
+        other.truncate(1 << 20)
+        (tmp_path / "own").write_bytes(bytes(1 << 20))
+        own, foreign = loop_device(tmp_path / "own"), loop_device(other.name)
+        seen = [node.path for node in discovery.enumerate_devices()]
+    assert own in seen
+    assert foreign not in seen
