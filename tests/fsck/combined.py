@@ -9,6 +9,9 @@ or a device that was cut short.  What is asked, whatever the damage:
 * what a repair keeps has the content that it had;
 * fsck finds nothing after a repair but what the repair said that it leaves;
 * a repair that is interrupted, once or twice, can be run again and loses no more.
+
+Damage to the newest journal entry looks like a power failure while it was being written, and nothing on the devices
+tells one from the other: a note says so, and what is true then is the state before that entry (`is_newest_torn`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from bcachectl.fsck.rescue_map import Owner
 from bcachectl.fsck.writeback import Copy, find_dirty, source
 from bcachectl.fsck.writeback_target import member
 from bcachectl.ondisk.bkey import INODE_SHIFT
+from bcachectl.ondisk.jset import decode_jset
+from bcachectl.ondisk.magic import jset_magic
 from tests.damage import Case, cases
 from tests.fsck.flip import Byte, metadata
 from tests.fsck.image import Image
@@ -36,9 +41,8 @@ from tests.fsck.test_damage import MOVED, apply, check, per_position, per_sector
 from tests.fsck.test_interrupted import interrupted
 from tests.fsck.test_writeback import Disk, check_of, written_back
 
-MOVING = (*MOVED, "short_key", "key_before", "note_journal_torn")
-"""Cases that change a key with its checksum: it no longer says where it was, and nobody can list what that costs.  Or
-that take the newest journal entry away as a power failure does: the state is that before it."""
+MOVING = (*MOVED, "short_key", "key_before")
+"""Cases that change a key with its checksum: it no longer says where it was, and nobody can list what that costs."""
 CASES_MAX = 5
 DEVICES_MAX = 4
 
@@ -72,6 +76,26 @@ def truth_of(image: Image) -> Truth:
     """What is true of an undamaged image."""
     extents = live_extents(check(image.fresh()))
     return Truth(image, list(metadata(image)), extents, per_sector(extents, dirty=True), written_back(image))
+
+
+def is_newest_torn(image: Image, truth: Truth) -> bool:
+    """Where the newest journal entry of ``truth`` stood there is none now, as after a power failure."""
+    newest, walk = truth.image.walk.replay[-1], truth.image.walk
+    assert walk.superblock is not None
+    nbytes = newest.jset.blocks * walk.geometry.block_bytes
+    try:
+        buf = image.cache.read(truth.image.entry_at(newest) >> 9, nbytes >> 9)
+    except BcachectlError:
+        return False
+    return decode_jset(buf, 0, magic=jset_magic(walk.superblock.set_uuid), block_bytes=walk.geometry.block_bytes,
+                       limit_bytes=nbytes) is None
+
+
+def truth_before_newest(truth: Truth) -> Truth:
+    """What was true while the newest journal entry had not been written."""
+    torn = truth.image.fresh()
+    torn.cache.flip(torn.entry_at(truth.image.walk.replay[-1]))
+    return truth_of(Image(torn.cache.content(), [device.content() for device in torn.backings]))
 
 
 def bases() -> dict[str, list[Case]]:
