@@ -26,6 +26,8 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 def main() -> None:
     """Run the command line and leave with its exit status."""
     words = sys.argv[1:]
+    # The threads of numpy's algebra spin for some time when they begin, and nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         open_standard_streams()
         for stream in (sys.stdout, sys.stderr):

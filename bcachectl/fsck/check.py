@@ -20,7 +20,6 @@ Limits: at most `FINDINGS_LIMIT` findings are kept; of the data one number per e
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -426,14 +425,14 @@ class Check:
     def _only_clean(self) -> list[int]:
         # Device numbers that have clean data only, and a free slot or none.  Few leaves can hold any.
         uuids = self.walk.uuids
-        free = [*(slot for slot, entry in enumerate(uuids) if entry is FREE or entry.is_free), len(uuids)]
+        is_used = np.array([entry is not FREE and not entry.is_free for entry in uuids], np.bool_)
+        free = np.append(np.flatnonzero(~is_used), len(uuids)).astype(np.uint64)
+        first, last = (np.array(ends, np.uint64) >> np.uint64(INODE_SHIFT) for ends in (
+            [slot.start for slot in self.slots], [slot.end - 1 for slot in self.slots]))
+        next_free = free[np.minimum(np.searchsorted(free, first), len(free) - 1)]
         found: set[int] = set()
-        for slot in self.slots:
-            first, last = slot.start >> INODE_SHIFT, slot.end - 1 >> INODE_SHIFT
-            at = bisect_left(free, first)
-            if last < len(uuids) and (at == len(free) or free[at] > last):
-                continue
-            kept = self._leaf_map(slot).kept
+        for number in np.flatnonzero((next_free <= last) | (last >= len(uuids))).tolist():
+            kept = self._leaf_map(self.slots[number]).kept
             found |= set(np.unique(kept.start >> np.uint64(INODE_SHIFT)).tolist())
         return sorted(inode for inode in found if inode not in self.dirty
                       and (inode >= len(uuids) or uuids[inode].is_free))

@@ -120,6 +120,8 @@ def _newest_in(told: _Told, own: Extents) -> int:
 
 def _live(walk: Walk, rows: Extents, known_buckets: int) -> Extents:
     # What must be in a leaf: dirty, still there, of a device that the set knows.
+    if not len(rows.start):
+        return rows
     known = [slot for slot, entry in enumerate(walk.uuids) if not (entry.is_free or entry.is_retired)]
     is_known = np.isin(rows.start >> np.uint64(INODE_SHIFT), np.array(known, np.uint64))
     rows = rows.take(rows.dirty & (rows.nptrs > 0) & (PTR_DEV.get(rows.ptr) == 0) & (rows.csum == 0) & is_known)

@@ -60,8 +60,7 @@ class PlainLeaf(NamedTuple):
     raised: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A structure that could be read: where it stands, and what it says."""
 
     where: str

@@ -85,15 +85,16 @@ cdef class Scan:
     @cython.locals(rows=cython.ulonglong[::1], taken=cython.ulonglong[::1], gens=cython.uchar[::1],
                    shift=cython.int, form=cython.ulonglong, fixed=cython.ulonglong, ptr_min=cython.ulonglong,
                    ptr_limit=cython.ulonglong, in_bucket=cython.ulonglong, bucket_end=cython.ulonglong,
-                   node_sectors=cython.ulonglong, place_end=cython.ulonglong, inode=cython.ulonglong,
-                   offset=cython.ulonglong, last=cython.ulonglong, row=cython.Py_ssize_t,
-                   untouched_end=cython.ulonglong, tail=cython.ulonglong, run=cython.ulonglong,
-                   ntaken=cython.Py_ssize_t, seen=cython.ulonglong, lows=cython.ulonglong,
-                   evidence=cython.ulonglong, extents=cython.ulonglong, sectors=cython.ulonglong,
-                   dirty_sectors=cython.ulonglong, dirty_start=cython.ulonglong, dirty_end=cython.ulonglong,
-                   high=cython.ulonglong, low=cython.ulonglong, ptr=cython.ulonglong, size=cython.ulonglong,
-                   dirty=cython.ulonglong, pos=cython.ulonglong)
+                   inode=cython.ulonglong, offset=cython.ulonglong, last=cython.ulonglong, row=cython.Py_ssize_t,
+                   untouched_end=cython.ulonglong, head=cython.ulonglong, tail=cython.ulonglong,
+                   ntaken=cython.Py_ssize_t, seen=cython.ulonglong, extents=cython.ulonglong,
+                   sectors=cython.ulonglong, dirty_sectors=cython.ulonglong, dirty_start=cython.ulonglong,
+                   dirty_end=cython.ulonglong, high=cython.ulonglong, low=cython.ulonglong, ptr=cython.ulonglong,
+                   size=cython.ulonglong, dirty=cython.ulonglong, pos=cython.ulonglong)
     cdef int _base(self, const word[::1] words, Py_ssize_t at, Py_ssize_t stop, Py_ssize_t count) except -2 nogil
+
+    @cython.locals(high=cython.ulonglong, ptr=cython.ulonglong)
+    cdef int _find_evidence(self, const word[::1] words, Py_ssize_t at, Py_ssize_t stop) except -2 nogil
 
     @cython.locals(rows=cython.ulonglong[::1], at=cython.ulonglong)
     cdef int _cut(self, word start, word end, word ptr, word dirty, Py_ssize_t row, Py_ssize_t count) except -2 nogil

@@ -410,66 +410,81 @@ class Scan:
             return _DOUBTFUL
         rows, taken, gens, shift = self.rows, self.taken_words, self.gens, self.shift
         ptr_min, ptr_limit, in_bucket, bucket_end = self.ptr_min, self.ptr_limit, self.in_bucket, self.bucket_end
-        node_sectors, place_end, inode = self.node_sectors, self.place_end, words[at] & 0xFFFFF
+        inode = words[at] & 0xFFFFF
         form, fixed, offset = self.form | inode, ~self.varying & _ALL_BITS, inode << 44
         last = offset if offset > self.place_start else self.place_start
         # Up to here, no key touches a row.
-        row, untouched_end = 0, rows[0] if count else place_end
-        tail = run = ntaken = seen = lows = evidence = 0
-        extents = sectors = dirty_sectors = dirty_start = dirty_end = 0
+        row, untouched_end = 0, rows[0] if count else self.place_end
+        extents = (stop - at) // 3
+        head = tail = ntaken = seen = sectors = dirty_sectors = dirty_start = dirty_end = 0
         if inode == 0xFFFFF:
             return _OTHER_FORM
+        self._find_evidence(words, at, stop)
         while at < stop:
             high, low, ptr = words[at], words[at + 1], words[at + 2]
             at += 3
             size, dirty = high >> 20 & 0xFFFF, high >> 36 & 1
             pos = offset | low
-            if (high ^ form) & fixed or not size or ptr < ptr_min or ptr >= ptr_limit:
+            if (high ^ form) & fixed or low >> 44 or not size:
                 return _OTHER_FORM
-            if pos < last + size or (ptr & in_bucket) + (size << 8) > bucket_end:
+            if pos < last + size:
                 return _DOUBTFUL
             last = pos
-            lows |= low
-            if not evidence:
-                evidence = dirty | (size ^ node_sectors) | ptr & in_bucket
             if pos > untouched_end:
                 while row < count and rows[4 * row + 1] <= pos - size:
                     row += 1
-                untouched_end = rows[4 * row] if row < count else place_end
+                untouched_end = rows[4 * row] if row < count else self.place_end
                 if row < count and pos > untouched_end:
+                    if ptr < ptr_min or ptr >= ptr_limit:
+                        return _OTHER_FORM
                     if not self._cut(pos - size, pos, ptr, dirty, row, count):
                         return _DOUBTFUL
+                    extents -= 1
                     continue
-            extents += 1
-            sectors += size
             if dirty > seen:
                 dirty_start = pos - size
                 seen = 1
             dirty_sectors += size * dirty
             if dirty:
                 dirty_end = pos
+            if ptr == tail and ptr & in_bucket:
+                # Of the bucket and the generation of the key before it.
+                tail += size << 8
+                if (ptr & in_bucket) + (size << 8) > bucket_end:
+                    return _DOUBTFUL
+                continue
+            if ptr < ptr_min or ptr >= ptr_limit:
+                return _OTHER_FORM
+            if (ptr & in_bucket) + (size << 8) > bucket_end:
+                return _DOUBTFUL
             if gens[ptr >> shift] != ptr & 0xFF:
                 self._postpone(ptr, ptr + (size << 8), 2 | dirty)
-            elif ptr == tail and ptr & in_bucket:
-                run += size
-                tail += size << 8
-            else:
-                if run:
-                    taken[ntaken] = run
-                    ntaken += 1
-                run = ptr >> 8 << 21 | size
-                tail = ptr + (size << 8)
-        if lows >> 44 or last > place_end:
+                sectors += size
+                continue
+            if tail:
+                taken[ntaken] = head >> 8 << 21 | (tail - head) >> 8
+                ntaken += 1
+                sectors += (tail - head) >> 8
+            head, tail = ptr, ptr + (size << 8)
+        if last > self.place_end:
             return _DOUBTFUL
-        if run:
-            taken[ntaken] = run
+        if tail:
+            taken[ntaken] = head >> 8 << 21 | (tail - head) >> 8
             ntaken += 1
-        if evidence:
-            self.is_leaf = 1
+            sectors += (tail - head) >> 8
         self.extents, self.sectors, self.ntaken = extents, sectors, ntaken
         if dirty_sectors:
             return self._note(inode, dirty_sectors, dirty_start, dirty_end)
         return _GOOD
+
+    def _find_evidence(self, words: memoryview, at: int, stop: int) -> int:
+        # Of keys of the first set, that this is a leaf: one that could not be a pointer to a node.  Mostly the first.
+        while at < stop and not self.is_leaf:
+            high, ptr = words[at], words[at + 2]
+            if high >> 36 & 1 or high >> 20 & 0xFFFF != self.node_sectors or ptr & self.in_bucket:
+                self.is_leaf = 1
+            at += 3
+        return 1
 
     def _cut(self, start: int, end: int, ptr: int, dirty: int, row: int, count: int) -> int:
         # A key that the row touches, and maybe others behind it: it is judged as it stands, and what is left is kept.
