@@ -302,10 +302,7 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
     ``lost_ranges`` are those of children whose pointers are bad.  Leaves that nothing points to any more are looked for
     in all buckets that are not ``claimed``.  Raises gens by what damaged nodes say, so it comes before any `leaf_map`.
     """
-    slots = _expand(walk)
-    leaves = {slot.leaf.sector for slot in slots if slot.leaf is not None}
-    slots = [Slot(slot.start, slot.end, None, 0) if slot.lost is not None and slot.lost.sector in leaves else slot
-             for slot in slots]
+    slots = _each_its_own(walk, _expand(walk))
     for start, end in lost_ranges:
         slots = [part for slot in slots for part in _without(slot, start=start, end=end)]
         slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
@@ -320,6 +317,24 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
                   if each.slot.leaf not in taken]
         slots.sort(key=lambda slot: slot.start)
     return slots
+
+
+def _each_its_own(walk: Walk, slots: list[Slot]) -> list[Slot]:
+    # Where several pointers lead into one bucket, all but one are wrong: a leaf that could be read is its parent's; of
+    # others only one whose range has some of the keys may be.
+    leaves = {walk.geometry.bucket_of(slot.leaf.sector) for slot in slots if slot.leaf is not None}
+    buckets = [walk.geometry.bucket_of(slot.lost.sector) if slot.lost is not None else -1 for slot in slots]
+    claims = Counter(buckets)
+    is_wrong = [bucket in leaves or (bucket >= 0 and claims[bucket] > 1 and not _has_own_keys(walk, slot))
+                for slot, bucket in zip(slots, buckets, strict=True)]
+    left = Counter(bucket for bucket, wrong in zip(buckets, is_wrong, strict=True) if bucket >= 0 and not wrong)
+    slots = [slot._replace(is_doubtful=True) if left[bucket] > 1 else slot
+             for slot, bucket in zip(slots, buckets, strict=True)]
+    return [Slot(slot.start, slot.end, None, 0) if wrong else slot for slot, wrong in zip(slots, is_wrong, strict=True)]
+
+
+def _has_own_keys(walk: Walk, slot: Slot) -> bool:
+    return len(extent.clip(own_keys(walk, slot), start=slot.start, end=slot.end).start) > 0
 
 
 def _has_other_gen(walk: Walk, slot: Slot) -> bool:

@@ -219,6 +219,8 @@ def test_an_extent_where_a_prio_set_is_that_nothing_leads_to(golden: Callable[..
     # A pointer has the generation of another one's bucket, or leads where that should, so that a leaf has no pointer.
     ("child_same_deep_crash", "child_gen_deep_crash", "separator_lower_deep_crash"),
     ("child_same_deep_crash", "child_into_journal_deep_crash"),
+    # A pointer leads into the leaf before, and the one to that is wrong as well.
+    ("child_not_at_start_deep_crash", "child_same_deep_crash"),
     # The wrong length of a pointer hides that it leads to an interior node.
     ("child_not_at_start_deep_crash", "child_is_interior_deep_crash"),
     # Nothing is left of a leaf whose parent is damaged too: it is not the room between two others.
