@@ -33,6 +33,44 @@ def rare_cases() -> Iterator[RareCase]:
     yield from _into_journal()
     yield from _keys()
     yield from _owners()
+    yield from _discards()
+
+
+def _discards() -> Iterator[RareCase]:
+    for base in ("dirty_crash", "deep_crash", "thrash_crash"):
+        yield RareCase(f"journal_discarded_{base}", base, discard_oldest, ("JOURNAL_DISCARDED",), ("SB_DISCARD",))
+        yield RareCase(f"journal_discarded_in_part_{base}", base, _discard_part, ("JOURNAL_GAP",), ("SB_DISCARD",))
+        yield RareCase(f"journal_zero_{base}", base, _zero_oldest, ("JOURNAL_GAP",))
+
+
+def discard_oldest(image: Image) -> None:
+    """The journal bucket before the last ones that a replay needs is discarded, and with it the oldest entry of the
+    replay."""
+    _zero_oldest(image)
+    image.sb(104, "Q", 1 | 1 << 1)
+
+
+def _zero_oldest(image: Image) -> None:
+    # As with discard on, but it is off.
+    walk = image.walk
+    assert walk.superblock is not None
+    index = walk.replay[0].index
+    oldest = min(entry.jset.seq for entry in walk.journal
+                 if entry.index == index and entry.jset.seq > walk.replay[-1].jset.seq - 32) - 1
+    for entry in walk.journal:
+        if entry.jset.seq > oldest:
+            image.jset(entry, 32, "Q", min(entry.jset.last_seq, oldest))
+    image.cache.put(image.bucket(walk.superblock.d[index - 1]), bytes(walk.geometry.bucket_bytes))
+
+
+def _discard_part(image: Image) -> None:
+    # No discard leaves an entry behind a hole.
+    walk = image.walk
+    assert walk.superblock is not None
+    at = image.bucket(walk.superblock.d[walk.replay[0].index - 1]) + 3 * walk.geometry.block_bytes
+    kept = image.cache.get(at, walk.geometry.bucket_bytes - 3 * walk.geometry.block_bytes)
+    discard_oldest(image)
+    image.cache.put(at, kept)
 
 
 def _owners() -> Iterator[RareCase]:

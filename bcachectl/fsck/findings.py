@@ -21,7 +21,7 @@ DamageCode = Literal[
     "SB_IO", "SB_OFFSET", "SB_MAGIC", "SB_CSUM", "SB_UUID", "SB_FEATURE", "SB_BLOCK_SIZE", "SB_BUCKET_SIZE",
     "SB_JOURNAL_BUCKETS", "SB_NBUCKETS", "SB_DEVICE_SIZE", "SB_NR_IN_SET", "SB_FIRST_BUCKET", "SB_VERSION",
     "SB_UNUSABLE",
-    "JOURNAL_EMPTY", "JOURNAL_GAP", "JOURNAL_IO", "JOURNAL_KEY", "JOURNAL_KEYS", "JOURNAL_TORN",
+    "JOURNAL_DISCARDED", "JOURNAL_EMPTY", "JOURNAL_GAP", "JOURNAL_IO", "JOURNAL_KEY", "JOURNAL_KEYS", "JOURNAL_TORN",
     "PRIO_PTR", "PRIO_CSUM", "PRIO_MAGIC", "PRIO_IO",
     "UUID_PTR", "UUID_IO",
     "BTREE_ROOT_PTR", "BTREE_LEVEL", "BTREE_NODE_TWICE", "BTREE_HEADER", "BTREE_VERSION", "BTREE_MAGIC", "BTREE_CSUM",
@@ -154,6 +154,9 @@ CODES: dict[str, Meaning] = {
                              safe=False),
     "JOURNAL_GAP": Meaning(_E, "Journal entries that a start must replay are missing; the kernel refuses "
                                "the set. What they held is unknown.", safe=False),
+    "JOURNAL_DISCARDED": Meaning(_W, "The oldest journal entries that a start should replay are gone, as a crash "
+                                     "leaves it where discard is on: their keys were in the btree. Kernels before 6.19 "
+                                     "go by that, later ones refuse the set. A repair ends it."),
     "JOURNAL_CSUM": Meaning(_E, "A journal entry is damaged, and newer ones behind it are out of reach; "
                                 "the kernel would go back in time without a word.", safe=False),
     "JOURNAL_FULL": Meaning(_W, "The journal is full to its last block. A kernel may hang for ever when it registers "
@@ -194,9 +197,9 @@ CODES: dict[str, Meaning] = {
                                 "--orphans` can bring the data back.", safe=False),
     "ORPHAN_CLEAN": Meaning(_W, "There is clean data of a slot that has no owner; the next device to be attached would "
                                 "be given it. A repair finds the owner, or drops the data."),
-    "ORPHAN_RETIRED": Meaning(_N, "There are dirty keys of a device that was detached. An orderly detach leaves them "
-                                  "for a while, a forced one for good: `writeback --orphans` lists them. A repair "
-                                  "keeps them."),
+    "ORPHAN_RETIRED": Meaning(_N, "There are dirty keys of a device that was detached, or of a flash-only volume that "
+                                  "was removed. An orderly detach leaves them for a while, the others for good: "
+                                  "`writeback --orphans` lists them. A repair keeps them."),
     # Btree nodes and sets.
     "BTREE_LEVEL": Meaning(_E, "A node of the btree stands on another level than it is read at; the kernel would take "
                                "pointers to nodes for data, or data for nodes."),

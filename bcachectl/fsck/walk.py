@@ -236,9 +236,23 @@ class Walk:
         expected = last_seq
         for entry in self.replay:
             if entry.jset.seq != expected:
-                yield Damage("JOURNAL_GAP", "journal", f"journal entries {expected}-{entry.jset.seq - 1} missing! "
-                                        f"(replaying {newest.last_seq}-{newest.seq})", 0, 0, 0, MAX_POS)
+                why = (f"journal entries {expected}-{entry.jset.seq - 1} missing! "
+                       f"(replaying {newest.last_seq}-{newest.seq})")
+                if expected == last_seq and self._is_discarded_before(entry):
+                    yield Damage("JOURNAL_DISCARDED", "journal", why, 0, 0, is_harmless=True)
+                else:
+                    yield Damage("JOURNAL_GAP", "journal", why, 0, 0, 0, MAX_POS)
             expected = entry.jset.seq + 1
+
+    def _is_discarded_before(self, oldest: JournalEntry) -> bool:
+        # A kernel discards journal buckets by the oldest entry that is needed now (journal.c, do_journal_discard); that
+        # it is needed no more is only said by the next entry, which a crash may prevent.  So whole buckets are missing,
+        # and nothing is left in them that could begin an entry.
+        assert self.superblock is not None
+        before = (oldest.index - 1) % len(self.superblock.d)
+        is_empty = all(entry.index != before for entry in self.journal)
+        return self.superblock.discard and oldest.offset_bytes == 0 and is_empty and (
+            before in self.journal_exhausted or self.within is not None)
 
     # Prio sets and uuids.
 
