@@ -150,8 +150,8 @@ def _examine(held: Cache, members: list[Backing], bucket_size: str | None, set_u
              as_json: bool) -> Check:
     sectors, uuid = parse_bucket_size(bucket_size), parse_set_uuid(set_uuid)
     guess = superblock_instead(held.read, held.size_sectors, members, bucket_size=sectors, set_uuid=uuid)
-    # Without the backing devices: whether they agree with the cache is what this verb is about to change.
-    check = Check(held.read, held.size_sectors, instead=guess)
+    # Whether the backing devices agree with the cache is what this verb is about to change.
+    check = Check(held.read, held.size_sectors, members, instead=guess, judges_backings=False)
     fsck_report.watch(check, show=sys.stderr.isatty() and not as_json)
     sb = check.walk.superblock
     check_given(held.path, held.read, held.size_sectors, sb, bucket_size=sectors, set_uuid=uuid)

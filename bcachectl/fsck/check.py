@@ -90,12 +90,14 @@ class Check:
 
     def __init__(self, read: Read, size_sectors: int, backings: Sequence[Backing] = (), *,
                  instead: Superblock | None = None, more: Sequence[JournalEntry] = (),
-                 fd: int = -1) -> None:
+                 fd: int = -1, judges_backings: bool = True) -> None:
         """``instead`` is what to go by if the superblock is damaged, ``more`` journal entries out of normal reach;
-        ``fd``, if not -1, is where pread gives what ``read`` does."""
+        ``fd``, if not -1, is where pread gives what ``read`` does.  Without ``judges_backings`` the backing devices are
+        only read where the cache is doubtful."""
         self.walk = Walk(read, size_sectors, instead=instead, more=more, processes=processors(), fd=fd)
         self.instead = instead
         self.backings = tuple(backings)
+        self.judges_backings = judges_backings
         self.findings: list[Finding] = []
         self.slots: list[Slot] = []
         self.journal = extent.empty()
@@ -171,7 +173,8 @@ class Check:
                 if self._gen_marks is not None:
                     self._add_all(self._gen_marks.check(self.known_buckets))
                 self._owners()
-        self._add_all(check_backings(self.walk, self.backings, self))
+        if self.judges_backings:
+            self._add_all(check_backings(self.walk, self.backings, self))
         self._settle()
 
     # Findings.
@@ -296,7 +299,8 @@ class Check:
 
     def _lacking(self) -> None:
         # Leaves of which a set is gone that the journal tells of.
-        missing = lacking(self.walk, self.slots, self.journal, known_buckets=self.known_buckets)
+        missing = lacking(self.walk, self.slots, self.journal, known_buckets=self.known_buckets,
+                           backings=self.backings)
         for number, sectors in enumerate(missing):
             if sectors:
                 slot = self.slots[number] = self.slots[number]._replace(lacks_set=True)

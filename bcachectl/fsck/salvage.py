@@ -32,6 +32,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Container, Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,9 @@ from bcachectl.ondisk.magic import bset_magic
 
 OLDER_KEYS_LIMIT = 1 << 18
 """So many keys of entries that need not be replayed are looked at, the newest."""
+PRIO_WRITES_LIMIT = 64
+"""Entries from before so many prio writes are not looked at: between two of them the generation of a bucket rises once
+when it is to be used again, and once more when a btree node in it is freed.  After 128 times it seems not to have."""
 TAG_NONE, TAG_STRAY, TAG_DOUBTED, TAG_JOURNAL, TAG_UNKNOWN_GEN, TAG_LOST, TAG_CONTRADICTED = 0, 1, 2, 5, 6, 7, 8
 DEPTH_LIMIT = 16
 """Levels of a btree that are followed below a damaged node."""
@@ -546,14 +550,21 @@ def journal_map(walk: Walk) -> Extents:
 
 def older_entries(walk: Walk) -> list[tuple[int, Extents]]:
     """The entries before those to be replayed, without a gap, the oldest first: the number and the keys of each."""
-    by_seq = {entry.jset.seq: entry.jset.keys for entry in walk.journal}
+    by_seq = {entry.jset.seq: entry.jset for entry in walk.journal}
     seq, words = walk.replay[0].jset.seq if walk.replay else 0, 0
+    chains = [walk.prio_chain(entry.jset) for entry in walk.replay]
+    prio_writes = sum(one != other for one, other in pairwise(chains))
     found: list[tuple[int, Extents]] = []
     while seq - 1 in by_seq and words < OLDER_KEYS_LIMIT * 3:
         seq -= 1
-        words += len(by_seq[seq]) // 8
+        jset = by_seq[seq]
+        prio_writes += walk.prio_chain(jset) != chains[0]
+        chains[0] = walk.prio_chain(jset)
+        words += len(jset.keys) // 8
+        if prio_writes > PRIO_WRITES_LIMIT:
+            break
         try:
-            found.append((seq, entry_keys(walk, by_seq[seq])))
+            found.append((seq, entry_keys(walk, jset.keys)))
         except Corrupt:
             break
     return found[::-1]

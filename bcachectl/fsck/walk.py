@@ -256,11 +256,17 @@ class Walk:
 
     # Prio sets and uuids.
 
+    def prio_chain(self, jset: Jset) -> int:
+        """The bucket of the first prio set that a journal entry leads to; every prio write takes another one."""
+        assert self.superblock is not None
+        number = self.superblock.nr_this_dev
+        return jset.prio_bucket[number] if number < len(jset.prio_bucket) else 0
+
     def _walk_prios(self, newest: Jset) -> Iterator[Record | Damage]:
         assert self.superblock is not None
         geometry, sb = self.geometry, self.superblock
         per_bucket = geometry.prios_per_bucket
-        bucket = newest.prio_bucket[sb.nr_this_dev] if sb.nr_this_dev < len(newest.prio_bucket) else 0
+        bucket = self.prio_chain(newest)
         for number in range(geometry.prio_buckets):
             where, sector = f"prio set {number} at bucket {bucket}", self._sector_of(bucket)
             if not geometry.first_bucket <= bucket < geometry.nbuckets:

@@ -90,13 +90,14 @@ def with_all_entries(check: Check) -> Check:
         geometry = walk.geometry
         buckets = frozenset(walk.superblock.d)
         check = run(Check(_Patched(walk.read, buckets, geometry.bucket_size_sectors).read, walk.size_sectors,
-                          instead=check.instead))
+                          check.backings, instead=check.instead, judges_backings=check.judges_backings))
         check.is_doubtful = True
         codes |= {finding.code for finding in check.findings}
     if "JOURNAL_CSUM" not in codes or check.walk.newest is None:
         return check
     walk, is_doubtful = check.walk, "JOURNAL_IO" in codes
-    check = run(Check(walk.read, walk.size_sectors, instead=check.instead, more=list(leftovers(walk))))
+    check = run(Check(walk.read, walk.size_sectors, check.backings, instead=check.instead, more=list(leftovers(walk)),
+                      judges_backings=check.judges_backings))
     check.is_doubtful |= is_doubtful
     return check
 

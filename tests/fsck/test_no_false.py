@@ -20,6 +20,7 @@ from bcachectl.fsck.check_backing import Backing
 from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.walk import Read
 from tests.crash.stories import STORIES
+from tests.fsck.covered import assert_all_covered
 from tests.sim.power import build, drain
 from tests.sim.world import World
 
@@ -42,6 +43,7 @@ def serious(images: list[bytes] | list[bytearray]) -> list[str]:
     read, size_sectors = reader(images[0])
     backings = [Backing(f"backing{number}", *reader(image)) for number, image in enumerate(images[1:])]
     check = run(Check(read, size_sectors, backings))
+    assert_all_covered(check)
     NOTES.update(finding.code for finding in check.findings if finding.severity is Severity.NOTE)
     return [f"{finding.code} {finding.structure}: {finding.why} {finding.key}" for finding in check.findings
             if finding.severity > Severity.NOTE]

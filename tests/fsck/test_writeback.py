@@ -102,7 +102,8 @@ def check_of(image: Image) -> Check:
                                  bucket_size=image.walk.geometry.bucket_size_sectors)
         if guess is None:
             raise BcachectlError("no superblock, and nothing to go by")
-    check = run(Check(image.cache.read, image.cache.size_sectors, instead=guess))
+    check = run(Check(image.cache.read, image.cache.size_sectors, [device.as_backing() for device in image.backings],
+                      instead=guess, judges_backings=False))
     if check.walk.newest is None:
         raise BcachectlError("no journal entry is left")
     return with_all_entries(check)
