@@ -432,7 +432,7 @@ class Check:
         is_used = np.array([entry is not FREE and not entry.is_free for entry in uuids], np.bool_)
         free = np.append(np.flatnonzero(~is_used), len(uuids)).astype(np.uint64)
         first, last = (np.array(ends, np.uint64) >> np.uint64(INODE_SHIFT) for ends in (
-            [slot.start for slot in self.slots], [slot.end - 1 for slot in self.slots]))
+            [slot.start for slot in self.slots], [max(slot.end, 1) - 1 for slot in self.slots]))
         next_free = free[np.minimum(np.searchsorted(free, first), len(free) - 1)]
         found: set[int] = set()
         for number in np.flatnonzero((next_free <= last) | (last >= len(uuids))).tolist():

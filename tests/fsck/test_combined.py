@@ -280,6 +280,17 @@ def test_an_interior_node_is_not_taken_for_a_leaf(golden: Callable[..., Path]) -
         assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
 
 
+def test_a_leaf_that_is_left_no_range(golden: Callable[..., Path]) -> None:
+    """Two pointers end at one place, the first of all, and one of them leads nowhere."""
+    known = truth(golden, "gen_churn")
+    image = known.image.fresh()
+    for name in ("child_twice_gen_churn", "child_beyond_gen_churn"):
+        CASES[name].edit(image)
+    assert any(slot.end == 0 for slot in check(image).slots)
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
+
+
 def test_metadata_is_not_put_where_nothing_can_be_read(golden: Callable[..., Path]) -> None:
     known = truth(golden, "dirty_crash")
     image = known.image.fresh()
