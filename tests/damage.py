@@ -149,6 +149,8 @@ def journal_cases() -> Iterator[Case]:
 
     for base in ("dirty_crash", "two_backing"):
         yield Case(f"journal_full_{base}", base, fill_journal, ("JOURNAL_FULL",))
+        yield Case(f"journal_full_bare_{base}", base, lambda image: fill_journal(image, is_bare=True),
+                   ("JOURNAL_FULL",))
 
 
 def _clear_journal(image: Image) -> None:

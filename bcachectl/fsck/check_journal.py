@@ -134,14 +134,14 @@ def _check_ring(walk: Walk) -> Iterator[Finding]:
 
 
 def _check_full(walk: Walk) -> Iterator[Finding]:
-    # A replay that needs a new root waits for room in the journal, which only the replay could make.  Our engine leaves
-    # an entry without keys in the last block, which can be written again.
+    # A replay that needs a new root waits for room in the journal, which only the replay could make.  Our engine can
+    # write an entry without keys again that stands in the last block; a kernel cannot.
     sb, geometry, newest = walk.superblock, walk.geometry, walk.replay[-1]
     assert sb is not None
     following = (newest.index + 1) % len(sb.d)
     needed = {entry.index for entry in walk.replay}
     end = newest.offset_bytes + newest.jset.blocks * geometry.block_bytes
-    if newest.jset.keys and end >= geometry.bucket_bytes and following in needed and following != newest.index:
+    if end >= geometry.bucket_bytes and following in needed and following != newest.index:
         yield Finding("JOURNAL_FULL", "journal", f"entries {walk.replay[0].jset.seq}-{newest.jset.seq} fill all "
                       f"{len(sb.d)} journal buckets", sector=_sector(walk, newest))
 

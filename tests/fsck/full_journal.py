@@ -15,8 +15,8 @@ from bcachectl.ondisk.jset import JSET_HEADER_BYTES
 from tests.fsck.image import Image
 
 
-def fill_journal(image: Image) -> None:
-    """Write every block of the journal."""
+def fill_journal(image: Image, *, is_bare: bool = False) -> None:
+    """Write every block of the journal; the newest entry has a key, or with ``is_bare`` none."""
     walk = image.walk
     assert walk.superblock is not None
     newest = walk.replay[-1]
@@ -35,7 +35,7 @@ def fill_journal(image: Image) -> None:
             at += 1
         if number == len(places) - 1:
             assert at == len(keys), "more keys than the journal has room for"
-            body = keys[-1]   # Once more what was last: nothing changes, and the newest entry has a key.
+            body = b"" if is_bare else keys[-1]   # Once more what was last: nothing changes.
         entry = bytearray(head + body)
         struct.pack_into("<Q", entry, 16, first + number)
         struct.pack_into("<IQ", entry, 28, len(body) // 8, first)
