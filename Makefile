@@ -12,7 +12,7 @@ SEED ?=
 SHARD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden sim crash damage flips nofalse vm over-ublk campaign system bench docs compiled plain clean setup setup-dev debian-packages
+.PHONY: help demo test check golden sim crash damage flips nofalse vm over-ublk campaign repaired system bench docs compiled plain clean setup setup-dev debian-packages
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ vm: setup-dev ## the kernel's own driver as the judge; KERNEL=6.1 or KERNEL=6.12
 
 campaign: setup-dev ## sets of every shape that a kernel makes, judged by every program; SEEDS=1-40 (half a minute each)
 	$(BIN)/python -m tests.vm.campaign $(or $(SEEDS),1-10)
+
+repaired: setup-dev ## the kernel registers what fsck repaired, for every case of damage and some combinations (half an hour)
+	BCACHECTL_REPAIRED=all $(PYTEST) -n $(WORKERS) -m vm tests/vm/test_repaired.py
 
 bench: setup-dev ## figures beside their targets, first of plain Python, then of all with the hot path compiled
 	@$(MAKE) --no-print-directory plain

@@ -30,6 +30,7 @@ from tests.vm.machine import Result
 
 HERE = Path(__file__).resolve().parent
 PROGRESS = "progress"
+REGISTERED = "registered"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Visit:
         self._steps: list[str] = []
         self._wants_host = False
         self._has_cache = False
+        self._vm: machine.Machine | None = None
         share.mkdir(parents=True, exist_ok=True)
 
     def step(self, script: str) -> None:
@@ -95,6 +97,7 @@ class Visit:
                 done
                 [ $number = {len(self._volume_bytes)} ] || fail "$number volumes"
                 wait_volume {' '.join(f'$volume{number}' for number in range(backed, len(self._volume_bytes)))}""")
+        self.step(f"echo yes >/job/{REGISTERED}")
 
     def copy_out(self) -> None:
         """Read every volume as a whole."""
@@ -137,14 +140,25 @@ class Visit:
 
     def run(self, timeout_s: float = 240) -> Seen:
         """Boot, take all steps, and bring back what was seen; fails unless all steps went well."""
-        result = self._start().wait(timeout_s)
+        result = self._started().wait(timeout_s)
         return self._seen(result.check())
+
+    def hangs(self, within_s: float) -> bool:
+        """Boot, and kill the machine if it has not registered all devices by then; else let it go on, for `run`."""
+        self._vm = self._start()
+        if self._vm.comes_to((self.share / REGISTERED).exists, within_s):
+            return False
+        self._vm.kill()
+        return True
 
     def run_and_kill(self, *, after_writes: int, timeout_s: float = 240) -> Seen:
         """Boot, and kill the machine when the plan's writes have come that far."""
-        vm = self._start()
+        vm = self._started()
         vm.wait_until(lambda: self._progress_lines() >= after_writes, f"{after_writes} writes are done", timeout_s)
         return self._seen(vm.kill())
+
+    def _started(self) -> machine.Machine:
+        return self._vm or self._start()
 
     def _start(self) -> machine.Machine:
         return machine.start("\n".join(self._steps), [*self.disks, *self._outs], self.share, series=self.series,

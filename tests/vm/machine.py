@@ -23,7 +23,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,16 +94,21 @@ class Machine:
         self.wait_until(lambda: path.exists() and path.stat().st_size > 0, f"the job writes {name}", timeout_s)
         return path
 
-    def wait_until(self, condition: object, what: str, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Wait until ``condition()`` holds; the machine must not end before."""
-        assert callable(condition)
+        if not self.comes_to(condition, timeout_s):
+            ended = self.process.poll() is not None
+            self.kill()
+            raise AssertionError(f"{'ended before' if ended else 'waited in vain until'} {what}\n{self._text()}")
+
+    def comes_to(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether ``condition()`` holds in time, while the machine runs or when it has ended."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            ended = self.process.poll() is not None
-            if (ended or time.monotonic() > deadline) and not condition():
-                self.kill()
-                raise AssertionError(f"{'ended before' if ended else 'waited in vain until'} {what}\n{self._text()}")
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return condition()
             time.sleep(0.02)
+        return True
 
     def kill(self) -> Result:
         """Power off from outside, at once."""

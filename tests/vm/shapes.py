@@ -9,6 +9,9 @@ room (journal.c, btree_flush_write) looks through the list of btree nodes, and t
 bch_btree_set_root).  As long as the root is a leaf, nothing but its own timer writes it, and each time the journal is
 full all writes wait for up to 30 seconds.  So such a set (`Shape.journal_blocks`) begins with reads, whose keys are not
 journaled, until the root has children.
+
+The replay of such a journal may fill it as well, with one new root after the other, and then the driver hangs for ever
+when it registers the set.  The campaign kills it, and our programs have to make do with what it leaves.
 """
 
 from __future__ import annotations
@@ -75,9 +78,14 @@ class Shape:
         return min(max(self.bucket_kib * self.buckets // 32 // 64 * 64, 64) * KIB, 4 * MIB)
 
     @property
+    def has_few_blocks(self) -> bool:
+        """Whether the driver may stand still for want of journal blocks."""
+        return self.journal_blocks < FEW_BLOCKS
+
+    @property
     def is_grown(self) -> bool:
         """Whether reads come first, until the root has children."""
-        return self.journal_blocks < FEW_BLOCKS and self.bucket_kib <= 32
+        return self.has_few_blocks and self.bucket_kib <= 32
 
 
 def shape_of(seed: int) -> Shape:

@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The kernel registers what fsck repaired, without a complaint, and hands out what fsck said that it kept.
 
-Each case of `tests.damage` named here is damaged, repaired and written to files; one boot takes several, one after the
-other.  The expected content is put together from both devices by the walk over the repaired image.
+Each name stands for one damage (`tests.vm.repaired`); one boot takes several images, one after the other.  With
+BCACHECTL_REPAIRED=all (``make repaired``) every case of `tests.damage` is tried, and combinations of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bcachectl.fsck.check import Check
-from bcachectl.fsck.repair import plan_repair
-from bcachectl.ondisk.bkey import INODE_SHIFT, ptr_sector
-from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, parse_superblock
-from tests.damage import cases
-from tests.fsck.image import Image
-from tests.fsck.test_damage import apply, base_image, check, live, serious
 from tests.vm import machine
+from tests.vm.repaired import CASES, DISKS_MAX, register, repaired, seeds
 
-CASES = {case.name: case for case in cases()}
-BOOTS = (
+SAMPLE = (
     ("sb_all_zero_attached_clean", "sb_bucket_size_1000_attached_clean", "sb_version_7_attached_clean",
      "sb_journal_257_attached_clean", "sb_uuid_zero_attached_clean", "set_csum_first_root_leaf_attached_clean",
      "sb_replacement_5_attached_clean"),
@@ -38,63 +30,47 @@ BOOTS = (
      "child_beyond_gen_churn", "extent_beyond_gen_churn", "set_csum_first_interior_gen_churn"),
     ("uuid_array_zero_dirty_crash", "set_unreadable_root_leaf_attached_clean", "sb_journal_short_deep_crash",
      "root_level_2_thrash_crash", "key_two_pointers_gen_churn", "set_unreadable_leaf_deep_crash"),
+    # Sets that are gone, keys outside their leaf, leaves hidden by wrong pointers.
+    ("set_zero_last_leaf_killed", "last_set_zero_deep_crash", "last_set_zero_two_backing", "separator_lower_deep_crash",
+     "separator_higher_deep_crash", "child_twice_deep_crash", "child_same_deep_crash+child_into_journal_deep_crash",
+     "child_is_interior_deep_crash"),
+    # Flags that fail their checksum, superblocks that were guessed, data where metadata is, what discard left.
+    ("sb_flags_overwritten_deep_crash", "sb_flags_zero_dirty_crash", "backing_state_overwritten_dirty_crash",
+     "backing_state_overwritten_two_backing", "sb_zero_dirty_crash", "extent_in_metadata_gen_churn",
+     "prio_in_journal_gen_churn", "uuids_in_prio", "journal_discarded_deep_crash"),
 )
-
-
-def contents(image: Image, checked: Check) -> list[str]:
-    """The SHA-256 of each backing device's volume."""
-    sums = []
-    extents = live(checked)
-    cache = image.cache.content()
-    for device in image.backings:
-        sb = parse_superblock(device.read(SB_SECTOR, SB_BYTES >> 9))
-        inode = next(slot for slot, entry in enumerate(checked.walk.uuids) if entry.uuid == sb.uuid)
-        content = bytearray(device.content())
-        own = extents.take(extents.start >> INODE_SHIFT == inode)
-        for start, end, ptr in zip(own.start.tolist(), own.end.tolist(), own.ptr.tolist(), strict=True):
-            at, sector = start - (inode << INODE_SHIFT), ptr_sector(ptr)
-            content[at << 9:(at + end - start) << 9] = cache[sector << 9:(sector + end - start) << 9]
-        sums.append(hashlib.sha256(content[sb.data_offset << 9:]).hexdigest())
-    return sums
+ALL = os.environ.get("BCACHECTL_REPAIRED") == "all"
+COMBINED = 6
+"""Seeds for each image with ``make repaired``."""
+NAMES = (*sorted(CASES), *seeds(COMBINED))
+SHARE = 12
+"""Names of a test with ``make repaired``."""
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", range(len(BOOTS)))
+@pytest.mark.parametrize("number", range(len(SAMPLE)))
 def test_kernel_registers_repaired(golden: Callable[..., Path], tmp_path: Path, number: int) -> None:
-    disks: list[Path] = []
-    script: list[str] = []
-    expected: list[list[str]] = []
-    for index, name in enumerate(BOOTS[number]):
-        image = base_image(golden(CASES[name].base)).fresh()
-        CASES[name].edit(image)
-        before = check(image)
-        repair = plan_repair(before, safe_only=False)
-        assert repair.steps, name
-        apply(image, repair)
-        checked = check(image)
-        assert serious(checked) == [], name
-        for sector in tuple(image.cache.unreadable):
-            image.cache.put(sector << 9, bytes(512))  # As a disk does with a sector that is written again.
-        expected.append(contents(image, checked))
-        truths = sorted(golden(CASES[name].base).glob("truth?.json"))
-        if truths and all(finding.is_safe for finding in before.findings):
-            # What the report called safe reads back whole: as its users wrote it before the damage.
-            known = [json.loads(path.read_text())["sha256"] for path in truths]
-            assert expected[-1] == known[:len(expected[-1])], name
-        names = []
-        for device in [image.cache, *image.backings]:
-            path = tmp_path / f"{index}-{device.name}.img"
-            path.write_bytes(device.content())
-            disks.append(path)
-            names.append(f"/dev/vd{chr(ord('a') + len(disks) - 1)}")
-        script.append(f"echo '{name}'; register {' '.join(names)}")
-        for volume, disk in enumerate(names[1:]):
-            link = f"/sys/block/{disk.removeprefix('/dev/')}/bcache/dev"
-            script.append(f"wait_for 60 test -e {link}; volume=$(basename $(readlink {link})); wait_volume $volume\n"
-                          f"sha256sum </dev/$volume >/job/sum-{index}-{volume}")
-        script.append("stop_all")
-    result = machine.run("\n".join(script), disks, tmp_path / "share", timeout_s=800).check()
-    for index, name in enumerate(BOOTS[number]):
-        found = [(result.share / f"sum-{index}-{volume}").read_text().split()[0]
-                 for volume in range(len(expected[index]))]
-        assert found == expected[index], name
+    some = []
+    for name in SAMPLE[number]:
+        one = repaired(name, golden)
+        assert one is not None, name
+        some.append(one)
+    register(some, tmp_path)
+
+
+@pytest.mark.skipif(not ALL, reason="a search: make repaired")
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("number", range(-(-len(NAMES) // SHARE)))
+def test_kernel_registers_every_repair(golden: Callable[..., Path], tmp_path: Path, number: int) -> None:
+    some, disks = [], 0
+    for name in NAMES[number * SHARE:(number + 1) * SHARE]:
+        one = repaired(name, golden)
+        if one is None:
+            continue
+        disks += 1 + len(one.image.backings)
+        if disks > DISKS_MAX:
+            register(some, tmp_path)
+            some, disks = [], 1 + len(one.image.backings)
+        some.append(one)
+    if some:
+        register(some, tmp_path, series="6.1" if number % 2 else machine.DEFAULT_SERIES)
