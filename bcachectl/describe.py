@@ -48,8 +48,6 @@ from bcachectl.units import format_uuid
 
 VERSION_NAMES = ("CDEV", "BDEV", "unused", "CDEV_WITH_UUID", "BDEV_WITH_OFFSET", "CDEV_WITH_FEATURES",
                  "BDEV_WITH_FEATURES")
-STATE_TEXTS = {BdevState.NONE: "detached", BdevState.CLEAN: "clean", BdevState.DIRTY: "dirty",
-               BdevState.STALE: "inconsistent"}
 MODE_TEXTS = {CacheMode.WRITETHROUGH: "writethrough", CacheMode.WRITEBACK: "writeback",
               CacheMode.WRITEAROUND: "writearound", CacheMode.NONE: "none"}
 
@@ -103,7 +101,7 @@ def superblock(raw: bytes, sb: Superblock) -> dict[str, Any]:
     }
     if sb.is_backing:
         fields |= {"data_offset_sectors": sb.data_offset, "cache_mode": mode_text(sb),
-                   "state": STATE_TEXTS[sb.state]}
+                   "state": sb.state.word}
     else:
         fields |= {"nbuckets": sb.nbuckets, "size_bytes": sb.nbuckets * sb.bucket_size << 9,
                    "replacement": replacement_text(sb), "discard": sb.discard, "ordered": sb.cache_sync}
@@ -116,7 +114,7 @@ def explain_flags(sb: Superblock) -> list[str]:
     """One sentence for each flag that is set or has a value."""
     if sb.is_backing:
         said = [f"BDEV_CACHE_MODE {BDEV_CACHE_MODE.get(sb.flags)}: {mode_text(sb)}",
-                f"BDEV_STATE {int(sb.state)}: {STATE_TEXTS[sb.state]}"]
+                f"BDEV_STATE {int(sb.state)}: {sb.state.word}"]
     else:
         said = ["CACHE_SYNC: the set has run, its journal is valid" if CACHE_SYNC.get(sb.flags) else
                 "no CACHE_SYNC: the set never ran, everything else on the device counts as empty"]
@@ -228,10 +226,12 @@ def super_show(raw: bytes, sb: Superblock) -> tuple[list[str], str]:
         if sb.version != BDEV and (sb.keys == 1 or first_journal_bucket):
             return lines, "Possible experimental format detected, bailing"
         mode, state = BDEV_CACHE_MODE.get(sb.flags), int(sb.state)
+        # bcache-super-show has another word than the kernel.
+        word = "detached" if sb.state is BdevState.NONE else sb.state.word
         modes = (" [writethrough]", " [writeback]", " [writearound]", " [no caching]")
         lines += [f"dev.data.first_sector\t{sb.data_offset}",
                   f"dev.data.cache_mode\t{mode}{modes[mode] if mode < len(modes) else ''}",
-                  f"dev.data.cache_state\t{state} [{STATE_TEXTS[sb.state]}]"]
+                  f"dev.data.cache_state\t{state} [{word}]"]
     return [*lines, "", _line("cset.uuid", format_uuid(sb.set_uuid))], ""
 
 

@@ -155,7 +155,7 @@ def _open(stack: ExitStack, volume: str, cache: str | None, *, write: bool, show
     if not resolve.is_sound(member):
         sb = resolve.likely(sb, member, check)
         print(f"bcachectl: {volume}: its superblock fails its checksum; its state is taken to be "
-              f"{resolve.STATES[sb.state]}", file=sys.stderr)
+              f"{sb.state.word}", file=sys.stderr)
     verdict = resolve.judge(sb, member, check, cache or "")
     return Subject(device, sb, None if cache is None else opened[cache], check, verdict)
 

@@ -185,7 +185,7 @@ class CachedDev:
     @property
     def state(self) -> str:
         """The state in the kernel's words, as its sysfs file says it."""
-        return ("no cache", "clean", "dirty", "inconsistent")[self.sb.state]
+        return self.sb.state.word
 
     @property
     def is_known_dirty(self) -> bool:

@@ -175,11 +175,11 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> I
         if sectors:
             yield say("BACKING_DETACHED_DIRTY", f"{counted(sectors, 'dirty sector')} in slot {slot}")
         elif slot is None:
-            yield say("BACKING_NOT_ATTACHED", "state none")
+            yield say("BACKING_NOT_ATTACHED", f"state {sb.state.word}")
     elif sb.state is BdevState.STALE:
         yield say("BACKING_INCONSISTENT", "state inconsistent")
     elif slot is None:
-        yield say("BACKING_FORGOTTEN", f"state {sb.state.name.lower()}, uuid {format_uuid(sb.uuid)}")
+        yield say("BACKING_FORGOTTEN", f"state {sb.state.word}, uuid {format_uuid(sb.uuid)}")
     elif sb.state is BdevState.CLEAN and sectors and not backing.has_data:
         yield say("BACKING_CLEAN_KEYS", f"{counted(sectors, 'dirty sector')}; whether they differ, an image does "
                                         "not tell")

@@ -41,9 +41,6 @@ from bcachectl.ondisk.superblock import (
     parse_superblock,
 )
 
-STATE_WORDS = {BdevState.NONE: "none", BdevState.CLEAN: "clean", BdevState.DIRTY: "dirty",
-               BdevState.STALE: "inconsistent"}
-
 
 class Evidence(Protocol):
     """What is known of the dirty data that a set holds of its devices."""
@@ -93,7 +90,7 @@ def settle(sb: Superblock, raw: bytes, evidence: Evidence | None, *, slot: int |
     is_unattached = sb.state is BdevState.NONE and not any(sb.set_uuid) and not sb.unknown_flags and slot is None
     runs_alone = sb.state in (BdevState.NONE, BdevState.STALE)
     if sb.state is not BdevState.DIRTY and not is_unattached and (not is_known or (runs_alone and has_dirty)):
-        return Settled(None, (f"state {STATE_WORDS[sb.state]}, which nothing bears out",))
+        return Settled(None, (f"state {sb.state.word}, which nothing bears out",))
     found = sb
     if sb.unknown_flags or sb.cache_mode is None:
         found = replace(sb, flags=0).with_state(sb.state).with_cache_mode(CacheMode.WRITETHROUGH)
@@ -123,7 +120,7 @@ def changes(was: Superblock, now: Superblock) -> Iterator[str]:
             yield f"replacement {now.replacement.name.lower()}"
     if was.is_backing and now.is_backing:
         if was.state is not now.state:
-            yield f"state {STATE_WORDS[now.state]}, not {STATE_WORDS[was.state]}"
+            yield f"state {now.state.word}, not {was.state.word}"
         if was.cache_mode is not now.cache_mode and now.cache_mode is not None:
             yield f"cache mode {now.cache_mode.name.lower()}"
     if was.unknown_flags & ~now.unknown_flags:

@@ -19,8 +19,8 @@ no device      has a slot with dirty data            `absent`: the data waits fo
 
 There are two ways out, `USE_ALONE` and `KEEP_DIRTY`.
 
-* `USE_ALONE`: the device is marked detached (state none, no set), and the set forgets its slot, so that nothing of it
-  ever shows again.  What only the cache has is lost.
+* `USE_ALONE`: the device is marked detached (state no cache, no set), and the set forgets its slot, so that nothing of
+  it ever shows again.  What only the cache has is lost.
 * `KEEP_DIRTY`, for a clean device: its state becomes dirty, and the set writes the data back when it runs.  For one
   that ran alone, or may have: the dirty data is copied over what is there, and then the device is marked detached and
   the slot forgotten as well; the *clean* data of the cache is older than what was written meanwhile, and would hide it.
@@ -91,8 +91,6 @@ class Verdict(NamedTuple):
 
 
 NOTHING = Loss(0, (), "nothing")
-STATES = {BdevState.NONE: "no cache", BdevState.CLEAN: "clean", BdevState.DIRTY: "dirty",
-          BdevState.STALE: "inconsistent"}
 
 
 def is_sound(backing: Backing) -> bool:
@@ -180,7 +178,7 @@ def ranges_of(dirty: Extents, slot: int, data_offset: int) -> tuple[tuple[int, i
 
 
 def _without_cache(sb: Superblock, name: str) -> Verdict:
-    state = STATES[sb.state]
+    state = sb.state.word
     if sb.state is BdevState.NONE:
         return Verdict(state, "It needs no cache, and belongs to no set.", None, extent.empty(), ())
     if sb.state is BdevState.CLEAN:
@@ -225,7 +223,7 @@ def _without_slot(sb: Superblock, check: Check, name: str, cache: str) -> Verdic
 
 
 def _without_dirty(sb: Superblock, slot: int) -> Verdict:
-    state = STATES[sb.state]
+    state = sb.state.word
     if sb.state is BdevState.STALE:
         story = "It ran without its cache, but the cache has no dirty data of it, so the device lacks nothing."
         use = Choice(USE_ALONE, "mark the device detached and let the set forget its older copies", NOTHING)
@@ -237,7 +235,7 @@ def _without_dirty(sb: Superblock, slot: int) -> Verdict:
 
 
 def _with_dirty(sb: Superblock, backing: Backing, check: Check, cache: str, slot: int, dirty: Extents) -> Verdict:
-    state, sectors = STATES[sb.state], int(dirty.size.sum())
+    state, sectors = sb.state.word, int(dirty.size.sum())
     ranges = ranges_of(dirty, slot, sb.data_offset)
     size = format_sectors(sectors)
     given_up = Loss(sectors, ranges,

@@ -55,7 +55,7 @@ class Member(NamedTuple):
     @property
     def settled_state(self) -> str:
         """The word for the state that it gets once it has all its data."""
-        return "no cache" if self.superblock.state is BdevState.STALE else "clean"
+        return (BdevState.NONE if self.superblock.state is BdevState.STALE else BdevState.CLEAN).word
 
     def marked_clean(self) -> bytes:
         """Its superblock with the state CLEAN; bytes that no field stands for are kept.

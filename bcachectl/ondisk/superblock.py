@@ -110,12 +110,17 @@ class CacheMode(IntEnum):
 
 
 class BdevState(IntEnum):
-    """What the cache means to a backing device (BDEV_STATE); STALE is sysfs's ``inconsistent``."""
+    """What the cache means to a backing device (BDEV_STATE)."""
 
     NONE = 0
     CLEAN = 1
     DIRTY = 2
     STALE = 3
+
+    @property
+    def word(self) -> str:
+        """What the kernel's attribute ``state`` says (sysfs.c, bch_cached_dev)."""
+        return ("no cache", "clean", "dirty", "inconsistent")[self]
 
 
 class Replacement(IntEnum):
