@@ -123,9 +123,12 @@ def run(copy: Copy, device: BlockDevice, map_file: Path | None, *, show: bool) -
     save(copy, device, map_file)
     try:
         _copy(copy, device, map_file, show=show and sys.stderr.isatty())
-    except DeviceError:
+    except DeviceError as error:
         # What was written last may not be there: the map stays as it was when the device was flushed.
-        raise
+        if map_file is None:
+            raise
+        raise DeviceError(f"{error}; {map_file} says how far it is, and the same command goes on from there",
+                          errno=error.errno) from error
     except BaseException:
         save(copy, device, map_file)
         if map_file is not None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from tests.faults import fail_reads
 from tests.fsck.image import Image
 from tests.fsck.test_damage import base_image, check, live, per_sector, serious
 from tests.fsck.test_interrupted import interrupted
+from tests.require import need_root, need_tool
 
 DATA_BYTES = 16 << 9
 NOW_S = 1_800_000_000
@@ -236,3 +239,30 @@ def test_by_the_set_s_uuid(golden: Callable[..., Path], tmp_path: Path, loop_dev
     assert [entry["kind"] for entry in uuids(capsys, Path(cache))] == ["backing", "retired"]
     status, _out, err = run(capsys, "forget-backing", uuid, "bcache1")
     assert (status, "is no backing device" in err) == (4, True)
+
+
+def test_an_export_to_a_full_disk_goes_on_when_there_is_room(golden: Callable[..., Path], tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    need_root()
+    cache = golden("dirty_crash", writable=True) / "cache.img"
+    before = cache.read_bytes()
+    place = tmp_path / "small"
+    place.mkdir()
+    export = place / "dead.img"
+    words = ("forget-backing", cache, "bcache0", "--export", export, "--backup", tmp_path / "undo")
+    subprocess.run([need_tool("mount"), "-t", "tmpfs", "-o", "size=2m", "none", place], check=True)
+    try:
+        status, _out, error = run(capsys, *words)
+        assert status == 1
+        assert re.fullmatch(f"bcachectl: {export}: write at byte [0-9]+ failed: No space left on device; {export}.map "
+                            "says how far it is, and the same command goes on from there\n", error)
+        assert cache.read_bytes() == before
+        subprocess.run([need_tool("mount"), "-o", "remount,size=200m", place], check=True)
+        assert run(capsys, *words)[0] == 0
+        device = tmp_path / "new.img"
+        device.write_bytes((golden("dirty_crash") / "back0.img").read_bytes())
+        put_back(export, place / "dead.img.map", device)
+        found = hashlib.sha256(device.read_bytes()[DATA_BYTES:]).hexdigest()
+        assert found == volume_digest(golden("dirty_crash"), 0)
+    finally:
+        subprocess.run([need_tool("umount"), place], check=True)
