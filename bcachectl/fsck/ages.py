@@ -34,6 +34,7 @@ from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import KeyColumns, Ptr, ptr_make
 from bcachectl.ondisk.bset import decode_node
+from bcachectl.ondisk.jset import Jset
 from bcachectl.ondisk.magic import bset_magic, prio_magic
 from bcachectl.ondisk.prio import decode_prio_set
 
@@ -71,7 +72,13 @@ class Ages:
 
     def __init__(self, walk: Walk, told: Told) -> None:
         self.walk = walk
-        self.jsets = {entry.jset.seq: entry.jset for entry in walk.journal}
+        assert walk.newest is not None
+        every, seq = {entry.jset.seq: entry.jset for entry in walk.journal}, walk.newest.seq
+        # Behind a gap there may be entries of an earlier life of the set.
+        self.jsets: dict[int, Jset] = {}
+        while seq in every:
+            self.jsets[seq] = every[seq]
+            seq -= 1
         self._places: dict[Ptr, _Place] = {}
         self._children: dict[Ptr, list[list[Ptr]]] = {}
         self._nsectors: dict[Ptr, int] = {}
