@@ -144,11 +144,15 @@ class Visit:
         return self._seen(result.check())
 
     def hangs(self, within_s: float) -> bool:
-        """Boot, and kill the machine if it has not registered all devices by then; else let it go on, for `run`."""
-        self._vm = self._start()
-        if self._vm.comes_to((self.share / REGISTERED).exists, within_s):
+        """Boot, and kill the machine if it waits for the journal for ever; else let it go on, for `run`."""
+        self._steps.insert(0, f"(sleep {within_s}; [ -e /job/{REGISTERED} ] || echo w >/proc/sysrq-trigger) &")
+        vm = self._vm = self._start()
+        registered = self.share / REGISTERED
+        if vm.comes_to(lambda: registered.exists() or "bch_journal+" in vm.said(), 2 * within_s) \
+                and registered.exists():
             return False
-        self._vm.kill()
+        console = vm.kill().console
+        assert "bch_journal+" in console, f"the devices are not registered, and not for want of a journal\n{console}"
         return True
 
     def run_and_kill(self, *, after_writes: int, timeout_s: float = 240) -> Seen:

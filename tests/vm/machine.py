@@ -110,6 +110,10 @@ class Machine:
             time.sleep(0.02)
         return True
 
+    def said(self) -> str:
+        """What is on the console by now."""
+        return self._console.read_text(errors="replace") if self._console.exists() else ""
+
     def kill(self) -> Result:
         """Power off from outside, at once."""
         if self.process.poll() is None:
@@ -131,12 +135,12 @@ class Machine:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def _text(self) -> str:
-        return f"{self._read('stdout')}\n--- console\n{self._console.read_text(errors='replace')}"
+        return f"{self._read('stdout')}\n--- console\n{self.said()}"
 
     def _result(self) -> Result:
         status = self._read("status").strip()
         return Result(int(status) if status else None, self._read("stdout"), self._read("dmesg"),
-                      self._console.read_text(errors="replace"), self.share, time.monotonic() - self._started)
+                      self.said(), self.share, time.monotonic() - self._started)
 
 
 def start(script: str, disks: Sequence[Path | str], share: Path, *, series: str = DEFAULT_SERIES, host: bool = False,
