@@ -453,12 +453,19 @@ class Journal:
         cset = self.cset
         geometry = cset.geometry
         found: dict[int, Jset] = {}
+        places: dict[int, tuple[int, int]] = {}
+        empty: set[int] = set()
+        pattern = self.magic.to_bytes(8, "little")
         newest_seq = 0
         raw = bytearray(geometry.bucket_bytes)
         for index, bucket in enumerate(self.buckets):
             cset.check_io(await cset.cache.read(geometry.sector_of(bucket), raw, "journal"), f"journal bucket {bucket}")
-            for offset, jset in walk_journal_bucket(raw, magic=self.magic, block_bytes=geometry.block_bytes):
-                found.setdefault(jset.seq, jset)
+            entries = walk_journal_bucket(raw, magic=self.magic, block_bytes=geometry.block_bytes)
+            if not entries and pattern not in raw:
+                empty.add(index)
+            for offset, jset in entries:
+                if jset.seq not in found:
+                    found[jset.seq], places[jset.seq] = jset, (index, offset)
                 self.bucket_seq[index] = max(self.bucket_seq[index], jset.seq)
                 if jset.seq > newest_seq:
                     newest_seq = jset.seq
@@ -470,10 +477,15 @@ class Journal:
         if not found:
             raise Corrupt("journal", "no journal entries found")
         newest = found[newest_seq]
-        missing = [seq for seq in range(newest.last_seq, newest.seq + 1) if seq not in found]
-        if missing and not (
-            cset.sb.discard and missing[-1] - missing[0] + 1 == len(missing) and missing[0] == newest.last_seq
-        ):
+        # A kernel discards journal buckets by the oldest entry that is needed now; that it is needed no more is only
+        # said by the next entry, which a crash may prevent (journal.c, do_journal_discard).  So whole buckets of the
+        # oldest entries may be gone.
+        oldest = min((seq for seq in found if seq >= newest.last_seq), default=newest.seq)
+        index, offset = places[oldest]
+        is_discarded = cset.sb.discard and not offset and (index - 1) % len(self.buckets) in empty
+        first = oldest if is_discarded else newest.last_seq
+        missing = [seq for seq in range(first, newest.seq + 1) if seq not in found]
+        if missing:
             raise Corrupt(
                 "journal",
                 f"journal entries {missing[0]}-{missing[-1]} missing! (replaying {newest.last_seq}-{newest.seq})",

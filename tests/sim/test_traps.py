@@ -99,6 +99,27 @@ def test_t6_a_gap_in_seq_is_fatal() -> None:
         after.run(after.up())
 
 
+def test_t6_only_what_a_discard_leaves_is_no_gap() -> None:
+    """Whole buckets of the oldest entries may be gone if discard is on, as a kernel that was killed leaves it."""
+    for is_on, blocks_gone, is_taken in ((True, 8, True), (True, 1, False), (False, 8, False)):
+        w = world(Setup(discard=is_on), seed="t6discard")
+        w.run(several(w, 12))
+        found = image.Image(w.disks[0].now, "t6discard").read()
+        places = {entry.seq: (index, offset) for index, offset, entry in found.all_journal}
+        index = places[found.entries[0].seq][0]
+        assert places[found.entries[-1].seq][0] != index, "all in one bucket"
+        data = bytearray(w.disks[0].now)
+        start = found.sb.d[index] * found.geometry.bucket_bytes
+        data[start:start + blocks_gone * found.geometry.block_bytes] = bytes(blocks_gone * found.geometry.block_bytes)
+        after = w.revive("t6discard/after", images=[data, *[bytearray(disk.now) for disk in w.disks[1:]]])
+        if is_taken:
+            after.run(after.up())
+            assert after.cset.replayed_entries == sum(places[entry.seq][0] != index for entry in found.entries)
+        else:
+            with pytest.raises(Corrupt, match="missing! \\(replaying"):
+                after.run(after.up())
+
+
 # T9
 
 def test_t9_a_crash_between_prio_write_and_journal_entry_leaves_the_old_chain() -> None:
