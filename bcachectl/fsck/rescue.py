@@ -183,11 +183,10 @@ def _compose(old: Superblock, entries: list[_Found], size_sectors: int, size: in
     first_bucket = 23 // size + 1
     if entries and first_bucket < old.first_bucket <= min(entry.sector for entry in entries) // size:
         first_bucket = old.first_bucket
-    last = max((entry.sector // size for entry in entries), default=first_bucket)
-    count = Geometry(block_size, size, nbuckets, first_bucket).njournal_default
-    if last < first_bucket + old.keys and 0 < old.keys <= SB_JOURNAL_BUCKETS:
+    buckets = {entry.sector // size for entry in entries}
+    count = _journal_length(buckets, first_bucket, Geometry(block_size, size, nbuckets, first_bucket).njournal_default)
+    if 0 < old.keys <= SB_JOURNAL_BUCKETS and _journal_length(buckets, first_bucket, old.keys) == old.keys:
         count = old.keys
-    count = max(count, last - first_bucket + 1)
     is_large = size > RAW_BUCKET_SIZE_MAX
     version = old.version if old.version in CACHE_VERSIONS else CDEV_WITH_UUID
     if is_large:
@@ -199,6 +198,15 @@ def _compose(old: Superblock, entries: list[_Found], size_sectors: int, size: in
         bucket_size_raw=size.bit_length() - 1 if is_large else size, nr_in_set=1, nr_this_dev=0,
         last_mount=old.last_mount, first_bucket=first_bucket, keys=count,
         d=tuple(range(first_bucket, first_bucket + count)))
+
+
+def _journal_length(buckets: set[int], first_bucket: int, likely: int) -> int:
+    # How many buckets the journal has if it should have ``likely``: more if there are entries in most of those behind.
+    # A few may be anywhere: they were written to a wrong place, or are another journal's in somebody's data.
+    end = first_bucket + likely
+    behind = sorted(bucket for bucket in buckets if end <= bucket < first_bucket + SB_JOURNAL_BUCKETS)
+    last = max((bucket for number, bucket in enumerate(behind, 1) if number * 2 > bucket - end), default=end - 1)
+    return last - first_bucket + 1
 
 
 def _superblock_of(backing: Backing) -> Superblock | None:

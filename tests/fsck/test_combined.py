@@ -248,6 +248,23 @@ def test_an_old_prio_set_does_not_tell_the_bucket_size(golden: Callable[..., Pat
         assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
 
 
+def test_an_entry_in_a_wrong_place_does_not_make_the_journal_longer(golden: Callable[..., Path]) -> None:
+    """Without a superblock the journal is as long as its entries tell, but not for one that was written elsewhere."""
+    known = truth(golden, "deep_crash")
+    image = known.image.fresh()
+    CASES["sb_magic_deep_crash"].edit(image)
+    entry = known.image.walk.replay[-1]
+    node = next(node for node in image.nodes if not node.level and len(node.sets) > 1)
+    nbytes = entry.jset.blocks * known.image.walk.geometry.block_bytes
+    image.cache.put(image.set_at(node, 0), image.cache.get(image.entry_at(entry), nbytes))
+    found = check(image)
+    assert known.image.walk.superblock is not None and found.walk.superblock is not None
+    assert found.walk.superblock.d == known.image.walk.superblock.d
+    assert serious(found) == ["BTREE_MAGIC", "SB_MAGIC"]
+    for safe_only in (True, False):
+        assert not list(judge(image, known, random.Random(1), safe_only=safe_only))
+
+
 def test_old_entries_behind_the_new_one(golden: Callable[..., Path]) -> None:
     """A repair's journal entry takes a sector of its bucket; what stands behind it is not read by any start."""
     known = truth(golden, "two_backing")
