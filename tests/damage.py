@@ -203,6 +203,8 @@ def uuid_cases() -> Iterator[Case]:
                    lambda image: image.cache.unreadable.add(image.uuid_at >> 9), ("BACKING_FORGOTTEN", "UUID_IO"))
     yield Case("uuid_flash_0", "flash_volume", lambda image: image.uuid(1, 64, "Q", 0),
                ("EXTENT_BEYOND_VOLUME", "UUID_FLASH_SIZE"))
+    yield Case("uuid_flash_huge", "flash_volume", lambda image: image.uuid(1, 64, "Q", (1 << 64) - 1),
+               ("UUID_FLASH_SIZE",))
     yield Case("uuid_flash_small", "flash_volume", lambda image: image.uuid(1, 64, "Q", 8), ("EXTENT_BEYOND_VOLUME",))
 
 

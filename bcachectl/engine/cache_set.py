@@ -171,7 +171,7 @@ class CacheSet:
         self.running = True
         self.sched.spawn(self.accounting.run(), "accounting")
         for slot, entry in enumerate(self.uuids):
-            if entry.is_flash_only and not entry.is_free and not entry.is_retired and entry.sectors:
+            if entry.is_volume:
                 self.flash.append(FlashVolume(self, slot, entry))
         self.check_invariants()
 

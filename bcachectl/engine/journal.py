@@ -32,9 +32,18 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bcachectl.engine.sched import FUA, NS_PER_MS, NS_PER_S, PREFLUSH, WaitQueue
 from bcachectl.errors import Corrupt, errno_text
-from bcachectl.ondisk.jset import JSET_HEADER_BYTES, JSET_MAX_BYTES, Jset, encode_jset, walk_journal_bucket
+from bcachectl.ondisk.jset import (
+    JSET_HEADER_BYTES,
+    JSET_MAX_BYTES,
+    Jset,
+    decode_jset,
+    encode_jset,
+    walk_journal_bucket,
+)
 from bcachectl.ondisk.magic import jset_magic
 
 if TYPE_CHECKING:
@@ -448,35 +457,36 @@ class Journal:
     async def read(self) -> list[Jset]:
         """The entries to replay, oldest first, none missing (journal.c, bch_journal_read); raises Corrupt.
 
+        So it does, unlike the kernel, where newer entries stand behind a damaged one.  A power failure damages none but
+        the newest, since one entry is written at a time; what can be read then is an older state that looks whole.
+
         Sets up where writing goes on: in the bucket after the newest entry's, or behind that entry if none is free.
         """
-        cset = self.cset
-        geometry = cset.geometry
+        cset, geometry = self.cset, self.cset.geometry
         found: dict[int, Jset] = {}
         places: dict[int, tuple[int, int]] = {}
         empty: set[int] = set()
+        beyond_seq = 0
         pattern = self.magic.to_bytes(8, "little")
-        newest_seq = 0
         raw = bytearray(geometry.bucket_bytes)
         for index, bucket in enumerate(self.buckets):
             cset.check_io(await cset.cache.read(geometry.sector_of(bucket), raw, "journal"), f"journal bucket {bucket}")
             entries = walk_journal_bucket(raw, magic=self.magic, block_bytes=geometry.block_bytes)
             if not entries and pattern not in raw:
                 empty.add(index)
+            end = 0
             for offset, jset in entries:
+                end = offset + jset.blocks * geometry.block_bytes
                 if jset.seq not in found:
                     found[jset.seq], places[jset.seq] = jset, (index, offset)
                 self.bucket_seq[index] = max(self.bucket_seq[index], jset.seq)
-                if jset.seq > newest_seq:
-                    newest_seq = jset.seq
-                    self.newest_sector = geometry.sector_of(bucket) + (offset >> 9)
-                    self.newest_is_bare = not jset.keys
-                    end = offset + jset.blocks * geometry.block_bytes
-                    self.resume_sector = geometry.sector_of(bucket) + (end >> 9)
-                    self.resume_blocks = (geometry.bucket_bytes - end) // geometry.block_bytes
+            beyond_seq = max(beyond_seq, self._highest_seq(raw, end))
         if not found:
             raise Corrupt("journal", "no journal entries found")
-        newest = found[newest_seq]
+        newest = found[max(found)]
+        if beyond_seq > newest.seq:
+            raise Corrupt("journal", f"a damaged entry has newer ones behind it, up to {beyond_seq}, which cannot be "
+                                     f"reached; the newest that can is {newest.seq}")
         # A kernel discards journal buckets by the oldest entry that is needed now; that it is needed no more is only
         # said by the next entry, which a crash may prevent (journal.c, do_journal_discard).  So whole buckets of the
         # oldest entries may be gone.
@@ -486,16 +496,36 @@ class Journal:
         first = oldest if is_discarded else newest.last_seq
         missing = [seq for seq in range(first, newest.seq + 1) if seq not in found]
         if missing:
-            raise Corrupt(
-                "journal",
-                f"journal entries {missing[0]}-{missing[-1]} missing! (replaying {newest.last_seq}-{newest.seq})",
-            )
-        self.cur_idx = max(range(len(self.buckets)), key=self.bucket_seq.__getitem__)
-        self.last_idx = (self.cur_idx + 1) % len(self.buckets)
+            raise Corrupt("journal", f"journal entries {missing[0]}-{missing[-1]} missing! "
+                                     f"(replaying {newest.last_seq}-{newest.seq})")
+        self._go_on_behind(newest, *places[newest.seq])
+        return [found[seq] for seq in range(newest.last_seq, newest.seq + 1) if seq in found]
+
+    def _go_on_behind(self, newest: Jset, index: int, offset: int) -> None:
+        # The newest entry stands at a byte of a bucket.
+        geometry = self.cset.geometry
+        end = offset + newest.blocks * geometry.block_bytes
+        sector = geometry.sector_of(self.buckets[index])
+        self.newest_sector, self.newest_is_bare = sector + (offset >> 9), not newest.keys
+        self.resume_sector = sector + (end >> 9)
+        self.resume_blocks = (geometry.bucket_bytes - end) // geometry.block_bytes
+        self.cur_idx = index
+        self.last_idx = (index + 1) % len(self.buckets)
         self.blocks_free = 0
         self.written_seq = newest.seq
         self.durable_last_seq = newest.last_seq
-        return [found[seq] for seq in range(newest.last_seq, newest.seq + 1) if seq in found]
+
+    def _highest_seq(self, raw: bytearray, offset: int) -> int:
+        # Of the entries in a bucket that stand there from ``offset`` on, wherever they begin; 0 if there are none.
+        block_bytes = self.cset.geometry.block_bytes
+        is_magic = np.frombuffer(raw, "<u8")[offset // 8 + 1 :: block_bytes // 8] == self.magic
+        highest = 0
+        for block in np.flatnonzero(is_magic).tolist():
+            at = offset + block * block_bytes
+            jset = decode_jset(raw, at, magic=self.magic, block_bytes=block_bytes, limit_bytes=len(raw) - at)
+            if jset is not None:
+                highest = max(highest, jset.seq)
+        return highest
 
     async def clear(self) -> None:
         """Wipe every journal bucket that has an entry of this set's magic anywhere: a set uuid may have been used

@@ -89,8 +89,8 @@ def check_uuids(walk: Walk) -> Iterator[Finding]:
         if entry.uuid in seen:
             yield Finding("UUID_TWICE", where, f"uuid of slot {seen[entry.uuid]}")
         seen.setdefault(entry.uuid, slot)
-        if entry.is_flash_only and not entry.sectors:
-            yield Finding("UUID_FLASH_SIZE", where, "flash-only volume of 0 sectors")
+        if entry.is_flash_only and not entry.is_volume:
+            yield Finding("UUID_FLASH_SIZE", where, f"flash-only volume of {counted(entry.sectors, 'sector')}")
         if entry.sectors and not entry.is_flash_only:
             yield Finding("UUID_SECTORS", where, counted(entry.sectors, "sector"))
         if entry.flags & ~UUID_FLASH_ONLY.mask:

@@ -188,7 +188,8 @@ CODES: dict[str, Meaning] = {
     "UUID_STALE": Meaning(_E, "The bucket of the uuid array was used again since; what is there is not the array."),
     "UUID_INTO_JOURNAL": Meaning(_E, "The pointer to the uuid array leads into the journal."),
     "UUID_TWICE": Meaning(_E, "Two slots of the uuid array hold one uuid; a backing device finds only the first."),
-    "UUID_FLASH_SIZE": Meaning(_E, "A flash-only volume has 0 sectors; volumes behind it vanish at the next start."),
+    "UUID_FLASH_SIZE": Meaning(_E, "A flash-only volume has no sectors, or more than there can be; volumes behind it "
+                                   "may vanish at the next start."),
     "UUID_SECTORS": Meaning(_N, "A backing device's slot has a size, which only flash-only volumes have."),
     "UUID_FLAGS": Meaning(_N, "A slot of the uuid array has flags that no kernel gives a meaning to."),
     "UUID_FREE_DIRTY": Meaning(_N, "A free slot of the uuid array is not all zeros."),

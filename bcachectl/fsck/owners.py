@@ -285,5 +285,6 @@ def evidence_for(walk: Walk, backing: Backing, sb: Superblock, own: Extents, ino
 
 def flash_sectors(entry: UuidEntry, end_sector: int, block_size_sectors: int) -> UuidEntry:
     """A flash-only volume's slot that covers all of its data; without any size and data it is retired."""
-    sectors = max(entry.sectors, -(-end_sector // block_size_sectors) * block_size_sectors)
+    size_sectors = entry.sectors if entry.is_volume else 0
+    sectors = max(size_sectors, -(-end_sector // block_size_sectors) * block_size_sectors)
     return replace(entry, sectors=sectors) if sectors else replace(entry, uuid=INVALID_UUID)

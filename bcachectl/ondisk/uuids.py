@@ -24,6 +24,7 @@ from construct import Struct as Layout
 
 from bcachectl.errors import Corrupt
 from bcachectl.ondisk.bitmask import Bitmask
+from bcachectl.ondisk.bkey import SECTOR_MASK
 from bcachectl.ondisk.crc64 import Buffer
 from bcachectl.ondisk.geometry import UUID_ENTRY_BYTES
 from bcachectl.ondisk.magic import INVALID_UUID
@@ -88,6 +89,13 @@ class UuidEntry:
     def is_flash_only(self) -> bool:
         """A volume without a backing device."""
         return bool(UUID_FLASH_ONLY.get(self.flags))
+
+    @property
+    def is_volume(self) -> bool:
+        """A flash-only volume of a possible size: the kernel refuses one of 0 sectors (super.c, bcache_device_init),
+        and keys have no positions beyond `SECTOR_MASK`."""
+        return (self.is_flash_only and not self.is_free and not self.is_retired
+                and 0 < self.sectors <= SECTOR_MASK)
 
     @property
     def label_text(self) -> str:

@@ -107,6 +107,19 @@ def gap_in_the_journal(image: Image) -> None:
     image.flip((first_of_bucket or needed)[0] + 60)
 
 
+def newer_entries_out_of_reach(image: Image) -> None:
+    """An entry before the newest is damaged: what is left is an older state, and nothing is missing in it."""
+    at = image.entries[-2][0]
+    if at // image.bucket_bytes != image.newest_at // image.bucket_bytes:
+        # The newest stands alone, and gets another one behind it.
+        at = image.newest_at
+        raw = bytearray(image.read(at, 240 + len(image.newest.keys)))
+        raw[16:24] = (image.newest.seq + 1).to_bytes(8, "little")
+        raw[:8] = crc64(raw[8:]).to_bytes(8, "little")
+        image.patch(at + image.newest.blocks * (image.sb.block_size << 9), bytes(raw))
+    image.flip(at + 60)
+
+
 def bad_prios(image: Image) -> None:
     image.flip(image.newest.prio_bucket[0] * image.bucket_bytes + 100)
 
@@ -150,6 +163,7 @@ DAMAGES = [
     (truncated, "too small"),
     (no_journal, "no journal entries"),
     (gap_in_the_journal, "missing"),
+    (newer_entries_out_of_reach, "cannot be reached"),
     (bad_prios, "prio"),
     (prios_out_of_range, "prio"),
     (bad_btree_root, "btree"),
