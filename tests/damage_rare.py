@@ -126,6 +126,7 @@ def _notes() -> Iterator[RareCase]:
     yield RareCase("note_backing_not_attached", "attached_clean", _never_attached, (), ("BACKING_NOT_ATTACHED",))
     yield backing("backing_dirty_clean", "attached_clean", "BACKING_DIRTY_CLEAN", 104, "Q", 2 << 61)
     yield RareCase("note_backing_newer", "dirty_crash", _newer, (), ("BACKING_NEWER",))
+    yield RareCase("note_backing_detached_keys", "dirty_crash", _detached_clean, (), ("BACKING_DETACHED_KEYS",))
     yield RareCase("note_backing_clean_keys", "dirty_crash", _written_back, (), ("BACKING_CLEAN_KEYS",))
 
 
@@ -162,6 +163,12 @@ def _written_back(image: Image) -> None:
             data = image.cache.read(ptr_sector(ptr), end - start)
             image.backings[0].put((start & (1 << INODE_SHIFT) - 1) << 9, data)
     image.sb(104, "Q", 1 | 1 << 61, device=image.backings[0])
+
+
+def _detached_clean(image: Image) -> None:
+    # A detach that ended just before power failed: the uuid array and the keys are as they were.
+    _written_back(image)
+    image.sb(104, "Q", 1, device=image.backings[0])
 
 
 def _sizes() -> Iterator[RareCase]:

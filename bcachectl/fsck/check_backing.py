@@ -172,8 +172,10 @@ def _check_member(walk: Walk, backing: Backing, sb: Superblock, held: Held) -> I
     if sb.block_size and sb.block_size < cache.block_size:
         yield say("BACKING_BLOCK_SIZE", f"block size {sb.block_size} sectors, the set's is {cache.block_size}")
     if sb.state is BdevState.NONE:
-        if sectors:
-            yield say("BACKING_DETACHED_DIRTY", f"{counted(sectors, 'dirty sector')} in slot {slot}")
+        if sectors and slot is not None:
+            is_there = backing.has_data and not any_differs(walk, backing, held.dirty_extents(slot))
+            yield say("BACKING_DETACHED_KEYS" if is_there else "BACKING_DETACHED_DIRTY",
+                      f"{counted(sectors, 'dirty sector')} in slot {slot}")
         elif slot is None:
             yield say("BACKING_NOT_ATTACHED", f"state {sb.state.word}")
     elif sb.state is BdevState.STALE:
@@ -220,6 +222,11 @@ def differing_samples(walk: Walk, backing: Backing, dirty: Extents) -> tuple[int
         compared += 1
         differing += ours != theirs
     return differing, compared
+
+
+def any_differs(walk: Walk, backing: Backing, dirty: Extents) -> bool:
+    """Whether any sector of dirty extents has other content on the backing device, or cannot be read."""
+    return any(differing_sectors(walk, backing, dirty.take(slice(row, row + 1))) for row in range(len(dirty.start)))
 
 
 def differing_sectors(walk: Walk, backing: Backing, dirty: Extents) -> int:

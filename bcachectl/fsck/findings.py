@@ -274,6 +274,8 @@ CODES: dict[str, Meaning] = {
                                      "know it.", safe=False),
     "BACKING_DETACHED_DIRTY": Meaning(_E, "A backing device says that it is detached, but the cache holds dirty data "
                                           "of it; `bcachectl resolve` tells what each choice loses.", safe=False),
+    "BACKING_DETACHED_KEYS": Meaning(_N, "A backing device is detached while keys still say dirty; all their data was "
+                                         "written back. `bcachectl forget-backing` makes their space free."),
     "BACKING_CLEAN_DIRTY": Meaning(_E, "A backing device is marked clean, but the cache holds dirty data that differs "
                                        "from what is on it. Either the mark is wrong, and the kernel would never write "
                                        "it back, or the cache device is an older copy of itself; -y takes the mark for "

@@ -33,9 +33,10 @@ EVERY = int(os.environ.get("BCACHECTL_NOFALSE_EVERY") or 0)
 """Every how many points an image is taken; 0 for the few of an ordinary run."""
 SHARE = 8 / 260
 NOTES: Counter[str] = Counter()
-TRUE = ("JOURNAL_FULL",)
+TRUE = ("JOURNAL_FULL", "BACKING_DETACHED_DIRTY")
 """A start that finds the ring full may leave it so.  The next start of an engine finds its way out; a kernel stands
-still when it registers one of these images."""
+still when it registers one of these images.  A device whose detach ended just before power failed, and that was written
+to since, has other data than keys that still say dirty; which is newer nothing tells, and `resolve` asks."""
 
 
 def reader(image: bytes | bytearray) -> tuple[Read, int]:
