@@ -40,11 +40,11 @@ crash: setup-dev ## power loss at every point of every story, three times (about
 	$(if $(SEED),BCACHECTL_SIM_SEED=$(SEED)) BCACHECTL_CRASH=all $(PYTEST) -n $(WORKERS) --timeout 7200 -m crash
 
 damage: setup-dev ## every case of damage: exact findings, exact cost, clean after repair, interrupted at every write
-	BCACHECTL_IMAGES=all BCACHECTL_DAMAGE=all $(PYTEST) -n $(WORKERS) tests/fsck/test_damage.py \
+	BCACHECTL_IMAGES=all BCACHECTL_DAMAGE=all $(PYTEST) -n $(WORKERS) --timeout 3600 tests/fsck/test_damage.py \
 		tests/fsck/test_repair.py tests/fsck/test_interrupted.py tests/fsck/test_image.py tests/fsck/test_combined.py
 
 flips: setup-dev ## every byte of all metadata flipped (40 minutes of processor time); SHARD=3/8 takes the third eighth
-	$(if $(SHARD),BCACHECTL_SHARD=$(SHARD)) BCACHECTL_FLIPS=all $(PYTEST) -n $(WORKERS) -rP tests/fsck/test_flip.py
+	$(if $(SHARD),BCACHECTL_SHARD=$(SHARD)) BCACHECTL_FLIPS=all $(PYTEST) -n $(WORKERS) --timeout 7200 -rP tests/fsck/test_flip.py
 
 nofalse: setup-dev ## fsck finds nothing on thousands of images from the simulator
 	BCACHECTL_NOFALSE_EVERY=10 $(PYTEST) -n $(WORKERS) tests/fsck/test_no_false.py
