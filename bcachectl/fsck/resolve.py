@@ -14,6 +14,7 @@ inconsistent   not at hand                           it ran without; what it mis
 inconsistent   has a slot with dirty data            two histories: one has to give way
 clean          has dirty data that differs           one of them is wrong
 no cache       has a slot with dirty data            as if it had been detached by force
+no cache       has such data, which the device has   a power failure ended a detach
 no device      has a slot with dirty data            `absent`: the data waits for its device
 =============  ====================================  =====================================
 
@@ -36,7 +37,14 @@ from typing import NamedTuple
 
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.check import Check
-from bcachectl.fsck.check_backing import IN_FLIGHT_SECTORS, Backing, differing_sectors, settled_backing, slot_of
+from bcachectl.fsck.check_backing import (
+    IN_FLIGHT_SECTORS,
+    Backing,
+    any_differs,
+    differing_sectors,
+    settled_backing,
+    slot_of,
+)
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.flags import settle
 from bcachectl.fsck.rescue_map import joined, marked
@@ -257,6 +265,11 @@ def _with_dirty(sb: Superblock, backing: Backing, check: Check, cache: str, slot
         keep = Choice(KEEP_DIRTY, "mark the device dirty, so that the set writes the data back when it runs; right, "
                                   "unless the cache device is an older copy of itself", NOTHING)
         return Verdict(state, story, slot, dirty, (keep, use))
+    if sb.state is BdevState.NONE and backing.has_data and not any_differs(check.walk, backing, dirty):
+        story = (f"Its cache still marks {size} as dirty, and all of that is on the device as well: power failed when "
+                 "a detach had just ended.")
+        use = Choice(USE_ALONE, "leave the device detached, as it is, and let the set forget it", NOTHING)
+        return Verdict(state, story, slot, dirty, (use,))
     since = "while it ran without the cache" if sb.state is BdevState.STALE else "since it was marked detached"
     kept = Loss(sectors, ranges, f"whatever was written to {counted(len(ranges), 'range')} there ({size}) {since}")
     keep = Choice(KEEP_DIRTY, "copy the cache's dirty data over what the device holds there, then mark the device "

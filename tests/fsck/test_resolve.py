@@ -120,6 +120,22 @@ def test_what_it_says(golden: Callable[..., Path], capsys: pytest.CaptureFixture
     assert before == (story.cache.read_bytes(), story.backing.read_bytes())
 
 
+def test_a_detach_that_power_failure_ended(golden: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+                                           tmp_path: Path) -> None:
+    """The device says that it is detached, the keys are as they were, and all their data was written back."""
+    story = make(golden, BdevState.NONE)
+    write(story.backing, DATA_BYTES, with_dirty(story))
+    assert "BACKING_DETACHED_KEYS" in run(capsys, "fsck", story.cache, story.backing)[1]
+    found = verdict(capsys, story.backing, "--cache", story.cache)
+    assert [(choice["option"], choice["lost_bytes"]) for choice in found["choices"]] == [("--use-backing-alone", 0)]
+    before = story.backing.read_bytes()
+    words = ["resolve", story.backing, "--cache", story.cache, "--use-backing-alone", "--backup", tmp_path / "undo"]
+    assert run(capsys, *words)[0] == 0
+    assert story.backing.read_bytes()[DATA_BYTES:] == before[DATA_BYTES:]
+    status, out, _err = run(capsys, "fsck", story.cache, story.backing)
+    assert (status, "DETACHED" in out) == (0, False)
+
+
 def fail_csum(backing: Path, state: BdevState) -> None:
     """A superblock that says ``state``, its label damaged as well, so that the checksum tells nothing."""
     set_state(backing, state)
