@@ -23,11 +23,13 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,8 +190,8 @@ def verdict(one: Judged) -> str:
     if shape.boots[-1].end == "crash" and kernels.exists():
         theirs = {line for line in kernels.read_text(errors="replace").replace("\0", "").splitlines() if ":" in line}
         missing, extra = len(theirs - keys), len(keys - theirs)
-        lost = [line for line in theirs - keys if line.endswith("dirty")]
-        assert not lost or not shape.held, f"dirty keys that we do not see: {lost[:5]}"
+        lost = sorted(dirty_sectors(theirs) - dirty_sectors(keys))
+        assert not lost or not shape.held, f"dirty sectors that we do not see: {lost[:5]}"
     copies = [directory / f"copy-{path.name}" for path in one.devices]
     for path, copy in zip(one.devices, copies, strict=True):
         shutil.copy(path, copy)
@@ -202,6 +204,17 @@ def verdict(one: Judged) -> str:
         assert complaints == [], f"after writeback, {copy.name} alone: {complaints[:3]}"
     dirty = sum(line.endswith("dirty") for line in keys)
     return f"{len(keys)} keys ({dirty} dirty), kernel's dump: {missing} more, {extra} fewer"
+
+
+def dirty_sectors(lines: Iterable[str]) -> set[tuple[int, int, int, int]]:
+    """Inode, sector, sector of the cache and generation of all dirty data: keys that touch may be one or two."""
+    found: set[tuple[int, int, int, int]] = set()
+    for line in lines:
+        key = re.fullmatch(r"(\d+):(\d+) len (\d+) -> \[0:(\d+) gen (\d+)\] dirty", line)
+        if key:
+            inode, start, length, sector, gen = map(int, key.groups())
+            found |= {(inode, start + number, sector + number, gen) for number in range(length)}
+    return found
 
 
 def call(directory: Path, *words: str | Path) -> str:
