@@ -544,7 +544,8 @@ def pointer_cases() -> Iterator[Case]:
         yield Case(f"prio_in_journal_{base}", base, _prio_in_journal, ("PRIO_INTO_JOURNAL",))
     yield Case("sb_unusable", "attached_clean", _unusable, ("SB_OFFSET", "SB_UNUSABLE"))
     yield Case("journal_ring", "thrash_crash", _swap_journal, ("JOURNAL_RING",))
-    yield Case("uuids_in_prio", "two_backing", _uuids_in_prio, ("BACKING_FORGOTTEN", "BUCKET_TWICE"), ("UUID_FLAGS",))
+    yield Case("uuids_in_prio", "two_backing", _uuids_in_prio,
+               ("BACKING_FORGOTTEN", "BUCKET_TWICE", "UUID_FLASH_SIZE"), ("UUID_FLAGS",))
     yield Case("extent_inode_deep_crash", "deep_crash", _extent_inode, ("EXTENT_INODE",))
     yield Case("backing_before_data", "dirty_crash", _before_data, ("BACKING_BEFORE_DATA",))
 

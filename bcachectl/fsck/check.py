@@ -40,7 +40,7 @@ from bcachectl.fsck.leaves import LEAVES_AT_ONCE, Leaves, overlapping
 from bcachectl.fsck.live import staleness
 from bcachectl.fsck.losses import UNKNOWN_CODES, with_losses
 from bcachectl.fsck.lost_prios import lost_prio_sets, may_be_prio_set
-from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Slot
+from bcachectl.fsck.records import Damage, JournalEntry, Node, PlainLeaf, Progress, Slot
 from bcachectl.fsck.salvage import (
     TAG_CONTRADICTED,
     TAG_DOUBTED,
@@ -64,14 +64,6 @@ LOST_PRIO_CODES = ("PRIO_PTR", "PRIO_CSUM", "PRIO_MAGIC", "PRIO_IO", "PRIO_LOOP"
 """Codes of damage that hides prio sets."""
 DAMAGED_PRIO_CODES = ("PRIO_CSUM", "PRIO_MAGIC", "PRIO_IO")
 """Codes of prio sets that are damaged themselves."""
-
-
-class Progress(NamedTuple):
-    """How far a check is: what it does, how much of it is done, of how much (0: unknown)."""
-
-    what: str
-    done: int
-    total: int
 
 
 class Totals(NamedTuple):
@@ -274,7 +266,8 @@ class Check:
 
     def _data(self) -> Iterator[Progress]:
         walk = self.walk
-        self.slots = with_strays(walk, expand(walk, self._lost_ranges, self.claims), known_buckets=self.known_buckets)
+        slots = yield from expand(walk, self._lost_ranges, self.claims)
+        self.slots = with_strays(walk, slots, known_buckets=self.known_buckets)
         self.journal = journal_map(walk)
         self._lacking()
         for slot in self.slots:

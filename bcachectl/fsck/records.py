@@ -110,3 +110,11 @@ class Slot(NamedTuple):
     """Dirty keys of other leaves that lie in [start, end) (`bcachectl.fsck.strays`)."""
     lacks_set: bool = False
     """The journal tells of keys that the leaf must have had (`bcachectl.fsck.lacking`)."""
+
+
+class Progress(NamedTuple):
+    """How far a check is: what it does, how much of it is done, of how much (0: unknown)."""
+
+    what: str
+    done: int
+    total: int

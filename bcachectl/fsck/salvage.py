@@ -29,9 +29,11 @@ Rows of the maps made here carry a tag in the ``csum`` column, whose own meaning
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Generator, Iterable
+from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,7 +46,7 @@ from bcachectl.fsck import levels
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.live import staleness
-from bcachectl.fsck.records import Slot
+from bcachectl.fsck.records import Progress, Slot
 from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
@@ -71,6 +73,8 @@ PRIO_WRITES_LIMIT = 64
 """Entries from before so many prio writes are not looked at: between two of them the generation of a bucket rises once
 when it is to be used again, and once more when a btree node in it is freed.  After 128 times it seems not to have."""
 TAG_NONE, TAG_STRAY, TAG_DOUBTED, TAG_JOURNAL, TAG_UNKNOWN_GEN, TAG_LOST, TAG_CONTRADICTED = 0, 1, 2, 5, 6, 7, 8
+HEADS_AT_ONCE = 256
+"""So many buckets are asked together whether they begin with a node."""
 DEPTH_LIMIT = 16
 """Levels of a btree that are followed below a damaged node."""
 
@@ -300,7 +304,8 @@ def _real_gen(buf: bytes, magic: int, seed: int, block_bytes: int) -> int | None
 
 # Interior nodes.
 
-def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Container[int] = ()) -> list[Slot]:
+def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (),
+           claimed: Container[int] = ()) -> Generator[Progress, None, list[Slot]]:
     """The leaves in key order, with those below damaged interior nodes that can still be found.
 
     ``lost_ranges`` are those of children whose pointers are bad.  Leaves that nothing points to any more are looked for
@@ -312,7 +317,7 @@ def expand(walk: Walk, lost_ranges: Iterable[tuple[int, int]] = (), claimed: Con
         slots = sorted([*slots, Slot(start, end, None, 0)], key=lambda slot: slot.start)
     if any(slot.leaf is slot.lost is None or slot.is_astray or _has_other_gen(walk, slot) for slot in slots):
         ptrs = [slot.leaf or slot.lost or Ptr(0, 0, 0) for slot in slots]
-        candidates = find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
+        candidates = yield from find_leaves(walk, claimed, {walk.geometry.bucket_of(ptr.sector) for ptr in ptrs})
         slots = [part for slot in slots
                  for part in (_fill(slot, candidates) if slot.leaf is slot.lost is None else [slot])]
         # Where pointers are wrong, one that is missed nowhere may be missed after all: its keys are strays.
@@ -406,47 +411,62 @@ class Candidate(NamedTuple):
     known_keys: int
 
 
-def find_leaves(walk: Walk, claimed: Container[int], known: Container[int]) -> list[Candidate]:
+def find_leaves(walk: Walk, claimed: Container[int],
+                known: Container[int]) -> Generator[Progress, None, list[Candidate]]:
     """Leaves in buckets that nothing claims, by their magic and a checksum that fits the bucket's generation.
 
-    That need not be all of them: of some the first set may be damaged, or nothing left.
+    That need not be all of them: of some the first set may be damaged, or nothing left.  It takes a read for each
+    bucket; those of `HEADS_AT_ONCE` are announced together.
     """
-    assert walk.superblock is not None
-    geometry, magic = walk.geometry, bset_magic(walk.superblock.set_uuid)
+    geometry = walk.geometry
     found: list[Candidate] = []
     recent = extent.overlay(older_keys(walk)[0], walk.journal_map)
     highest = highest_seq(walk)
     told = set(zip(recent.start.tolist(), recent.ptr.tolist(), strict=True))
-    for bucket in range(geometry.first_bucket, geometry.nbuckets):
-        if bucket in claimed or bucket in known:
-            continue
-        sector = geometry.sector_of(bucket)
-        try:
-            if struct.unpack_from("<Q", walk.read(sector, 1), 8)[0] != magic:
-                continue
-        except BcachectlError:
-            continue
-        buf, _unread = _read_what_can_be(walk, sector, geometry.node_sectors)
-        if buf is None:
-            continue
-        gen = _real_gen(buf, magic, ptr_make(sector, 0), geometry.block_bytes)
-        if gen is None or struct.unpack_from("<Q", buf, 16)[0] == fresh_node_seq(walk, highest, bucket):
-            continue
-        if gen != int(walk.gens[bucket]) and validity.gen_after(int(walk.gens[bucket]), gen):
-            continue
-        sets = [image for image in salvage_sets(buf, magic=magic, seed=ptr_make(sector, gen),
-                                                block_bytes=geometry.block_bytes) if image.is_valid]
-        starts = [image.keys.pos[image.keys.size > 0] - image.keys.size[image.keys.size > 0] for image in sets]
-        ends = [image.keys.pos[image.keys.size > 0] for image in sets]
-        is_leaf = levels.may_be_leaf(walk.read, sets, geometry.node_sectors, magic, geometry)
-        if is_leaf and any(len(end) for end in ends):
-            walk.mark_columns([image.keys for image in sets], 0)
-            first = int(min(start.min() for start in starts if len(start)))
-            last = int(max(end.max() for end in ends if len(end)))
-            known_keys = sum(pair in told for image in sets for pair in zip(
-                (image.keys.pos - image.keys.size).tolist(), image.keys.ptr.tolist(), strict=True))
-            found.append(Candidate(Slot(first, last, Ptr(0, sector, gen), geometry.node_sectors), known_keys))
+    for first in range(geometry.first_bucket, geometry.nbuckets, HEADS_AT_ONCE):
+        yield Progress("lost leaves", first, geometry.nbuckets)
+        buckets = [bucket for bucket in range(first, min(first + HEADS_AT_ONCE, geometry.nbuckets))
+                   if bucket not in claimed and bucket not in known]
+        for bucket in buckets if walk.fd >= 0 else ():
+            with suppress(OSError):
+                os.posix_fadvise(walk.fd, geometry.sector_of(bucket) << 9, 512, os.POSIX_FADV_WILLNEED)
+        for bucket in buckets:
+            candidate = _candidate(walk, bucket, highest, told)
+            if candidate is not None:
+                found.append(candidate)
+    yield Progress("lost leaves", geometry.nbuckets, geometry.nbuckets)
     return sorted(found, key=lambda each: each.slot.start)
+
+
+def _candidate(walk: Walk, bucket: int, highest: int, told: Container[tuple[int, int]]) -> Candidate | None:
+    # ``told`` are start and pointer of the keys of the journal; None if there is no leaf in the bucket.
+    assert walk.superblock is not None
+    geometry, magic = walk.geometry, bset_magic(walk.superblock.set_uuid)
+    sector = geometry.sector_of(bucket)
+    try:
+        if struct.unpack_from("<Q", walk.read(sector, 1), 8)[0] != magic:
+            return None
+    except BcachectlError:
+        return None
+    buf, _unread = _read_what_can_be(walk, sector, geometry.node_sectors)
+    gen = None if buf is None else _real_gen(buf, magic, ptr_make(sector, 0), geometry.block_bytes)
+    if buf is None or gen is None or struct.unpack_from("<Q", buf, 16)[0] == fresh_node_seq(walk, highest, bucket):
+        return None
+    if gen != int(walk.gens[bucket]) and validity.gen_after(int(walk.gens[bucket]), gen):
+        return None
+    sets = [image for image in salvage_sets(buf, magic=magic, seed=ptr_make(sector, gen),
+                                            block_bytes=geometry.block_bytes) if image.is_valid]
+    starts = [image.keys.pos[image.keys.size > 0] - image.keys.size[image.keys.size > 0] for image in sets]
+    ends = [image.keys.pos[image.keys.size > 0] for image in sets]
+    is_leaf = levels.may_be_leaf(walk.read, sets, geometry.node_sectors, magic, geometry)
+    if not is_leaf or not any(len(end) for end in ends):
+        return None
+    walk.mark_columns([image.keys for image in sets], 0)
+    first = int(min(start.min() for start in starts if len(start)))
+    last = int(max(end.max() for end in ends if len(end)))
+    known_keys = sum(pair in told for image in sets for pair in zip(
+        (image.keys.pos - image.keys.size).tolist(), image.keys.ptr.tolist(), strict=True))
+    return Candidate(Slot(first, last, Ptr(0, sector, gen), geometry.node_sectors), known_keys)
 
 
 def _expand(walk: Walk) -> list[Slot]:
