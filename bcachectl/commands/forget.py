@@ -129,8 +129,11 @@ def _refuse_running(path: str) -> None:
 
 def examine(device: BlockDevice, *, show: bool) -> Check:
     """The checked set on a cache device that has run and is not damaged."""
-    check = open_check(lambda sector, count: device.read(sector << 9, count << 9), device.size_bytes >> 9,
-                       fd=device.plain_fd)
+    def read(sector: int, count: int) -> bytes:
+        return device.read(sector << 9, count << 9)
+
+    with fsck_report.told(read, show=show) as looking:
+        check = open_check(read, device.size_bytes >> 9, fd=device.plain_fd, looking=looking)
     fsck_report.watch(check, show=show)
     sb = check.walk.superblock
     if sb is not None and sb.is_backing:

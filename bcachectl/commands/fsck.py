@@ -121,9 +121,12 @@ def _check(opened: dict[str, BlockDevice], cache: str, names: Sequence[str], buc
         if users:
             print(f"bcachectl: {name}: is in use ({', '.join(users)}); what is found may be work under way",
                   file=sys.stderr)
-    check = open_check(device.read, device.size_sectors, members, bucket_size=bucket_size, set_uuid=set_uuid,
-                       logical_block_sectors=device.logical_block_sectors, fd=opened[cache].plain_fd)
-    fsck_report.watch(check, show=sys.stderr.isatty() and not as_json)
+    show = sys.stderr.isatty() and not as_json
+    with fsck_report.told(device.read, show=show) as looking:
+        check = open_check(device.read, device.size_sectors, members, bucket_size=bucket_size, set_uuid=set_uuid,
+                           logical_block_sectors=device.logical_block_sectors, fd=opened[cache].plain_fd,
+                           looking=looking)
+    fsck_report.watch(check, show=show)
     sb = check.walk.superblock
     check_given(cache, device.read, device.size_sectors, sb, bucket_size=bucket_size, set_uuid=set_uuid)
     if sb is not None and sb.is_backing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bcachectl.fsck.check import Check
 from bcachectl.fsck.findings import Finding, Loss, Severity
 from bcachectl.fsck.owners import Choice
 from bcachectl.fsck.repair import Repair, is_repairable, offers_repair, plan_repair
+from bcachectl.fsck.walk import Read
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, SECTOR_MASK
 from bcachectl.units import counted, format_sectors, format_uuid
 
@@ -24,25 +25,55 @@ QUIET_S, REDRAW_S = 1.0, 0.1
 
 
 def watch(check: Check, *, show: bool) -> None:
-    """Run the check; if ``show``, with a bar on stderr as soon as it has taken `QUIET_S`.
-
-    The bar is drawn here and by no thread of its own: the check forks.
-    """
-    drawn_s = time.monotonic() + QUIET_S
-    with ExitStack() as stack:
-        bars: Progress | None = None
-        bar = TaskID(0)
+    """Run the check; if ``show``, with a bar on stderr as soon as it has taken `QUIET_S`."""
+    with _Bar(show=show) as bar:
         for step in check.stages():
-            now_s = time.monotonic()
-            if not show or now_s < drawn_s:
-                continue
-            drawn_s = now_s + REDRAW_S
-            if bars is None:
-                bars = stack.enter_context(Progress(
-                    TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
-                    console=Console(stderr=True), transient=True, auto_refresh=False))
-                bar = bars.add_task(step.what, total=None)
-            bars.update(bar, description=step.what, completed=step.done, total=step.total or None, refresh=True)
+            bar.draw(step.what, step.done, step.total)
+
+
+@contextmanager
+def told(read: Read, *, show: bool) -> Iterator[Read]:
+    """``read`` for someone who looks for the set all over the device; if ``show``, with a bar like that of `watch`."""
+    done_sectors = 0
+
+    def read_and_tell(sector: int, count: int) -> bytes:
+        nonlocal done_sectors
+        data = read(sector, count)
+        done_sectors += count
+        bar.draw("looking for the set, MiB", done_sectors >> 11, 0)
+        return data
+
+    with _Bar(show=show) as bar:
+        yield read_and_tell
+
+
+class _Bar:
+    # Drawn when its owner says how far he is, and by no thread of its own: a check forks.
+    def __init__(self, *, show: bool) -> None:
+        self._show = show
+        self._bars: Progress | None = None
+        self._task = TaskID(0)
+        self._draw_s = time.monotonic() + QUIET_S
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def draw(self, what: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if not self._show or now_s < self._draw_s:
+            return
+        self._draw_s = now_s + REDRAW_S
+        if self._bars is None:
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
+                console=Console(stderr=True), transient=True, auto_refresh=False)
+            self._bars.start()
+            self._task = self._bars.add_task(what, total=None)
+        self._bars.update(self._task, description=what, completed=done, total=total or None, refresh=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
 
 
 def as_json(check: Check, repair: Repair | None, undo: Path | None, files: list[str]) -> dict[str, Any]:

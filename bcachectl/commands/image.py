@@ -166,7 +166,8 @@ def _examine(device: BlockDevice, bucket_size: str | None, set_uuid: str | None,
     guess, sb = None, None
     sectors, uuid = parse_bucket_size(bucket_size), parse_set_uuid(set_uuid)
     if superblock_problem(read, size_sectors):
-        guess = guess_superblock(read, size_sectors, bucket_size=sectors, set_uuid=uuid)
+        with fsck_report.told(read, show=show) as looking:
+            guess = guess_superblock(looking, size_sectors, bucket_size=sectors, set_uuid=uuid)
     try:
         found = offline.read_superblock(device)
         sb = found.superblock

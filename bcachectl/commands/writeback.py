@@ -149,10 +149,12 @@ def _own_map(map_file: Path | None, backing: Backing) -> Path | None:
 def _examine(held: Cache, members: list[Backing], bucket_size: str | None, set_uuid: str | None,
              as_json: bool) -> Check:
     sectors, uuid = parse_bucket_size(bucket_size), parse_set_uuid(set_uuid)
-    guess = superblock_instead(held.read, held.size_sectors, members, bucket_size=sectors, set_uuid=uuid)
+    show = sys.stderr.isatty() and not as_json
+    with fsck_report.told(held.read, show=show) as looking:
+        guess = superblock_instead(looking, held.size_sectors, members, bucket_size=sectors, set_uuid=uuid)
     # Whether the backing devices agree with the cache is what this verb is about to change.
     check = Check(held.read, held.size_sectors, members, instead=guess, judges_backings=False)
-    fsck_report.watch(check, show=sys.stderr.isatty() and not as_json)
+    fsck_report.watch(check, show=show)
     sb = check.walk.superblock
     check_given(held.path, held.read, held.size_sectors, sb, bucket_size=sectors, set_uuid=uuid)
     if sb is None:

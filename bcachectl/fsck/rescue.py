@@ -66,10 +66,14 @@ class _Found(NamedTuple):
 
 
 def open_check(read: Read, size_sectors: int, backings: Sequence[Backing] = (), *, bucket_size: int | None = None,
-               set_uuid: bytes | None = None, logical_block_sectors: int = 1, fd: int = -1) -> Check:
-    """A check of a cache device, by a guessed superblock if its own is damaged or is not what the caller knows."""
+               set_uuid: bytes | None = None, logical_block_sectors: int = 1, fd: int = -1,
+               looking: Read | None = None) -> Check:
+    """A check of a cache device, by a guessed superblock if its own is damaged or is not what the caller knows.
+
+    ``looking`` reads what it takes to find that.
+    """
     check = Check(read, size_sectors, backings, fd=fd, instead=superblock_instead(
-        read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid))
+        looking or read, size_sectors, backings, bucket_size=bucket_size, set_uuid=set_uuid))
     check.walk.logical_block_sectors = logical_block_sectors
     return check
 
