@@ -28,8 +28,9 @@ import numpy.typing as npt
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.check_structures import PRIO_BTREE
+from bcachectl.fsck.expand import DEPTH_LIMIT, interior_key
 from bcachectl.fsck.extents import Extents
-from bcachectl.fsck.salvage import DEPTH_LIMIT, entry_keys, interior_key, older_entries, read_sets
+from bcachectl.fsck.salvage import entry_keys, older_entries, read_sets
 from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import KeyColumns, Ptr, ptr_make

@@ -31,6 +31,7 @@ from bcachectl.fsck.check_backing import Backing, check_backings, read_backing, 
 from bcachectl.fsck.check_journal import check_journal
 from bcachectl.fsck.check_sizes import check_sizes
 from bcachectl.fsck.check_structures import Found, GenMarks, check_node, check_prios, check_superblock, check_uuids
+from bcachectl.fsck.expand import expand
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fanout import processors
 from bcachectl.fsck.findings import Finding, Severity
@@ -46,7 +47,6 @@ from bcachectl.fsck.salvage import (
     TAG_DOUBTED,
     LeafMap,
     bucket_of,
-    expand,
     journal_map,
     leaf_map,
     older_keys,

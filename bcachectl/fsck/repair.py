@@ -30,11 +30,12 @@ from bcachectl.fsck.check import Check, run
 from bcachectl.fsck.check_backing import Backing, settled_backing
 from bcachectl.fsck.check_journal import leftovers
 from bcachectl.fsck.check_structures import PRIO_BTREE, PRIO_INITIAL
+from bcachectl.fsck.expand import fresh_node_seq, highest_seq
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.findings import CODES, Finding, Severity
 from bcachectl.fsck.flags import changes, superblock_there
 from bcachectl.fsck.owners import Choice, SlotPlan, flash_sectors, live_extents, slot_plan
-from bcachectl.fsck.salvage import bucket_of, fresh_node_seq, highest_seq
+from bcachectl.fsck.salvage import bucket_of
 from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, encode_key_columns, pack_key, ptr_make
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES, encode_bset
