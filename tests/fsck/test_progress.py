@@ -12,7 +12,7 @@ from tests.fsck.test_damage import base_image
 
 
 def test_the_search_for_lost_leaves_is_told(golden: Callable[..., Path]) -> None:
-    image = base_image(golden("deep_crash"))
+    image = base_image(golden("deep_crash")).fresh()
     root = next(node for node in image.nodes if node.level)
     image.cache.unreadable.update(range(root.bucket * image.walk.geometry.bucket_size_sectors,
                                         (root.bucket + 1) * image.walk.geometry.bucket_size_sectors))
