@@ -59,6 +59,11 @@ def role(sb: Superblock) -> str:
     return "cache" if sb.is_cache else "backing" if sb.is_backing else "unknown"
 
 
+def state_text(state: BdevState) -> str:
+    """What a backing device's superblock says, in the words of bcache-super-show; the kernel's are `BdevState.word`."""
+    return "detached" if state is BdevState.NONE else state.word
+
+
 def mode_text(sb: Superblock) -> str:
     """The cache mode of a backing device in the kernel's word."""
     return MODE_TEXTS[sb.cache_mode] if sb.cache_mode is not None else f"undefined ({BDEV_CACHE_MODE.get(sb.flags)})"
@@ -101,7 +106,7 @@ def superblock(raw: bytes, sb: Superblock) -> dict[str, Any]:
     }
     if sb.is_backing:
         fields |= {"data_offset_sectors": sb.data_offset, "cache_mode": mode_text(sb),
-                   "state": sb.state.word}
+                   "state": state_text(sb.state)}
     else:
         fields |= {"nbuckets": sb.nbuckets, "size_bytes": sb.nbuckets * sb.bucket_size << 9,
                    "replacement": replacement_text(sb), "discard": sb.discard, "ordered": sb.cache_sync}
@@ -114,7 +119,7 @@ def explain_flags(sb: Superblock) -> list[str]:
     """One sentence for each flag that is set or has a value."""
     if sb.is_backing:
         said = [f"BDEV_CACHE_MODE {BDEV_CACHE_MODE.get(sb.flags)}: {mode_text(sb)}",
-                f"BDEV_STATE {int(sb.state)}: {sb.state.word}"]
+                f"BDEV_STATE {int(sb.state)}: {state_text(sb.state)}"]
     else:
         said = ["CACHE_SYNC: the set has run, its journal is valid" if CACHE_SYNC.get(sb.flags) else
                 "no CACHE_SYNC: the set never ran, everything else on the device counts as empty"]
@@ -226,12 +231,10 @@ def super_show(raw: bytes, sb: Superblock) -> tuple[list[str], str]:
         if sb.version != BDEV and (sb.keys == 1 or first_journal_bucket):
             return lines, "Possible experimental format detected, bailing"
         mode, state = BDEV_CACHE_MODE.get(sb.flags), int(sb.state)
-        # bcache-super-show has another word than the kernel.
-        word = "detached" if sb.state is BdevState.NONE else sb.state.word
         modes = (" [writethrough]", " [writeback]", " [writearound]", " [no caching]")
         lines += [f"dev.data.first_sector\t{sb.data_offset}",
                   f"dev.data.cache_mode\t{mode}{modes[mode] if mode < len(modes) else ''}",
-                  f"dev.data.cache_state\t{state} [{word}]"]
+                  f"dev.data.cache_state\t{state} [{state_text(sb.state)}]"]
     return [*lines, "", _line("cset.uuid", format_uuid(sb.set_uuid))], ""
 
 

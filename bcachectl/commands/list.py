@@ -93,7 +93,7 @@ def _describe(probe: Probe) -> dict[str, Any]:
         "role": describe.role(sb), "uuid": format_uuid(sb.uuid), "set_uuid": format_uuid(sb.set_uuid),
         "label": sb.label_text, "version": sb.version, "problem": probe.problem}
     if sb.is_backing:
-        return record | {"state": sb.state.word, "cache_mode": describe.mode_text(sb),
+        return record | {"state": describe.state_text(sb.state), "cache_mode": describe.mode_text(sb),
                          "data_offset_sectors": sb.data_offset}
     return record | {"state": "ordered" if sb.cache_sync else "new", "bucket_size_bytes": sb.bucket_size << 9,
                      "nbuckets": sb.nbuckets, "replacement": describe.replacement_text(sb)}

@@ -14,7 +14,7 @@ from bcachectl.units import format_size
 from bcachectl.views.table import Cell, bold, table
 
 NO_SET = str(uuid.UUID(int=0))
-NO_CACHE = "no cache"
+DETACHED = "detached"
 INDENT = "  "
 SHORT_COLUMNS = 7
 """Of `HEADINGS`, those that stay in a table on a narrow terminal."""
@@ -37,7 +37,7 @@ def lines(body: Mapping[str, Any], *, color: bool, width: int | None = None) -> 
         yield from (f"  {device['device']}: {device['problem']}" for device in members if device["problem"])
         runners = (engines.get(set_uuid), kernel.get(set_uuid))
         yield from (f"  {_volume(volume)}" for runner in runners if runner is not None for volume in runner["volumes"])
-        if not any(device["role"] == "cache" for device in members) and any(device["state"] != NO_CACHE
+        if not any(device["role"] == "cache" for device in members) and any(device["state"] != DETACHED
                                                                             for device in members):
             yield "  its cache device is not here"
     if body["kernel_alone"]:

@@ -26,8 +26,8 @@ def device(path: str, role: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("more", "heading", "is_missed"), [
     ({"state": "dirty"}, f"set {SET}", True),
     ({"state": "clean"}, f"set {SET}", True),
-    ({"state": "no cache"}, f"set {SET}", False),
-    ({"state": "no cache", "set_uuid": "00000000-0000-0000-0000-000000000000"}, "attached to no set", False)])
+    ({"state": "detached"}, f"set {SET}", False),
+    ({"state": "detached", "set_uuid": "00000000-0000-0000-0000-000000000000"}, "attached to no set", False)])
 def test_a_cache_is_missed_by_those_who_wait_for_it(more: dict[str, Any], heading: str, is_missed: bool) -> None:
     page = list(lines(body(device("a", "backing", **more)), color=False))
     assert page[0] == heading
