@@ -25,9 +25,19 @@ from bcachectl.fsck.repair import plan_repair
 from bcachectl.ondisk.bkey import INODE_SHIFT, ptr_sector
 from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, parse_superblock
 from tests.damage import Case, cases
-from tests.fsck.combined import Listed, Truth, bases, damaged, is_newest_torn, listed, truth_before_newest, truth_of
+from tests.fsck.combined import (
+    MOVING,
+    Listed,
+    Truth,
+    bases,
+    damaged,
+    is_newest_torn,
+    listed,
+    truth_before_newest,
+    truth_of,
+)
 from tests.fsck.image import Image
-from tests.fsck.test_damage import MOVED, apply, base_image, check, serious
+from tests.fsck.test_damage import apply, base_image, check, serious
 from tests.vm import machine
 
 DISKS_MAX = 22
@@ -95,7 +105,7 @@ def repaired(name: str, golden: Callable[..., Path]) -> Repaired | None:
         for sector in tuple(device.unreadable):
             device.put(sector << 9, bytes(512))   # As a disk does with a sector that is written again.
     found = contents(image, after)
-    if named and not any(word in name for word in MOVED) and good.backings:
+    if named and not any(word in name for word in MOVING) and good.backings:
         # What the report called safe reads back whole.
         wrong = differing(found, contents(truth.image, check(truth.image)), listed(before))
         assert wrong == [], f"{name}: {len(wrong)} sectors, {wrong[:3]}"
