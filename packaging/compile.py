@@ -25,6 +25,7 @@ DIRECTIVES = {
     "language_level": 3,
     "annotation_typing": False,         # annotations are for readers and mypy; an int there has no limit
     "binding": True,
+    "show_performance_hints": False,
 }
 
 
