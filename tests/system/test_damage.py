@@ -194,7 +194,8 @@ def test_a_damaged_cache_is_refused(damage: Callable[[Image], None], why: str, s
     damage(Image(directory / "cache.img"))
     before = [digest(image) for image in sorted(directory.glob("*.img"))]
     refuse(tmp_path, [*options(directory / "cache.img", directory / "back0.img"), *more, "--export", "nbd"],
-           STATE if damage is two_caches else FAILED, str(directory / "cache.img"), why)
+           STATE if damage is two_caches else FAILED, str(directory / "cache.img"), why,
+           *(["`bcachectl fsck` tells more"] if damage not in (two_caches, truncated) else []))
     assert [digest(image) for image in sorted(directory.glob("*.img"))] == before
 
 

@@ -516,8 +516,9 @@ class EngineHost:
 
 
 def _naming(path: str, corrupt: Corrupt) -> Corrupt:
-    # The same complaint with the device's name, which ondisk does not know.
-    return corrupt if path in str(corrupt) else Corrupt(f"{path}: {corrupt.where}", corrupt.why)
+    # The same complaint with the device's name, which ondisk does not know, and with what to do.
+    where = corrupt.where if path in str(corrupt) else f"{path}: {corrupt.where}"
+    return Corrupt(where, f"{corrupt.why}; `bcachectl fsck` tells more")
 
 
 def _open_trace(path: str) -> TextIO:
