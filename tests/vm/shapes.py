@@ -20,6 +20,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from bcachectl.ondisk.geometry import Geometry
 from tests.vm.kernel_side import Visit, plan_for
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -65,7 +66,8 @@ class Shape:
     @property
     def journal_blocks(self) -> int:
         """Blocks of the journal that the driver gives to such a set (super.c, run_cache_set)."""
-        return min(max(self.buckets >> 7, 2), 256) * (self.bucket_kib * KIB // self.block_bytes)
+        geometry = Geometry(self.block_bytes >> 9, self.bucket_kib << 1, self.buckets, 1)
+        return geometry.njournal_default * (geometry.bucket_bytes // geometry.block_bytes)
 
     @property
     def may_discard(self) -> bool:
