@@ -7,8 +7,8 @@ set -eu
 
 case "${1:-}" in
 demo) packages="python3-venv" ;;
-compiled) packages="gcc libc6-dev python3-dev" ;;
-test) packages="python3-venv gcc libc6-dev python3-dev fio nbdkit qemu-utils libnbd-bin bcache-tools e2fsprogs xfsprogs
+compiled) packages="gcc libc6-dev python3-dev libisal2" ;;
+test) packages="python3-venv gcc libc6-dev python3-dev libisal2 fio nbdkit qemu-utils libnbd-bin bcache-tools e2fsprogs xfsprogs
     util-linux mount fdisk qemu-system-x86 busybox-static cpio kmod xz-utils dpkg apt" ;;
 *) echo "usage: $0 demo|compiled|test" >&2; exit 2 ;;
 esac

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`fill_words`: words of a device into memory that is there, as `bcachectl.fsck.scan` needs it.
+"""`fill_words`, words of a device into memory that is there, and `crc_words`, as `bcachectl.fsck.scan` needs them.
 
-The compiled scan has its own in fill_c.pxd, which does without the interpreter.
+The compiled scan has its own in fill_c.pxd, which do without the interpreter.
 """
 
 from __future__ import annotations
 
 import os
+
+from bcachectl.ondisk.crc64 import crc64
 
 
 def fill_words(fd: int, words: memoryview, offset_bytes: int) -> bool:
@@ -22,3 +24,9 @@ def fill_words(fd: int, words: memoryview, offset_bytes: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def crc_words(_function: int, words: memoryview, first: int, end: int, previous: int) -> int:
+    """CRC-64/WE of words [first, end), continued from ``previous``.  Compiled, the function is called that stands at
+    that address, as `bcachectl.fsck.fast_crc.crc64_address` gives it."""
+    return crc64(words[first:end].cast("B"), previous)

@@ -18,3 +18,11 @@ cdef inline bint fill_words(int fd, unsigned long long[::1] words, long long off
         elif got == 0 or errno != EINTR:
             return False
     return True
+
+
+ctypedef unsigned long long (*crc_function)(unsigned long long, const void *, unsigned long long) noexcept nogil
+
+
+cdef inline unsigned long long crc_words(size_t function, const unsigned long long[::1] words, Py_ssize_t first,
+                                         Py_ssize_t end, unsigned long long previous) noexcept nogil:
+    return (<crc_function>function)(previous, &words[first], (end - first) * sizeof(unsigned long long))

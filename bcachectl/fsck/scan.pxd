@@ -3,12 +3,12 @@
 
 cimport cython
 
-from bcachectl.fsck.fill_c cimport fill_words
+from bcachectl.fsck.fill_c cimport crc_words, fill_words
 
 ctypedef unsigned long long word
 
 
-cdef int _GOOD, _DOUBTFUL, _OTHER_FORM, _STAGED_WORDS, _SETS, _MARKS_END, _DOUBTFUL_BLOCK
+cdef int _GOOD, _DOUBTFUL, _OTHER_FORM, _STAGED_WORDS, _SEED, _SETS, _MARKS_END, _DOUBTFUL_BLOCK
 cdef word _ALL_BITS, _LOW_HALF
 
 
@@ -22,7 +22,9 @@ cdef class Scan:
     cdef int shift, block_shift
     cdef int is_leaf, is_counting
     cdef Py_ssize_t block_words, node_blocks, journal_rows_max, spreads_max, all_spreads_max
-    cdef word[::1] piece_words, staged_words
+    cdef word[::1] piece_words, staged_words, head_words
+    cdef size_t crc
+    cdef readonly bint can_check
     cdef Py_ssize_t leaf_words, staged_size, first_mark, last_doubtful
     cdef readonly list buffers
     cdef Py_ssize_t journal_rows, nsets, nodd, ncuts, nspreads, ntaken, nmarks
@@ -36,6 +38,9 @@ cdef class Scan:
     @cython.locals(log_words=object, index=cython.Py_ssize_t, done=cython.int)
     cpdef bint leaf(self, const word[::1] words, list log, word start, word end) except -1
 
+    @cython.locals(nleaves=cython.Py_ssize_t)
+    cpdef list read_and_count(self, int fd, list leaves)
+
     @cython.locals(staged=object, size=cython.Py_ssize_t, nleaves=cython.Py_ssize_t, number=cython.Py_ssize_t, at=cython.Py_ssize_t)
     cpdef list stage(self, int fd, list leaves)
 
@@ -45,14 +50,24 @@ cdef class Scan:
 
     cpdef list count(self, Py_ssize_t nleaves)
 
+    @cython.locals(staged=cython.ulonglong[::1], words=cython.ulonglong[::1], number=cython.Py_ssize_t,
+                   at=cython.Py_ssize_t)
+    cdef int _read_and_count(self, int fd, Py_ssize_t nleaves) except -2 nogil
+
+    @cython.locals(index=cython.Py_ssize_t, at=cython.Py_ssize_t, length=cython.Py_ssize_t, version=cython.ulonglong,
+                   begun=cython.ulonglong)
+    cdef int _is_sound(self, const word[::1] words, word seed) except -2 nogil
+
+    @cython.locals(done=cython.int)
+    cdef int _add_leaf(self, const word[::1] words, Py_ssize_t at) except -2 nogil
+
     @cython.locals(staged=cython.ulonglong[::1], log_words=cython.ulonglong[::1],
                    number=cython.Py_ssize_t, at=cython.Py_ssize_t, first=cython.Py_ssize_t, index=cython.Py_ssize_t,
                    nsets=cython.Py_ssize_t)
     cdef int _stage(self, int fd, Py_ssize_t nleaves) except -2 nogil
 
     @cython.locals(staged=cython.ulonglong[::1], log_words=cython.ulonglong[::1],
-                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, first=cython.Py_ssize_t, index=cython.Py_ssize_t,
-                   done=cython.int)
+                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, first=cython.Py_ssize_t, index=cython.Py_ssize_t)
     cdef int _piece(self, Py_ssize_t nleaves) except -2 nogil
 
     @cython.locals(count=cython.Py_ssize_t, block=cython.Py_ssize_t, block_words=cython.Py_ssize_t,

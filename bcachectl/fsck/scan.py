@@ -22,9 +22,11 @@ hold that were counted before, and keeps no more of them than sums, and a bit fo
 (`Scan._keep`).  It takes the generations that it has for those that buckets have in the end.  Keys with others wait, as
 if they were live, for `Scan.settle`, which knows them all.
 
-Leaves are counted by the piece: the caller fills some of `Scan.buffers`, calls `Scan.stage` for each, and `Scan.count`
-once.  Other threads run meanwhile; each time that two of them want the interpreter at once, one sleeps for as long as
-a leaf takes, so what is asked of it must be little and seldom.
+Leaves are counted by the piece.  Where the checksum can be made without the interpreter (`bcachectl.fsck.fast_crc`),
+`Scan.read_and_count` does all of it, one leaf after the other in the same memory, which stays in the processor's cache.
+Otherwise the caller makes the checksums between `Scan.stage` and `Scan.count`.  Other threads run meanwhile; each time
+that two of them want the interpreter at once, one sleeps for as long as a leaf takes, so what is asked of it must be
+little and seldom.
 
 Rows stand in arrays of words, four each: start, end, pointer to the first sector, kind.  The kind of what only hides
 others is 0, of clean data 1, of dirty data 3.
@@ -51,7 +53,7 @@ except ImportError:
     from bcachectl import plain as cython
 
 if not cython.compiled:
-    from bcachectl.fsck.fill import fill_words
+    from bcachectl.fsck.fill import crc_words, fill_words
 
 IS_COMPILED: bool = cython.compiled
 
@@ -72,8 +74,9 @@ COUNTED_BEHIND_MAX = BUCKET_GC_GEN_MAX // 2
 afterwards, none of them is too far behind in the end."""
 
 _ROW_WORDS, _RUN_WORDS, _SPREAD_WORDS = 4, 3, 4
-_SETS, _MARKS_END, _DOUBTFUL_BLOCK, _STAGED_WORDS = 3, 4, 5, 6
-"""Of a leaf that waits: its sector, start, end, how many sets, where its marks end, doubtful block; then its log."""
+_SEED, _SETS, _MARKS_END, _DOUBTFUL_BLOCK, _STAGED_WORDS = 3, 4, 5, 6, 7
+"""Of a leaf that waits: its sector, start, end, raw pointer, how many sets, where its marks end, doubtful block; then
+its log."""
 _BEHIND_MAX = 128
 _GOOD, _DOUBTFUL, _OTHER_FORM = 1, 0, -1
 _ALL_BITS, _LOW_HALF = (1 << 64) - 1, (1 << 32) - 1
@@ -99,10 +102,12 @@ class Scan:
     """
 
     def __init__(self, geometry: Geometry, gens: npt.NDArray[np.uint8], journal: npt.NDArray[np.uint64],
-                 magic: int = 0) -> None:
+                 magic: int = 0, crc: int = 0) -> None:
+        """``crc`` is `bcachectl.fsck.fast_crc.crc64_address`; without it, compiled code makes no checksums."""
         bucket_sectors = geometry.bucket_size_sectors
         self.gens = gens.data
-        self.magic, self.version = magic, BSET_VERSION
+        self.magic, self.version, self.crc = magic, BSET_VERSION, crc
+        self.can_check = crc != 0 or not IS_COMPILED
         self.node_sectors, self.block_words = geometry.node_sectors, geometry.block_bytes // 8
         self.node_blocks = geometry.node_bytes // geometry.block_bytes
         self.block_shift, self.in_block = geometry.block_size_sectors.bit_length() - 1, geometry.block_size_sectors - 1
@@ -125,7 +130,7 @@ class Scan:
         self.odd = _room(_RUN_WORDS * rows)
         self.spread_words = _room(_SPREAD_WORDS * SPREADS_MAX)
         self.taken_words = _room(4 * rows)
-        self.log_words = _room(2 * self.node_blocks + 2)
+        self.log_words, self.head_words = _room(2 * self.node_blocks + 2), _room(2)
         self.first_mark = self.last_doubtful = 0
         self.is_leaf = self.nsets = self.nodd = self.ncuts = self.nspreads = self.ntaken = self.nmarks = 0
         self.extents = self.dirty_sectors = self.sectors = 0
@@ -142,7 +147,8 @@ class Scan:
         """Room for the leaves of a piece."""
         self.staged_size = _STAGED_WORDS + 2 * self.node_blocks + 2
         self.staged_words = _room(self.staged_size * nleaves)
-        self.claims = np.zeros(blocks // 64 + 1 if self.can_count else 0, np.uint64)
+        # Written, not only asked for: else the first look at a page and the first bit in it are two faults.
+        self.claims = np.full(blocks // 64 + 1 if self.can_count else 0, 0, np.uint64)
         self.claim_words = self.claims.data
         self.late, self.late_max = _room(_RUN_WORDS * LATE_MAX if self.can_count else 0), LATE_MAX
         self.all_spread_words = _room(_SPREAD_WORDS * ALL_SPREADS_MAX)
@@ -159,9 +165,18 @@ class Scan:
             done = self._leaf(words, start, end)
         return done == _GOOD
 
-    def stage(self, fd: int, leaves: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int]] | None]:
-        """Leaves (sector, start, end) wait for `count`: those read there from ``fd``, or if that is -1 those in the
-        first of `buffers`; none at sector 0.
+    def read_and_count(self, fd: int, leaves: Sequence[tuple[int, int, int, int]]) -> list[bool]:
+        """`stage` and `count` of leaves that ``fd`` has, checksums and all; only if `can_check`."""
+        self._wait(leaves)
+        self.is_counting, self.gen_max = 1, COUNTED_BEHIND_MAX
+        nleaves = len(leaves)
+        with cython.nogil:
+            self._read_and_count(fd, nleaves)
+        return self._counted(nleaves)
+
+    def stage(self, fd: int, leaves: Sequence[tuple[int, int, int, int]]) -> list[list[tuple[int, int]] | None]:
+        """Leaves (sector, start, end, raw pointer) wait for `count`: those read there from ``fd``, or if that is -1
+        those in the first of `buffers`; none at sector 0.
 
         Gives for each the keys of each set, oldest first, as the index of their first word and how many words; empty if
         anything is wrong, None if it could not be read.  What takes a checksum to tell is for the caller to look at:
@@ -169,8 +184,7 @@ class Scan:
         wrong.
         """
         staged, size, nleaves, found = memoryview(self.staged_words), self.staged_size, len(leaves), []
-        for number, leaf in enumerate(leaves):
-            staged[size * number], staged[size * number + 1], staged[size * number + 2] = leaf
+        self._wait(leaves)
         with cython.nogil:
             self._stage(fd, nleaves)
         for at in range(0, size * nleaves, size):
@@ -191,8 +205,7 @@ class Scan:
         self.is_counting, self.gen_max = 1, COUNTED_BEHIND_MAX
         with cython.nogil:
             self._piece(nleaves)
-        staged = memoryview(self.staged_words)
-        return [staged[at + _SETS] > 0 for at in range(0, self.staged_size * nleaves, self.staged_size)]
+        return self._counted(nleaves)
 
     def marks_of(self, number: int) -> bytes:
         """The words of `bcachectl.fsck.tally.Tally.marks` of a leaf that was counted."""
@@ -232,6 +245,49 @@ class Scan:
         """`spreads` of all leaves that were counted."""
         return _spreads_in(memoryview(self.all_spread_words)[:_SPREAD_WORDS * self.nall_spreads])
 
+    def _wait(self, leaves: Sequence[tuple[int, int, int, int]]) -> None:
+        staged, at = memoryview(self.staged_words), 0
+        for leaf in leaves:
+            staged[at], staged[at + 1], staged[at + 2], staged[at + _SEED] = leaf
+            at += self.staged_size
+
+    def _counted(self, nleaves: int) -> list[bool]:
+        staged = memoryview(self.staged_words)
+        return [staged[at + _SETS] > 0 for at in range(0, self.staged_size * nleaves, self.staged_size)]
+
+    def _read_and_count(self, fd: int, nleaves: int) -> int:
+        # Each in the place of the first.
+        staged, words = self.staged_words, self.piece_words[:self.leaf_words]
+        self.nmarks = 0
+        for number in range(nleaves):
+            at = self.staged_size * number
+            staged[at + _SETS] = 0
+            if staged[at] and fill_words(fd, words, staged[at] << 9):
+                self.nsets = self._log(words)
+                if self.nsets and self._is_sound(words, staged[at + _SEED]):
+                    staged[at + _SETS] = self.nsets
+                    self._add_leaf(words, at)
+            staged[at + _MARKS_END] = self.nmarks
+        return 1
+
+    def _is_sound(self, words: memoryview, seed: int) -> int:
+        # By the checksums of the sets in ``log_words``, and of one behind them that would be of this node if its number
+        # were right.
+        seed ^= _ALL_BITS
+        for index in range(self.nsets):
+            at, length = self.log_words[2 * index], self.log_words[2 * index + 1]
+            if crc_words(self.crc, words, at - 3, at + length, seed) != words[at - 4]:
+                return 0
+        if not self.last_doubtful:
+            return 1
+        at = self.last_doubtful * self.block_words
+        length, version = words[at + 3] >> 32, words[at + 3] & _LOW_HALF
+        if not length or version > self.version or at + 4 + length > self.leaf_words:
+            return 1
+        self.head_words[0], self.head_words[1] = self.magic, words[2]
+        begun = crc_words(self.crc, self.head_words, 0, 2, seed if version else 0)
+        return crc_words(self.crc, words, at + 3, at + 4 + length, begun) != words[at]
+
     def _stage(self, fd: int, nleaves: int) -> int:
         staged, log_words = self.staged_words, self.log_words
         for number in range(nleaves):
@@ -253,14 +309,20 @@ class Scan:
         self.nmarks = 0
         for number in range(nleaves):
             at, first = self.staged_size * number, self.leaf_words * number
-            self.nsets, self.first_mark = staged[at + _SETS], self.nmarks
+            self.nsets = staged[at + _SETS]
             if self.nsets:
                 for index in range(2 * self.nsets):
                     log_words[index] = staged[at + _STAGED_WORDS + index]
-                done = self._leaf(self.piece_words[first:first + self.leaf_words], staged[at + 1], staged[at + 2])
-                if done != _GOOD or self._keep() != _GOOD:
-                    self.nmarks, staged[at + _SETS] = self.first_mark, 0
+                self._add_leaf(self.piece_words[first:first + self.leaf_words], at)
             staged[at + _MARKS_END] = self.nmarks
+        return 1
+
+    def _add_leaf(self, words: memoryview, at: int) -> int:
+        # The leaf that waits at that word, whose sets are in ``log_words``; if it is not known it has none then.
+        self.first_mark = self.nmarks
+        done = self._leaf(words, self.staged_words[at + 1], self.staged_words[at + 2])
+        if done != _GOOD or self._keep() != _GOOD:
+            self.nmarks, self.staged_words[at + _SETS] = self.first_mark, 0
         return 1
 
     def _log(self, words: memoryview) -> int:

@@ -34,6 +34,7 @@ import numpy.typing as npt
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.extents import GEN_BITS, U64, Extents
+from bcachectl.fsck.fast_crc import crc64_address
 from bcachectl.fsck.scan import IS_COMPILED, Scan, rows_of
 from bcachectl.ondisk import validity
 from bcachectl.ondisk.bkey import (
@@ -155,7 +156,7 @@ class Tallier:
         self.scan: Scan | None = None
         if IS_COMPILED and sys.byteorder == "little":
             self._rows = rows_of(journal) if rows is None else rows
-            self.scan = Scan(geometry, gens, self._rows, magic)
+            self.scan = Scan(geometry, gens, self._rows, magic, crc64_address())
         self.can_count = self.scan is not None and self.scan.can_count
         self._fd = fd
 
@@ -189,7 +190,12 @@ class Tallier:
         if scan is None or not self.can_count:
             return [self.tally(place) for place in piece]
         assert len(piece) <= self.piece_leaves
-        logs = scan.stage(self._fd, [self._staged(scan, number, place) for number, place in enumerate(piece)])
+        asked = [self._staged(scan, number, place) for number, place in enumerate(piece)]
+        if self._fd >= 0 and scan.can_check:
+            is_counted = scan.read_and_count(self._fd, asked)
+            return [_words(scan.marks_of(number)) if is_counted[number] else self.tally(place)
+                    for number, place in enumerate(piece)]
+        logs = scan.stage(self._fd, asked)
         for number, (place, log) in enumerate(zip(piece, logs, strict=True)):
             if log and not self._is_sound(scan, number, place, log):
                 scan.drop(number)
@@ -199,16 +205,16 @@ class Tallier:
                 else self.tally(place) if log is not None or place.nsectors != scan.node_sectors else None
                 for number, (place, log) in enumerate(zip(piece, logs, strict=True))]
 
-    def _staged(self, scan: Scan, number: int, place: Place) -> tuple[int, int, int]:
+    def _staged(self, scan: Scan, number: int, place: Place) -> tuple[int, int, int, int]:
         # What `Scan.stage` is asked about a leaf; nothing of one that it is not for.
         if place.nsectors != scan.node_sectors or place.sector % self.geometry.bucket_size_sectors:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         if self._fd < 0:
             try:
                 scan.buffers[number][:] = self.read(place.sector, place.nsectors)
             except BcachectlError:
-                return 0, 0, 0
-        return place.sector, place.start, place.end
+                return 0, 0, 0, 0
+        return place.sector, place.start, place.end, place.seed
 
     def _is_sound(self, scan: Scan, number: int, place: Place, log: list[tuple[int, int]]) -> bool:
         # By its checksums.

@@ -25,6 +25,7 @@ from tests.fsck.image import SB, Image
 
 MEMORY_LIMIT_BYTES = 1 << 30
 SECONDS_LIMIT = 20.0
+"""Of processor time, which a busy machine does not change; a wait that never ends is for pytest's own limit."""
 
 
 class Byte(NamedTuple):
@@ -65,9 +66,9 @@ def judge(image: Image, byte: Byte, mask: int, baseline: Sequence[str]) -> str:
     """Flip one byte, check, and say how it went: covered by a checksum and found, found, missed (a failure), quiet."""
     damaged = image.fresh()
     damaged.cache.flip(byte.offset, mask)
-    start_s = time.monotonic()
+    start_s = time.process_time()
     checked = run(open_check(damaged.cache.read, damaged.cache.size_sectors))
-    assert time.monotonic() - start_s < SECONDS_LIMIT, f"{byte}: took too long"
+    assert time.process_time() - start_s < SECONDS_LIMIT, f"{byte}: took too long"
     found = sorted(finding.code for finding in checked.findings)
     if found != list(baseline):
         return "covered" if byte.is_covered else "found"
