@@ -20,7 +20,7 @@ cdef class Scan:
     cdef word magic, version, in_bucket, bucket_end, ptr_min, ptr_limit, gen_max, behind_max, form, varying
     cdef word place_start, place_end, in_block
     cdef int shift, block_shift
-    cdef int is_leaf, is_counting
+    cdef int is_leaf, is_counting, is_begun
     cdef Py_ssize_t block_words, node_blocks, journal_rows_max, spreads_max, all_spreads_max
     cdef word[::1] piece_words, staged_words, head_words
     cdef size_t crc
@@ -50,8 +50,8 @@ cdef class Scan:
 
     cpdef list count(self, Py_ssize_t nleaves)
 
-    @cython.locals(staged=cython.ulonglong[::1], words=cython.ulonglong[::1], number=cython.Py_ssize_t,
-                   at=cython.Py_ssize_t)
+    @cython.locals(staged=cython.ulonglong[::1], words=cython.ulonglong[::1], claims=cython.ulonglong[::1],
+                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, index=cython.Py_ssize_t)
     cdef int _read_and_count(self, int fd, Py_ssize_t nleaves) except -2 nogil
 
     @cython.locals(index=cython.Py_ssize_t, at=cython.Py_ssize_t, length=cython.Py_ssize_t, version=cython.ulonglong,

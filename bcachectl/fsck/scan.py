@@ -138,7 +138,7 @@ class Scan:
         # What all leaves that are counted hold together.
         blocks = geometry.nbuckets * bucket_sectors >> self.block_shift
         self.can_count = blocks // 8 < CLAIM_BYTES_MAX and not geometry.block_size_sectors & self.in_block
-        self.is_counting = self.is_unsure = 0
+        self.is_counting = self.is_unsure = self.is_begun = 0
         leaf_words = geometry.node_bytes // 8
         nleaves = min(max(PIECE_BYTES // geometry.node_bytes, 1), PIECE_LEAVES_MAX) if self.can_count else 0
         piece = _room(leaf_words * nleaves)
@@ -147,8 +147,7 @@ class Scan:
         """Room for the leaves of a piece."""
         self.staged_size = _STAGED_WORDS + 2 * self.node_blocks + 2
         self.staged_words = _room(self.staged_size * nleaves)
-        # Written, not only asked for: else the first look at a page and the first bit in it are two faults.
-        self.claims = np.full(blocks // 64 + 1 if self.can_count else 0, 0, np.uint64)
+        self.claims = np.zeros(blocks // 64 + 1 if self.can_count else 0, np.uint64)
         self.claim_words = self.claims.data
         self.late, self.late_max = _room(_RUN_WORDS * LATE_MAX if self.can_count else 0), LATE_MAX
         self.all_spread_words = _room(_SPREAD_WORDS * ALL_SPREADS_MAX)
@@ -257,8 +256,13 @@ class Scan:
 
     def _read_and_count(self, fd: int, nleaves: int) -> int:
         # Each in the place of the first.
-        staged, words = self.staged_words, self.piece_words[:self.leaf_words]
+        staged, words, claims = self.staged_words, self.piece_words[:self.leaf_words], self.claim_words
         self.nmarks = 0
+        if not self.is_begun:
+            # Written, not only asked for: else the first look at a page and the first bit in it are two faults.
+            self.is_begun = 1
+            for index in range(len(claims)):
+                claims[index] = 0
         for number in range(nleaves):
             at = self.staged_size * number
             staged[at + _SETS] = 0
