@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from bcachectl.engine.sched import Sched
     from bcachectl.engine.write_group import StableWrites
 
-PATIENCE_SHIFT = 3
-"""For this part of the time that a group took, 1/8, the next one waits for more."""
+PATIENCE_SHIFT = 2
+"""For this part of the time that a group took, a quarter, the next one waits for more."""
 MAX_PATIENCE_NS = 2_000_000
 WRITE_NUMBER = 1 << 17
 """The number of a write in the ring, with the tag of its first part."""
