@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +37,8 @@ from bcachectl.ondisk.jset import decode_jset
 from bcachectl.ondisk.magic import jset_magic
 from tests.damage import Case, cases
 from tests.fsck.flip import Byte, metadata
-from tests.fsck.image import Image
-from tests.fsck.test_damage import MOVED, apply, check, per_position, per_sector, serious
+from tests.fsck.image import Image, keep
+from tests.fsck.test_damage import MOVED, apply, base_image, check, per_position, per_sector, serious
 from tests.fsck.test_interrupted import interrupted
 from tests.fsck.test_writeback import Disk, check_of, written_back
 
@@ -70,6 +71,14 @@ class Listed(NamedTuple):
     def is_unknown(self, position: int) -> bool:
         """Nothing is known about the position."""
         return any(start <= position < end for start, end in self.unknown)
+
+
+TRUTHS: dict[str, Truth] = {}
+
+
+def truth(golden: Callable[..., Path], base: str) -> Truth:
+    """What is true of a story."""
+    return keep(TRUTHS, base, lambda: truth_of(base_image(golden(base))))
 
 
 def truth_of(image: Image) -> Truth:

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from bcachectl.errors import DeviceError
 from bcachectl.fsck.check_backing import Backing
@@ -21,12 +23,35 @@ from bcachectl.ondisk.jset import JSET_HEADER_BYTES
 from bcachectl.ondisk.superblock import judge_csum
 
 SB = 4096
+T = TypeVar("T")
+
+
+def stored(story: Path) -> Image:
+    """The devices of a directory, which nobody may change as long as the image is used; not read into memory."""
+    return Image(_mapped(story / "cache.img"), [_mapped(path) for path in sorted(story.glob("back*.img"))])
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def keep(kept: dict[str, T], name: str, make: Callable[[], T]) -> T:
+    """What stands under ``name``, made if it is not there; of what is large, tests keep the last `KEPT_MAX` only."""
+    if name not in kept:
+        while len(kept) >= KEPT_MAX:
+            del kept[next(iter(kept))]
+        kept[name] = make()
+    return kept[name]
+
+
+KEPT_MAX = 2
 
 
 class Device:
     """One device: bytes, edits by sector, sectors that cannot be read, a length that may be cut."""
 
-    def __init__(self, name: str, base: bytes) -> None:
+    def __init__(self, name: str, base: bytes | mmap.mmap) -> None:
         self.name, self.base = name, base
         self.size_sectors = len(base) >> 9
         self.edits: dict[int, bytes] = {}
@@ -78,7 +103,7 @@ class Device:
 class Image:
     """A cache device and its backing devices."""
 
-    def __init__(self, cache: bytes, backings: list[bytes]) -> None:
+    def __init__(self, cache: bytes | mmap.mmap, backings: Sequence[bytes | mmap.mmap]) -> None:
         self.cache = Device("cache", cache)
         self.backings = [Device(f"back{number}", image) for number, image in enumerate(backings)]
         self.nodes: list[Node] = []

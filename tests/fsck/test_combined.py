@@ -25,34 +25,26 @@ from tests.fsck.combined import (
     is_newest_torn,
     judge,
     listed,
+    truth,
     truth_before_newest,
-    truth_of,
     wrong_after_writeback,
 )
-from tests.fsck.image import Image
-from tests.fsck.test_damage import apply, base_image, check, serious
+from tests.fsck.image import Image, keep
+from tests.fsck.test_damage import apply, check, serious
 
 CASES = {case.name: case for case in cases()}
 BASES = bases()
 FIRST, _, LAST = os.environ.get("BCACHECTL_COMBINED", "4").partition("-")
 SEEDS = range(int(FIRST), int(LAST) + 1) if LAST else range(int(FIRST))
-TRUTHS: dict[str, Truth] = {}
-
-
-def truth(golden: Callable[..., Path], base: str) -> Truth:
-    if base not in TRUTHS:
-        TRUTHS[base] = truth_of(base_image(golden(base)))
-    return TRUTHS[base]
+EARLIER: dict[str, Truth] = {}
 
 
 def truth_for(golden: Callable[..., Path], base: str, image: Image) -> Truth:
     """What a damaged image is held against: the undamaged one, or that before its newest journal entry."""
-    known, name = truth(golden, base), f"{base} before its newest entry"
+    known = truth(golden, base)
     if not is_newest_torn(image, known):
         return known
-    if name not in TRUTHS:
-        TRUTHS[name] = truth_before_newest(known)
-    return TRUTHS[name]
+    return keep(EARLIER, base, lambda: truth_before_newest(known))
 
 
 @pytest.mark.parametrize("base", sorted(BASES))

@@ -23,7 +23,7 @@ from bcachectl.fsck.salvage import leaf_map
 from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
 from tests.damage import Case, cases
 from tests.fsck.conftest import CLEAN, LEFT, NOTHING
-from tests.fsck.image import Image
+from tests.fsck.image import Image, stored
 
 CASES = cases()
 ELSEWHERE = {"SB_OVERRULED": "test_superblock.py", "SB_HALF_UUID": "test_superblock.py",
@@ -57,7 +57,7 @@ def test_every_code_exists() -> None:
 
 @lru_cache(maxsize=2)
 def base_image(story: Path) -> Image:
-    return Image((story / "cache.img").read_bytes(), [path.read_bytes() for path in sorted(story.glob("back*.img"))])
+    return stored(story)
 
 
 def check(image: Image) -> Check:

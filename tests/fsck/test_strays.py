@@ -26,21 +26,13 @@ from bcachectl.fsck.writeback import find_dirty
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS, PTR_OFFSET, encode_key_columns
 from bcachectl.ondisk.bset import BSET_HEADER_BYTES
 from tests.damage import _live_rows, cases
-from tests.fsck.combined import Truth, judge, listed, truth_of, wrong_after_writeback
+from tests.fsck.combined import Truth, judge, listed, truth, truth_of, wrong_after_writeback
 from tests.fsck.image import Image
-from tests.fsck.test_damage import apply, base_image, check, per_position, per_sector, serious
+from tests.fsck.test_damage import apply, check, per_position, per_sector, serious
 from tests.fsck.test_interrupted import states
 from tests.sim.world import Backing, Setup, World
 
 CASES = {case.name: case for case in cases()}
-TRUTHS: dict[str, Truth] = {}
-
-
-def truth(golden: Callable[..., Path], base: str) -> Truth:
-    if base not in TRUTHS:
-        TRUTHS[base] = truth_of(base_image(golden(base)))
-    return TRUTHS[base]
-
 
 def strays(checked: Check) -> list[Finding]:
     return [finding for finding in checked.findings if finding.code == "BTREE_STRAY"]

@@ -41,7 +41,7 @@ from bcachectl.ondisk.bkey import INODE_SHIFT, PTR_OFFSET
 from bcachectl.ondisk.magic import INVALID_UUID
 from bcachectl.ondisk.superblock import BdevState
 from tests.damage import cases
-from tests.fsck.image import Image
+from tests.fsck.image import Image, keep, stored
 
 STORIES = ("attached_clean", "dirty_crash", "deep_crash", "thrash_crash", "killed", "two_backing", "flash_volume",
            "fifo_discard", "gen_churn")
@@ -72,26 +72,18 @@ class Disk:
 
 
 LOADED: dict[str, Image] = {}
-EXAMINED: dict[int, tuple[Check, Dirty]] = {}
+EXAMINED: dict[str, tuple[Check, Dirty]] = {}
 TRUTHS: dict[str, list[bytes]] = {}
 
 
 def load(golden: Callable[..., Path], name: str) -> Image:
     """The images of a story, read once; nobody edits what this gives, see `Image.fresh`."""
-    if name not in LOADED:
-        LOADED[name] = _load(golden(name))
-    return LOADED[name]
+    return keep(LOADED, name, lambda: stored(golden(name)))
 
 
 def truths_of(golden: Callable[..., Path], name: str) -> list[bytes]:
     """Its backing devices as they are when nothing is damaged."""
-    if name not in TRUTHS:
-        TRUTHS[name] = written_back(load(golden, name))
-    return TRUTHS[name]
-
-
-def _load(story: Path) -> Image:
-    return Image((story / "cache.img").read_bytes(), [path.read_bytes() for path in sorted(story.glob("back*.img"))])
+    return keep(TRUTHS, name, lambda: written_back(load(golden, name)))
 
 
 def check_of(image: Image) -> Check:
@@ -111,13 +103,12 @@ def check_of(image: Image) -> Check:
 
 def examined(image: Image) -> tuple[Check, Dirty]:
     """The check of an image and its dirty data; those of images without edits are kept."""
-    if image not in LOADED.values():
+    def examine() -> tuple[Check, Dirty]:
         check = check_of(image)
         return check, find_dirty(check)
-    if id(image) not in EXAMINED:
-        check = check_of(image)
-        EXAMINED[id(image)] = check, find_dirty(check)
-    return EXAMINED[id(image)]
+
+    name = next((name for name, each in LOADED.items() if each is image), None)
+    return examine() if name is None else keep(EXAMINED, name, examine)
 
 
 def copies(image: Image, disks: list[Disk], *, retries: int = 0, maps: list[Extents] | None = None) -> list[Copy]:
