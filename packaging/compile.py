@@ -20,6 +20,7 @@ MODULES = (
     "bcachectl.engine.export.ublk_reads",
     "bcachectl.engine.export.ublk_writes",
     "bcachectl.fsck.scan",
+    "bcachectl.fsck.counting",
 )
 DIRECTIVES = {
     "language_level": 3,

@@ -2,7 +2,8 @@
 """`Counted`: plain leaves that are added up where they are scanned, by threads, and nothing is kept of each of them.
 
 A tally of a leaf (`bcachectl.fsck.tally`) holds for the generations that it was made with, and carries a word for every
-run of data, to be sorted with those of all others.  Where `bcachectl.fsck.scan` is compiled, most sets need neither:
+run of data, to be sorted with those of all others.  Where `bcachectl.fsck.counting` is compiled, most
+sets need neither:
 
 1. Each thread has a `Tallier` of its own, all with the generations that were known before the first leaf.  A thread
    takes the next piece of leaves, and `counts` gives what it says of each, in the order of the leaves.
@@ -24,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bcachectl.fsck.counting import COUNTED_BEHIND_MAX, CountingScan
 from bcachectl.fsck.extents import U64
-from bcachectl.fsck.scan import COUNTED_BEHIND_MAX, Scan
 from bcachectl.fsck.tally import Place, Spread, Tallier, Tally, joined_spreads
 from bcachectl.fsck.threads import in_order
 
@@ -41,7 +42,7 @@ class Counted:
         self.extents = self.dirty_sectors = self.clean_sectors = 0
         self.dirty: dict[int, Spread] = {}
         self.used: npt.NDArray[np.bool_] = np.zeros(len(gens), np.bool_)
-        self._scans: list[Scan] = [tallier.scan for tallier in talliers if tallier.scan is not None]
+        self._scans: list[CountingScan] = [tallier.scan for tallier in talliers if tallier.scan is not None]
 
     def counts(self, places: Sequence[Place]) -> Generator[U64 | Tally | None, None, None]:
         """What `Tallier.count` says about each place, in order."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`fill_words`, words of a device into memory that is there, and `crc_words`, as `bcachectl.fsck.scan` needs them.
+"""`fill_words`, words of a device into memory that is there, and `crc_words`, as `bcachectl.fsck.counting` needs them.
 
 The compiled scan has its own in fill_c.pxd, which do without the interpreter.
 """

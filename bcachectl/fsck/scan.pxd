@@ -3,13 +3,10 @@
 
 cimport cython
 
-from bcachectl.fsck.fill_c cimport crc_words, fill_words
-
 ctypedef unsigned long long word
 
 
-cdef int _GOOD, _DOUBTFUL, _OTHER_FORM, _STAGED_WORDS, _SEED, _SETS, _MARKS_END, _DOUBTFUL_BLOCK
-cdef word _ALL_BITS, _LOW_HALF
+cdef int GOOD, DOUBTFUL, OTHER_FORM
 
 
 cdef class Scan:
@@ -17,63 +14,17 @@ cdef class Scan:
     cdef const word[::1] journal
     cdef word[::1] rows, others, cuts, odd, spread_words, taken_words, mark_words, log_words
     cdef readonly word node_sectors
-    cdef word magic, version, in_bucket, bucket_end, ptr_min, ptr_limit, gen_max, behind_max, form, varying
-    cdef word place_start, place_end, in_block
-    cdef int shift, block_shift
-    cdef int is_leaf, is_counting, is_begun
-    cdef Py_ssize_t block_words, node_blocks, journal_rows_max, spreads_max, all_spreads_max
-    cdef word[::1] piece_words, staged_words, head_words
-    cdef size_t crc
-    cdef readonly bint can_check
-    cdef Py_ssize_t leaf_words, staged_size, first_mark, last_doubtful
-    cdef readonly list buffers
+    cdef word in_bucket, bucket_end, ptr_min, ptr_limit, gen_max, behind_max, form, fixed
+    cdef word place_start, place_end
+    cdef int shift
+    cdef int is_leaf, is_counting
+    cdef Py_ssize_t journal_rows_max, spreads_max
+    cdef Py_ssize_t first_mark
     cdef Py_ssize_t journal_rows, nsets, nodd, ncuts, nspreads, ntaken, nmarks
     cdef readonly word extents, dirty_sectors, sectors
-    cdef readonly bint can_count, is_unsure
-    cdef readonly object claims
-    cdef word[::1] claim_words, late, all_spread_words
-    cdef Py_ssize_t nlate, late_max, nall_spreads
-    cdef readonly word all_extents, all_dirty_sectors, all_sectors
 
     @cython.locals(log_words=object, index=cython.Py_ssize_t, done=cython.int)
     cpdef bint leaf(self, const word[::1] words, list log, word start, word end) except -1
-
-    @cython.locals(nleaves=cython.Py_ssize_t)
-    cpdef list read_and_count(self, int fd, list leaves)
-
-    @cython.locals(staged=object, size=cython.Py_ssize_t, nleaves=cython.Py_ssize_t, number=cython.Py_ssize_t, at=cython.Py_ssize_t)
-    cpdef list stage(self, int fd, list leaves)
-
-    cpdef Py_ssize_t doubtful_block(self, Py_ssize_t number)
-
-    cpdef drop(self, Py_ssize_t number)
-
-    cpdef list count(self, Py_ssize_t nleaves)
-
-    @cython.locals(staged=cython.ulonglong[::1], words=cython.ulonglong[::1], claims=cython.ulonglong[::1],
-                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, index=cython.Py_ssize_t)
-    cdef int _read_and_count(self, int fd, Py_ssize_t nleaves) except -2 nogil
-
-    @cython.locals(index=cython.Py_ssize_t, at=cython.Py_ssize_t, length=cython.Py_ssize_t, version=cython.ulonglong,
-                   begun=cython.ulonglong)
-    cdef int _is_sound(self, const word[::1] words, word seed) except -2 nogil
-
-    @cython.locals(done=cython.int)
-    cdef int _add_leaf(self, const word[::1] words, Py_ssize_t at) except -2 nogil
-
-    @cython.locals(staged=cython.ulonglong[::1], log_words=cython.ulonglong[::1],
-                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, first=cython.Py_ssize_t, index=cython.Py_ssize_t,
-                   nsets=cython.Py_ssize_t)
-    cdef int _stage(self, int fd, Py_ssize_t nleaves) except -2 nogil
-
-    @cython.locals(staged=cython.ulonglong[::1], log_words=cython.ulonglong[::1],
-                   number=cython.Py_ssize_t, at=cython.Py_ssize_t, first=cython.Py_ssize_t, index=cython.Py_ssize_t)
-    cdef int _piece(self, Py_ssize_t nleaves) except -2 nogil
-
-    @cython.locals(count=cython.Py_ssize_t, block=cython.Py_ssize_t, block_words=cython.Py_ssize_t,
-                   node_blocks=cython.Py_ssize_t, seq=cython.ulonglong, at=cython.Py_ssize_t,
-                   length=cython.Py_ssize_t, blocks=cython.Py_ssize_t)
-    cdef Py_ssize_t _log(self, const word[::1] words) except -2 nogil
 
     @cython.locals(done=cython.int)
     cdef int _leaf(self, const word[::1] words, word start, word end) except -2 nogil
@@ -130,25 +81,6 @@ cdef class Scan:
 
     @cython.locals(words=cython.ulonglong[::1], at=cython.Py_ssize_t)
     cdef int _note(self, word inode, word sectors, word start, word end) except -2 nogil
-
-    @cython.locals(index=cython.Py_ssize_t)
-    cdef int _keep(self) except -2 nogil
-
-    @cython.locals(taken=cython.ulonglong[::1], claims=cython.ulonglong[::1], block_shift=cython.int, block_sectors=cython.ulonglong,
-                   in_block=cython.ulonglong, one=cython.ulonglong, is_twice=cython.ulonglong, index=cython.Py_ssize_t,
-                   sector=cython.ulonglong, length=cython.ulonglong, block=cython.ulonglong, bit=cython.ulonglong)
-    cdef int _claim_taken(self) except -2 nogil
-
-    @cython.locals(claims=cython.ulonglong[::1], block=cython.ulonglong, last=cython.ulonglong, first=cython.ulonglong,
-                   count=cython.ulonglong, bits=cython.ulonglong)
-    cdef int _claim(self, word sector, word length) except -2 nogil
-
-    @cython.locals(words=cython.ulonglong[::1], at=cython.Py_ssize_t)
-    cdef int _add_spread(self, word inode, word sectors, word start, word end) except -2 nogil
-
-    @cython.locals(late=cython.ulonglong[::1], index=cython.Py_ssize_t, head=cython.ulonglong, tail=cython.ulonglong,
-                   length=cython.ulonglong, behind=cython.ulonglong)
-    cdef int _judge_late(self) except -2 nogil
 
 
 @cython.locals(at=cython.Py_ssize_t)

@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from bcachectl.errors import BcachectlError, Corrupt
 from bcachectl.fsck import extents as extent
+from bcachectl.fsck.counting import CountingScan
 from bcachectl.fsck.extents import GEN_BITS, U64, Extents
 from bcachectl.fsck.fast_crc import crc64_address
 from bcachectl.fsck.scan import IS_COMPILED, Scan, rows_of
@@ -153,10 +154,10 @@ class Tallier:
         self._ptr_min = geometry.first_bucket * bucket_sectors << GEN_BITS
         self._ptr_limit = min(geometry.nbuckets * bucket_sectors << GEN_BITS, 1 << PTR_DEV.offset)
         self._rows = rows
-        self.scan: Scan | None = None
+        self.scan: CountingScan | None = None
         if IS_COMPILED and sys.byteorder == "little":
             self._rows = rows_of(journal) if rows is None else rows
-            self.scan = Scan(geometry, gens, self._rows, magic, crc64_address())
+            self.scan = CountingScan(geometry, gens, self._rows, magic, crc64_address())
         self.can_count = self.scan is not None and self.scan.can_count
         self._fd = fd
 
@@ -184,8 +185,8 @@ class Tallier:
         return self._tally(view, log, place)
 
     def count(self, piece: Sequence[Place]) -> list[U64 | Tally | None]:
-        """Up to `piece_leaves` leaves are added to what `Scan.settle` tells about all of them together, and the marks
-        of each are given; for one that is not for that, what `tally` says."""
+        """Up to `piece_leaves` leaves are added to what `CountingScan.settle` tells about all of them together, and the
+        marks of each are given; for one that is not for that, what `tally` says."""
         scan = self.scan
         if scan is None or not self.can_count:
             return [self.tally(place) for place in piece]
@@ -205,8 +206,8 @@ class Tallier:
                 else self.tally(place) if log is not None or place.nsectors != scan.node_sectors else None
                 for number, (place, log) in enumerate(zip(piece, logs, strict=True))]
 
-    def _staged(self, scan: Scan, number: int, place: Place) -> tuple[int, int, int, int]:
-        # What `Scan.stage` is asked about a leaf; nothing of one that it is not for.
+    def _staged(self, scan: CountingScan, number: int, place: Place) -> tuple[int, int, int, int]:
+        # What `CountingScan.stage` is asked about a leaf; nothing of one that it is not for.
         if place.nsectors != scan.node_sectors or place.sector % self.geometry.bucket_size_sectors:
             return 0, 0, 0, 0
         if self._fd < 0:
@@ -216,7 +217,7 @@ class Tallier:
                 return 0, 0, 0, 0
         return place.sector, place.start, place.end, place.seed
 
-    def _is_sound(self, scan: Scan, number: int, place: Place, log: list[tuple[int, int]]) -> bool:
+    def _is_sound(self, scan: CountingScan, number: int, place: Place, log: list[tuple[int, int]]) -> bool:
         # By its checksums.
         view, seed = scan.buffers[number], place.seed ^ _ALL_ONES
         words = view.cast("Q")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""`Scan` against the columns of `Tallier`: what it says about a leaf is what they say, whatever is in the leaf.
+"""`Scan` and `CountingScan` against the columns of `Tallier`: the same is said about a leaf, whatever is in it.
 
 Leaves are made of several sets of few keys, close together, so that they touch, with buckets of few generations and a
 journal on top; then anything may be wrong with any key.  The columns are held against the full decoder elsewhere
@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from bcachectl.fsck import extents as extent
 from bcachectl.fsck.counted import Counted
+from bcachectl.fsck.counting import CountingScan
 from bcachectl.fsck.extents import Extents
 from bcachectl.fsck.fast_crc import crc64_address
-from bcachectl.fsck.scan import JOURNAL_ROWS_MAX, SPREADS_MAX, Scan, rows_of
+from bcachectl.fsck.scan import JOURNAL_ROWS_MAX, SPREADS_MAX, rows_of
 from bcachectl.fsck.tally import RUN_BITS, RUN_MASK, Place, Spread, Tallier, Tally, joined_spreads
 from bcachectl.ondisk.bkey import HIGH_ONE, INODE_SHIFT, MAX_POS, PTR_CHECK_DEV
 from bcachectl.ondisk.bset import encode_bset
@@ -152,7 +153,7 @@ def compare(sets: list[list[Key]], journal: Extents, gens: np.ndarray[tuple[int]
     place = Place(BUCKET * 64, PLACE_PTR, GEOMETRY.node_sectors, start, end)
     tallier.scan = None
     expected = tallier.tally(place)
-    tallier.scan = Scan(GEOMETRY, gens, rows_of(journal))
+    tallier.scan = CountingScan(GEOMETRY, gens, rows_of(journal), MAGIC, crc64_address())
     log = tallier.log(memoryview(data), place)
     is_known = tallier.scan.leaf(memoryview(data).cast("Q"), log, start, end) if log else False
     got = tallier.tally(place)
@@ -222,7 +223,7 @@ def counting(nodes: list[bytes], gens: np.ndarray[tuple[int], np.dtype[np.uint8]
              fd: int = -1) -> Tallier:
     """A tallier that counts, as a compiled one does, by a descriptor if there is one."""
     made = Tallier(lambda sector, _count: nodes[sector // 64], GEOMETRY, MAGIC, gens, journal, fd)
-    made.scan = Scan(GEOMETRY, gens, rows_of(journal), MAGIC, crc64_address())
+    made.scan = CountingScan(GEOMETRY, gens, rows_of(journal), MAGIC, crc64_address())
     made.can_count = True
     return made
 
