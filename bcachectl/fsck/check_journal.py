@@ -81,6 +81,8 @@ def _wrong_magics(walk: Walk) -> Iterator[Finding]:
     magic = jset_magic(sb.set_uuid).to_bytes(8, "little")
     reached = _ends(walk)
     for index, bucket in enumerate(sb.d):
+        if index in walk.journal_blank:
+            continue
         end = reached.get(index, 0)
         sector, sectors = geometry.sector_of(bucket) + (end >> 9), min(JSET_MAX_BYTES, geometry.bucket_bytes - end) >> 9
         try:

@@ -30,6 +30,9 @@ from bcachectl.fsck.extents import U64
 from bcachectl.fsck.tally import Place, Spread, Tallier, Tally, joined_spreads
 from bcachectl.fsck.threads import in_order
 
+LATE_MIN = 10_000
+"""Fewer runs that have waited are judged before a thread has begun."""
+
 
 class Counted:
     """What the leaves hold that ``talliers``, all with the generations ``gens``, have counted.
@@ -63,9 +66,10 @@ class Counted:
         """Sum up, by the generations in the end; False if what was counted is not to be used."""
         raised = gens - self.gens
         claims = np.bitwise_or.reduce([scan.claims for scan in self._scans])
-        if int(raised.max(initial=0)) > COUNTED_BEHIND_MAX or bool(raised[self._used(claims)].any()):
+        if raised.any() and (int(raised.max()) > COUNTED_BEHIND_MAX or raised[self._used(claims)].any()):
             return False
-        if not all(list(in_order(lambda scan: scan.settle(gens), self._scans, len(self._scans)))):
+        threads = len(self._scans) if max(scan.nlate for scan in self._scans) >= LATE_MIN else 1
+        if not all(list(in_order(lambda scan: scan.settle(gens), self._scans, threads))):
             return False
         claims = self._scans[0].claims
         for scan in self._scans[1:]:

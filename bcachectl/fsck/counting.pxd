@@ -23,7 +23,8 @@ cdef class CountingScan(Scan):
     cdef readonly bint can_count, is_unsure
     cdef readonly object claims
     cdef word[::1] claim_words, late, all_spread_words
-    cdef Py_ssize_t nlate, late_max, nall_spreads
+    cdef readonly Py_ssize_t nlate
+    cdef Py_ssize_t late_max, nall_spreads
     cdef readonly word all_extents, all_dirty_sectors, all_sectors
 
     @cython.locals(nleaves=cython.Py_ssize_t)

@@ -39,13 +39,14 @@ THREADS_MIN_BYTES = 16 << 20
 
 
 class JournalBucket(NamedTuple):
-    """One bucket by its number in the journal: its valid entries from the start on, what is wrong with it, and whether
-    no block behind the entries could begin another one."""
+    """One bucket by its number in the journal: its valid entries from the start on, what is wrong with it, whether no
+    block behind the entries could begin another one, and whether zeros begin where they end."""
 
     number: int
     entries: Sequence[Record] = ()
     damage: Damage | None = None
     is_exhausted: bool = False
+    is_blank: bool = False
 
 
 class _Place(NamedTuple):
@@ -99,7 +100,8 @@ class _Reader:
                 return list(map(self._read_bucket, piece))
             is_possible = self._begins(view).reshape(len(piece), -1).max(axis=1).tolist()
             return [self._judge(place, view[number * size:(number + 1) * size]) if is_possible[number]
-                    else JournalBucket(place.number, is_exhausted=True) for number, place in enumerate(piece)]
+                    else JournalBucket(place.number, is_exhausted=True, is_blank=not any(view[number * size:][:8]))
+                    for number, place in enumerate(piece)]
         finally:
             self._idle.append(buf)
 
@@ -161,7 +163,8 @@ class _Reader:
         if why in ("too big", "bad csum"):
             damage = Damage("JOURNAL_TORN", f"{where}, byte {end}", why, sector + (end >> 9), 1, is_harmless=True)
         is_exhausted = not self.entries_only and self._is_exhausted(place, buf, end)
-        return JournalBucket(place.number, entries, damage, is_exhausted)
+        is_blank = end + 8 <= len(buf) and not any(buf[end:end + 8])
+        return JournalBucket(place.number, entries, damage, is_exhausted, is_blank)
 
     def _is_exhausted(self, place: _Place, buf: Buffer, end: int) -> bool:
         rest = self.geometry.bucket_bytes - len(buf)

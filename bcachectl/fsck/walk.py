@@ -114,6 +114,8 @@ class Walk:
         """The entries that a start would replay, by seq."""
         self.journal_exhausted: set[int] = set()
         """Journal buckets, by index, in which no block that could begin an entry stands behind the last one."""
+        self.journal_blank: set[int] = set()
+        """Those in which zeros begin where another entry would stand."""
         self.prio_buckets: list[int] = []
         self.uuids: tuple[UuidEntry, ...] = ()
         self.slots: list[Slot] = []
@@ -220,6 +222,8 @@ class Walk:
                     torn.append(bucket.damage)
                 if bucket.is_exhausted:
                     self.journal_exhausted.add(bucket.number)
+                if bucket.is_blank:
+                    self.journal_blank.add(bucket.number)
         yield from torn
         self.journal.extend(self._more)
         self.journal.sort(key=lambda entry: entry.jset.seq)
@@ -373,11 +377,11 @@ class Walk:
 
     def _walk_leaves(self, children: Sequence[Child], tallier: Tallier) -> Iterator[Record | Damage]:
         # The leaves below one node.  What is not plain is read again, by the way of all nodes.
-        buckets = np.array([self.geometry.bucket_of(key.ptrs[0].sector) for _level, key, _start, _end in children],
-                           np.intp)
-        first_of = dict(zip(reversed(buckets.tolist()), reversed(range(len(children))), strict=True))
-        is_new = ~self._visited[buckets]
-        is_new &= np.array([first_of[bucket] == row for row, bucket in enumerate(buckets.tolist())], np.bool_)
+        buckets = np.array([key.ptrs[0].sector for _level, key, _start, _end in children],
+                           np.intp) >> self.geometry.bucket_shift
+        is_first = np.zeros(len(children), np.bool_)
+        is_first[np.unique(buckets, return_index=True)[1]] = True
+        is_new = is_first & ~self._visited[buckets]
         places = [_place_of(child) for child in children]
         asked = [place for place, new in zip(places, is_new.tolist(), strict=True) if new]
         self._count_by(tallier)
