@@ -22,6 +22,7 @@ import mmap
 import os
 import select
 from collections import deque
+from collections.abc import Sequence
 from time import monotonic_ns
 from typing import Any, Protocol
 
@@ -63,12 +64,30 @@ class _Flight:
         self.io = io
         self.medium = medium
         self.array: Any = None
-        self.bounce: mmap.mmap | None = None
+        self.bounce: _Bounce | None = None
         self.address = 0
         self.done_bytes = 0
         self.flushing = False
         self.entries = 0
         self.result = 0
+
+
+class _Bounce:
+    # Aligned memory for a device that wants that; ``address`` is looked up once.
+
+    __slots__ = ("address", "memory")
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = memoryview(mmap.mmap(-1, nbytes))
+        self.address: int = np.frombuffer(self.memory, np.uint8).__array_interface__["data"][0]
+
+    def fill(self, parts: Sequence[Any]) -> None:
+        memory, at = self.memory, 0
+        for part in parts:
+            data = part if type(part) is bytes else memoryview(part).cast("B")
+            end = at + len(data)
+            memory[at:end] = data
+            at = end
 
 
 class Looks:
@@ -123,7 +142,7 @@ class RingBackend:
         """Processes wait for answers and send their next requests soon, in another way than by this ring."""
         self._device_looks, self._request_looks = Looks(), Looks()
         self._may_look = len(os.sched_getaffinity(0)) > 1   # with one processor, nobody else would run meanwhile
-        self._bounces: dict[int, list[mmap.mmap]] = {}      # by their sectors
+        self._bounces: dict[int, list[_Bounce]] = {}        # by their sectors
         self._last_client = 0
         self._is_polled = False
         self._is_poll_due = False
@@ -251,17 +270,17 @@ class RingBackend:
 
     def _launch(self, io: Io, medium: Medium) -> None:
         flight = _Flight(io, medium)
-        if io.op in (READ, WRITE):
+        if io.op == WRITE and medium.direct and type(io.buf) in (bytes, tuple):
+            # Such memory is never aligned.
+            self._bounce(flight).fill(io.buf if type(io.buf) is tuple else (io.buf,))
+        elif io.op in (READ, WRITE):
             flight.array = np.frombuffer(io.joined(), np.uint8)
             flight.address = flight.array.__array_interface__["data"][0]
             if medium.direct and flight.address & (medium.logical_block_bytes - 1):
-                kept = self._bounces.get(io.nsectors)
-                flight.bounce = kept.pop() if kept else mmap.mmap(-1, io.nsectors << 9)
-                aligned = np.frombuffer(flight.bounce, np.uint8)
+                bounce = self._bounce(flight)
                 if io.op == WRITE:
-                    aligned[:] = flight.array
-                flight.address = aligned.__array_interface__["data"][0]
-            flight.flushing = io.op == WRITE and bool(io.flags & PREFLUSH)
+                    bounce.fill((flight.array.data,))
+        flight.flushing = io.op == WRITE and bool(io.flags & PREFLUSH)
         if self.free:
             index = self.free.pop()
             self.flights[index] = flight
@@ -269,6 +288,14 @@ class RingBackend:
             index = len(self.flights)
             self.flights.append(flight)
         self.waiting.append(index)
+
+    def _bounce(self, flight: _Flight) -> _Bounce:
+        # Aligned memory for a flight.
+        nsectors = flight.io.nsectors
+        kept = self._bounces.get(nsectors)
+        bounce = flight.bounce = kept.pop() if kept else _Bounce(nsectors << 9)
+        flight.address = bounce.address
+        return bounce
 
     def _push_waiting(self) -> None:
         # The completion ring must not overflow; the other half of it is the clients'.
@@ -329,7 +356,7 @@ class RingBackend:
         else:
             io.error = -result if result < 0 else 0
         if flight.bounce is not None and io.op == READ and not io.error:
-            flight.array[:] = np.frombuffer(flight.bounce, np.uint8)
+            flight.array[:] = np.frombuffer(flight.bounce.memory, np.uint8)
         if flight.bounce is not None and io.nsectors <= MAX_KEPT_SECTORS:
             kept = self._bounces.setdefault(io.nsectors, [])
             if len(kept) < MAX_KEPT:

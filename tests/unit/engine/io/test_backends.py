@@ -84,6 +84,12 @@ def drain(backend: Backend, ios: list[Io]) -> list[Io]:
     return done
 
 
+def in_parts(data: bytes) -> tuple[Any, ...]:
+    """As the data of a group of writes comes."""
+    half = len(data) >> 10 << 9
+    return data[:512], bytearray(data[512:half]), memoryview(data)[max(half, 512):]
+
+
 def test_random_ios_agree_with_a_bytearray(backend: Backend, image: Path) -> None:
     draw = random.Random(2)
     model = bytearray(image.read_bytes())
@@ -101,7 +107,7 @@ def test_random_ios_agree_with_a_bytearray(backend: Backend, image: Path) -> Non
             if op == WRITE:
                 data = draw.randbytes(end - start)
                 model[start:end] = data
-                buf = draw.choice((bytes, bytearray, memoryview))(data)
+                buf = draw.choice((bytes, bytearray, memoryview, in_parts))(data)
                 ios.append(Io(WRITE, 0, sector, nsectors, buf, draw.choice((0, 0, FUA, PREFLUSH | FUA, PREFLUSH))))
             elif op == READ:
                 buf = bytearray(end - start)
