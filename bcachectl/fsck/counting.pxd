@@ -4,7 +4,7 @@
 cimport cython
 
 from bcachectl.fsck.fill_c cimport crc_words, fill_words
-from bcachectl.fsck.scan cimport DOUBTFUL, GOOD, Scan, word
+from bcachectl.fsck.scan cimport DOUBTFUL, GOOD, Scan, add_spread, word
 
 
 cdef int _STAGED_WORDS, _SEED, _SETS, _MARKS_END, _DOUBTFUL_BLOCK
@@ -75,9 +75,6 @@ cdef class CountingScan(Scan):
     @cython.locals(claims=cython.ulonglong[::1], block=cython.ulonglong, last=cython.ulonglong, first=cython.ulonglong,
                    count=cython.ulonglong, bits=cython.ulonglong)
     cdef int _claim(self, word sector, word length) except -2 nogil
-
-    @cython.locals(words=cython.ulonglong[::1], at=cython.Py_ssize_t)
-    cdef int _add_spread(self, word inode, word sectors, word start, word end) except -2 nogil
 
     @cython.locals(late=cython.ulonglong[::1], index=cython.Py_ssize_t, head=cython.ulonglong, tail=cython.ulonglong,
                    length=cython.ulonglong, behind=cython.ulonglong)

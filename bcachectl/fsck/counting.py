@@ -32,7 +32,7 @@ except ImportError:
 
 if not cython.compiled:
     from bcachectl.fsck.fill import crc_words, fill_words
-    from bcachectl.fsck.scan import DOUBTFUL, GOOD
+    from bcachectl.fsck.scan import DOUBTFUL, GOOD, add_spread
 
 ALL_SPREADS_MAX = 64
 """Volumes with dirty data in all leaves together."""
@@ -265,7 +265,7 @@ class CountingScan(Scan):
     # What is kept.
 
     def _keep(self) -> int:
-        # The leaf that was scanned is added to what was counted; `_DOUBTFUL` if there is no room for it.
+        # The leaf that was scanned is added to what was counted; `DOUBTFUL` if there is no room for it.
         if self.nlate + self.nodd > self.late_max or self.nall_spreads + self.nspreads > self.all_spreads_max:
             return DOUBTFUL
         for index in range(3 * self.nodd):
@@ -273,8 +273,9 @@ class CountingScan(Scan):
         self.nlate += self.nodd
         self._claim_taken()
         for index in range(0, 4 * self.nspreads, 4):
-            self._add_spread(self.spread_words[index], self.spread_words[index + 1], self.spread_words[index + 2],
-                             self.spread_words[index + 3])
+            self.nall_spreads = add_spread(
+                self.all_spread_words, self.nall_spreads, self.all_spreads_max, self.spread_words[index],
+                self.spread_words[index + 1], self.spread_words[index + 2], self.spread_words[index + 3])
         self.all_extents += self.extents
         self.all_sectors += self.sectors
         self.all_dirty_sectors += self.dirty_sectors
@@ -313,21 +314,6 @@ class CountingScan(Scan):
                 self.is_unsure = 1
             claims[block >> 6] |= bits
             block += count
-        return 1
-
-    def _add_spread(self, inode: int, sectors: int, start: int, end: int) -> int:
-        words = self.all_spread_words
-        for at in range(0, 4 * self.nall_spreads, 4):
-            if words[at] == inode:
-                words[at + 1] += sectors
-                if start < words[at + 2]:
-                    words[at + 2] = start
-                if end > words[at + 3]:
-                    words[at + 3] = end
-                return 1
-        at = 4 * self.nall_spreads
-        words[at], words[at + 1], words[at + 2], words[at + 3] = inode, sectors, start, end
-        self.nall_spreads += 1
         return 1
 
     def _judge_late(self) -> int:

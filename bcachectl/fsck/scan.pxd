@@ -79,9 +79,13 @@ cdef class Scan:
                    ptr=cython.ulonglong, behind=cython.ulonglong)
     cdef int _count(self, word[::1] rows, Py_ssize_t count) except -2 nogil
 
-    @cython.locals(words=cython.ulonglong[::1], at=cython.Py_ssize_t)
+    @cython.locals(count=cython.Py_ssize_t)
     cdef int _note(self, word inode, word sectors, word start, word end) except -2 nogil
 
+
+@cython.locals(at=cython.Py_ssize_t)
+cdef Py_ssize_t add_spread(word[::1] words, Py_ssize_t count, Py_ssize_t limit, word inode, word sectors, word start,
+                           word end) except -2 nogil
 
 @cython.locals(at=cython.Py_ssize_t)
 cdef Py_ssize_t _put(word[::1] rows, Py_ssize_t count, word start, word end, word ptr, word kind) except -2 nogil

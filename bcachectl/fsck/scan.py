@@ -400,27 +400,35 @@ class Scan:
 
     def _note(self, inode: int, sectors: int, start: int, end: int) -> int:
         # Dirty data of a volume.
-        words = self.spread_words
         self.dirty_sectors += sectors
-        for at in range(0, 4 * self.nspreads, 4):
-            if words[at] == inode:
-                words[at + 1] += sectors
-                if start < words[at + 2]:
-                    words[at + 2] = start
-                if end > words[at + 3]:
-                    words[at + 3] = end
-                return GOOD
-        if self.nspreads == self.spreads_max:
+        count = add_spread(self.spread_words, self.nspreads, self.spreads_max, inode, sectors, start, end)
+        if count < 0:
             return DOUBTFUL
-        at = 4 * self.nspreads
-        words[at], words[at + 1], words[at + 2], words[at + 3] = inode, sectors, start, end
-        self.nspreads += 1
+        self.nspreads = count
         return GOOD
+
 
 def spreads_in(view: memoryview) -> list[tuple[int, int, int, int]]:
     """Rows of spreads, as tuples."""
     words = view.tolist()
     return [(words[at], words[at + 1], words[at + 2], words[at + 3]) for at in range(0, len(words), SPREAD_WORDS)]
+
+
+def add_spread(words: memoryview, count: int, limit: int, inode: int, sectors: int, start: int, end: int) -> int:
+    """Add dirty data of a volume to ``count`` spreads; how many there are then, -1 if that would be above ``limit``."""
+    for at in range(0, 4 * count, 4):
+        if words[at] == inode:
+            words[at + 1] += sectors
+            if start < words[at + 2]:
+                words[at + 2] = start
+            if end > words[at + 3]:
+                words[at + 3] = end
+            return count
+    if count == limit:
+        return -1
+    at = 4 * count
+    words[at], words[at + 1], words[at + 2], words[at + 3] = inode, sectors, start, end
+    return count + 1
 
 
 def _put(rows: memoryview, count: int, start: int, end: int, ptr: int, kind: int) -> int:
