@@ -263,7 +263,10 @@ def _examine_copy(device: BlockDevice, check: Check, *, show: bool) -> Check:
         return device.read(sector << 9, count << 9)
 
     size_sectors = device.size_bytes >> 9
-    guess = guess_superblock(read, size_sectors) if superblock_problem(read, size_sectors) else None
+    guess = None
+    if superblock_problem(read, size_sectors):
+        with fsck_report.told(read, show=show) as looking:
+            guess = guess_superblock(looking, size_sectors)
     if check.instead is not None and guess is None:
         guess = check.instead
     copy = Check(read, size_sectors, instead=guess)
