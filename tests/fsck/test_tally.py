@@ -23,10 +23,15 @@ from bcachectl.fsck.salvage import journal_map, leaf_map
 from bcachectl.fsck.scan import IS_COMPILED
 from bcachectl.fsck.walk import Walk
 from bcachectl.ondisk.bkey import INODE_SHIFT, MAX_POS
+from tests.damage import Case, cases
 from tests.fsck.image import Image
+from tests.fsck.test_damage import base_image as case_image
 
 STORIES = ("deep_crash", "gen_churn", "killed", "thrash_crash")
 MUTANTS = int(os.environ.get("BCACHECTL_TALLY_MUTANTS") or 40)
+
+
+SOME_CASES = [case for case in cases() if "unreadable" not in case.name][::5]
 
 
 @lru_cache(maxsize=2)
@@ -95,6 +100,25 @@ def test_a_good_set_is_added_up(golden: Callable[..., Path], name: str, monkeypa
     # As plain Python, the scan is slow.
     check.walk.processes = 2 if IS_COMPILED else 1
     assert run(check).totals.extents
+
+
+@pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
+def test_damage_read_from_a_descriptor(golden: Callable[..., Path], case: Case,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is said of a damaged set is the same, however its leaves are read and by whom they are checked."""
+    monkeypatch.setattr(tally, "IS_COMPILED", True)
+    image = case_image(golden(case.base)).fresh()
+    case.edit(image)
+    alone, fd = report(image, 0), os.memfd_create("cache")
+    try:
+        for sector in range(0, image.cache.size_sectors, 2048):
+            data = image.cache.read(sector, min(2048, image.cache.size_sectors - sector))
+            if any(data):
+                os.pwrite(fd, data, sector << 9)
+        os.truncate(fd, image.cache.size_sectors << 9)
+        assert report(image, 2 if IS_COMPILED else 1, fd) == alone
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
