@@ -197,7 +197,7 @@ def _small_buckets(image: Image) -> None:
 
 
 def _grown(image: Image) -> None:
-    image.cache.base += bytes(image.walk.geometry.bucket_bytes)
+    image.cache.base = image.cache.base[:] + bytes(image.walk.geometry.bucket_bytes)
     image.cache.size_sectors += image.walk.geometry.bucket_size_sectors
 
 
