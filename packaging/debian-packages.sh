@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only
 # Install the Debian packages that are missing: for "demo" what the program needs, for "compiled" what compiling its hot
-# path needs, for "test" what its tests need too.
+# path needs and what that calls then, for "test" what its tests need too.
 # As root on a Debian system it installs them; anyone else gets a line that names what is left out and why.
 set -eu
 

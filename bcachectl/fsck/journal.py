@@ -32,8 +32,6 @@ PIECE_BYTES = 4 << 20
 BUCKET_PIECE_BYTES, ENTRIES_BYTES = 1 << 20, 256 << 10
 """What stands behind a piece of this size matters only if the valid part of the bucket comes close to its end.  The
 smaller one is for who looks at entries only."""
-
-
 THREADS_MIN_BYTES = 16 << 20
 """A smaller journal is read before a thread has begun."""
 

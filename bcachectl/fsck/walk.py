@@ -421,11 +421,11 @@ class Walk:
         tallier = self._tallier()
         assert tallier is not None
         return tallies(tallier, places, self.processes)
+
     @property
     def _bset_magic(self) -> int:
         assert self.superblock is not None
         return bset_magic(self.superblock.set_uuid)
-
 
     def _is_root(self, key: Bkey) -> bool:
         return not validity.btree_ptr_invalid(key, self.geometry) and key.ptrs[0].dev == 0

@@ -23,6 +23,8 @@ from bcachectl.ondisk.jset import JSET_HEADER_BYTES
 from bcachectl.ondisk.superblock import judge_csum
 
 SB = 4096
+KEPT_MAX = 2
+"""Stories that a test module keeps."""
 T = TypeVar("T")
 
 
@@ -43,9 +45,6 @@ def keep(kept: dict[str, T], name: str, make: Callable[[], T]) -> T:
             del kept[next(iter(kept))]
         kept[name] = make()
     return kept[name]
-
-
-KEPT_MAX = 2
 
 
 class Device:
