@@ -46,6 +46,7 @@ class KernelSet:
         self.sysfs = sysfs
         self.uuid = uuid
         self.directory = sysfs.set_directory(uuid)
+        self._cache_directory = os.path.realpath(os.path.join(self.directory, "cache0"))
         self._priorities = Priorities(self.directory)
 
     @property
@@ -87,7 +88,7 @@ class KernelSet:
 
     def wait_end(self, timeout_s: float) -> bool:
         """True once the kernel does not run it any more."""
-        return KernelJob(_until_absent(self.directory)).wait(timeout_s)
+        return KernelJob(self._until_gone()).wait(timeout_s)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -121,11 +122,17 @@ class KernelSet:
         while any(node.disk is not None for node in self._nodes()):
             yield
         write(self.directory, "stop", "1")
-        yield from absent(self.directory)
+        yield from self._until_gone()
 
     def _do_unregister(self) -> Steps:
         write(self.directory, "unregister", "1")
+        yield from self._until_gone()
+
+    def _until_gone(self) -> Steps:
+        # A set's directory goes first (super.c, cache_set_flush), its cache device's when the btree and the journal are
+        # written (cache_set_free): before that, the same set cannot be registered again.
         yield from absent(self.directory)
+        yield from absent(self._cache_directory)
 
     def _do_gc(self) -> Steps:
         # The end of a gc is told by the whole seconds since the last one, which fall then.  So one that has just ended
@@ -268,7 +275,7 @@ class KernelAlone:
 
     def wait_end(self, timeout_s: float) -> bool:
         """True once the driver has let go of the device."""
-        return KernelJob(_until_absent(self.node.directory)).wait(timeout_s)
+        return KernelJob(absent(self.node.directory)).wait(timeout_s)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -332,10 +339,6 @@ def _stop(sysfs: Sysfs, node: Node) -> Steps:
     yield from absent(node.directory)
     if node.volume is not None:
         yield from absent(sysfs.path(f"class/block/{node.volume}"))
-
-
-def _until_absent(path: str) -> Steps:
-    yield from absent(path)
 
 
 def _restore(directory: str, values: dict[str, str]) -> None:

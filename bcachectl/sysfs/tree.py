@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from bcachectl.errors import DeviceError, UsageError, WrongState
@@ -259,7 +259,7 @@ def _refused(path: str, text: str, error: OSError, said: list[str]) -> DeviceErr
                        + (f": {reason}" if reason else ""), errno=code)
 
 
-def absent(path: str) -> Iterator[None]:
+def absent(path: str) -> Generator[None, None, None]:
     """Look until a path is gone: a step of a `KernelJob`."""
     while os.path.lexists(path):
         yield

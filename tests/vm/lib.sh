@@ -54,9 +54,9 @@ set_attribute() {
 # stop_all: an orderly end of the set and of its backing devices, dirty data staying where it is.
 stop_all() {
     sync
-    for folder in /sys/block/bcache*; do
-        # A flash-only volume has no such attribute; it goes with its set.
-        [ ! -e $folder/bcache/stop ] || echo 1 >$folder/bcache/stop
+    for folder in /sys/block/vd*/bcache; do
+        # Only a backing device has such an attribute; a flash-only volume goes with its set.
+        [ ! -e $folder/stop ] || echo 1 >$folder/stop
     done
     for folder in /sys/fs/bcache/*-*; do
         [ ! -e $folder ] || echo 1 >$folder/stop
@@ -65,7 +65,8 @@ stop_all() {
 }
 
 no_set() {
-    for folder in /sys/fs/bcache/*-* /sys/block/bcache*; do
+    # A set's directory goes before its btree and journal are written, its cache device's after that.
+    for folder in /sys/fs/bcache/*-* /sys/block/bcache* /sys/block/vd*/bcache; do
         [ ! -e $folder ] || return 1
     done
     return 0

@@ -81,6 +81,24 @@ def test_killed_kernel_is_judged(golden: Callable[..., Path], tmp_path: Path, se
     assert acceptance.judge((old / "back0.img").read_bytes()[8192:])
 
 
+RESTARTS = """
+for round in $(seq 12); do
+    register /dev/vda /dev/vdb
+    wait_for 60 test -b /dev/bcache0
+    dd if=/dev/urandom of=/dev/bcache0 bs=64k count=4 seek=$round conv=fsync 2>/dev/null
+    echo 1 >/sys/block/bcache0/bcache/stop
+    echo 1 >$(cset)/stop
+    until no_set; do true; done
+done
+"""
+
+
+def test_a_set_that_is_gone_can_be_registered_at_once(golden: Callable[..., Path], tmp_path: Path) -> None:
+    story = golden("gen_churn", writable=True)
+    done = machine.run(RESTARTS, [story / "cache.img", story / "back0.img"], tmp_path / "job")
+    assert done.check().complaints() == []
+
+
 def test_a_bad_set_fails_the_job(golden: Callable[..., Path], tmp_path: Path) -> None:
     story = golden("dirty_crash", writable=True)
     with (story / "cache.img").open("r+b") as file:

@@ -3,7 +3,8 @@
 
 It stands where `bcachectl.sysfs.tree` reads and writes.  What is written is kept in ``writes``, and does what the
 driver does: a list moves its brackets, a number is clamped, a word that is in no list is EINVAL; a detach takes some
-looks until it is done, a stop takes directories away.  Its clock moves when someone sleeps.
+looks until it is done, a stop takes directories away: that of a set at once, that of its cache device some time later,
+when all is written.  Its clock moves when someone sleeps.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ WRITABLE = re.compile(r"writeback_(running|percent|delay|rate|metadata|rate_.*|c
 LOOKS = 3
 """How often the state of a device is looked at until a detach or a flush is done."""
 
+WRITES_OUT_S = 0.35
+"""How long a set that stops is still being written out after its directory is gone."""
+
 
 class FakeKernel:
     """One set with the devices of a golden story, ``vda`` the cache device."""
@@ -36,6 +40,7 @@ class FakeKernel:
         self.failures: dict[str, int] = {}
         self.said: list[str] = []
         self._leaving: dict[Path, int] = {}
+        self._written_out_s: float | None = None
         self._monkeypatch = monkeypatch
         self.dev.mkdir(parents=True)
         self._build((GOLDEN / story / "facts" / "sysfs.tsv").read_text())
@@ -57,6 +62,9 @@ class FakeKernel:
 
     def sleep(self, seconds: float) -> None:
         self.now_s += seconds
+        if self._written_out_s is not None and self.now_s >= self._written_out_s:
+            shutil.rmtree(self.backing("vda"))
+            self._written_out_s = None
 
     # The tree.
 
@@ -158,7 +166,7 @@ class FakeKernel:
 
     def _on_stop(self, real: Path, text: str) -> None:
         if real.parent == self.set:
-            shutil.rmtree(self.set)
+            self._end_set()
             return
         volume = os.path.basename(os.path.realpath(real.parent / "dev"))
         (self.root / "class/block" / volume).unlink()
@@ -169,11 +177,15 @@ class FakeKernel:
 
     def _on_unregister(self, real: Path, text: str) -> None:
         if real.parent == self.set:
-            shutil.rmtree(self.set)
+            self._end_set()
             for link in self.root.glob("devices/*/bcache/cache"):
                 link.unlink()
         else:
             (self.root / "class/block" / real.parent.parent.name).unlink()
+
+    def _end_set(self) -> None:
+        shutil.rmtree(self.set)
+        self._written_out_s = self.now_s + WRITES_OUT_S
 
     def _on_trigger_gc(self, real: Path, text: str) -> None:
         (self.set / "internal/btree_gc_last_sec").write_text("0\n")

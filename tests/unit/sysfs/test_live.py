@@ -152,6 +152,19 @@ def test_stop_ends_the_volumes_first(fake: Fake) -> None:
         live.snapshot(0)
 
 
+@pytest.mark.parametrize("verb", ["stop", "unregister"])
+def test_a_set_has_ended_when_its_cache_device_is_let_go(fake: Fake, verb: str) -> None:
+    kernel = fake("two_backing")
+    live = live_set(kernel)
+    job = live.start(verb)
+    assert not job.wait(0.1)
+    assert not kernel.set.exists()
+    assert not live.wait_end(0)
+    assert job.wait(1)
+    assert not kernel.backing("vda").exists()
+    assert live.wait_end(0)
+
+
 def test_one_volume_ends_and_the_set_goes_on(fake: Fake) -> None:
     kernel = fake("two_backing")
     live = live_set(kernel)
