@@ -31,6 +31,7 @@ from bcachectl.engine.export.nbd import NbdServer, enlarge
 from bcachectl.engine.export.nbd_connection import Connection
 from bcachectl.engine.export.ublk import UblkExport
 from bcachectl.engine.front import NOT_NOW, REQ_READ, REQ_STABLE, REQ_WRITE, Request
+from bcachectl.engine.io.entry_lane import EntryLane
 from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import NS_PER_MS
 from bench.process import machine, row
@@ -201,8 +202,9 @@ class Bench:
             file.truncate(mmap.PAGESIZE)
         backend = RingBackend(list(self.host.media), waited_in=True)
         export = UblkExport(self.host.loop, backend, Control(), self.dev,  # type: ignore[arg-type]
-                            self.host.media[0], self.cset.buckets, mark=1, stream=1, block_bytes=4096,
-                            can_discard=True, can_zero=True)
+                            self.host.media[0], self.cset.buckets,
+                            writer=EntryLane(self.host.loop, backend, self.host.media[0].fd, self.cset.journal),
+                            mark=1, stream=1, block_bytes=4096, can_discard=True, can_zero=True)
         with mock.patch.object(ublk, "_open_when_there", return_value=os.open(device, os.O_RDWR)):
             export._open(ublk_wire.DevInfo(1, BATCH, 0, 64 << 10, 0, 1, 0, 1))
         backend.wait(0, 0.05)

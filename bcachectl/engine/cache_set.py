@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bcachectl.engine import checks, recovery, stats, tunables
-from bcachectl.engine.alloc import Allocator, Entropy
+from bcachectl.engine.alloc import Allocator, Entropy, Reserve
 from bcachectl.engine.bdev import Bdev
 from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.cached_dev import NO_SLOT, CachedDev
@@ -509,6 +509,16 @@ class CacheSet:
     def read_only(self) -> bool:
         """Nothing is written to any device."""
         return self.options.read_only
+
+    def wants_turn(self) -> bool:
+        """Whether a task or an Io should not wait until the rim is done with what came for a client: all, but for an
+        allocator that would put a bucket on a free list which is still half full.
+        """
+        ready = self.sched.ready
+        if not ready or self.sched.outbox:
+            return bool(self.sched.outbox)
+        free = self.alloc.free[Reserve.NONE]
+        return len(ready) > 1 or ready[0] is not self._allocator or 2 * len(free) < free.size
 
     def account_dirty(self, position: int, sectors: int) -> None:
         """Dirty extents came (or went, if negative) at ``position``."""

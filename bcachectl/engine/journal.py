@@ -11,7 +11,8 @@ Life of an entry:
 2. It is written: because someone waits for it, because `journal_delay_ms` have passed, or because it is full.  One
    write at a time, in the order of seq, each with PREFLUSH and FUA, so that data and nodes written before are durable
    before it.  The header is made at this moment: it names the root, the uuid array and the prio chain as they are
-   now.
+   now.  `Journal.run` writes it, or, if that has nothing to write and nothing to wait for, the rim does so between two
+   turns of the engine (`Journal.write_by`).
 3. When its pin and all older ones are free, ``last_seq`` of later entries passes it.
 4. Its bucket is used again when all entries in it are older than ``last_seq``.
 
@@ -30,7 +31,8 @@ Kernel: journal.c, the essay in journal.h.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -72,8 +74,28 @@ class JournalPin:
         return f"<JournalPin {self.seq} count {self.count}>"
 
 
+class Entry(NamedTuple):
+    """An entry that is ready to be written at ``sector``; ``is_bare``: it has no keys."""
+
+    seq: int
+    last_seq: int
+    sector: int
+    data: memoryview
+    is_bare: bool
+
+
+class EntryWriter(Protocol):
+    """Someone outside the engine who can write an entry without a task."""
+
+    def write_entry(self, entry: Entry) -> None:
+        """Begin to write it, with PREFLUSH and FUA; when that has ended, call `Journal.entry_ended`."""
+        ...
+
+
 class Journal:
-    """The journal of a running set."""
+    """The journal of a running set.  ``busy``: an entry is on its way, or is waited for, and none may begin;
+    ``being_written``: that of `write_by`, and who is told of its end.
+    """
 
     __slots__ = (
         "cset",
@@ -101,6 +123,8 @@ class Journal:
         "deadline_ns",
         "do_reserve",
         "guarded",
+        "busy",
+        "being_written",
         "delay_ms",
         "wake",
         "space",
@@ -139,6 +163,8 @@ class Journal:
         self.deadline_ns: int | None = None
         self.do_reserve = 0
         self.guarded = False
+        self.busy = False
+        self.being_written: tuple[Entry, Callable[[bool], None]] | None = None
         self.delay_ms = 100
         self.wake = WaitQueue(sched, "journal writer")
         self.space = WaitQueue(sched, "journal space")
@@ -171,13 +197,17 @@ class Journal:
         capacity = min(blocks * self.cset.geometry.block_bytes, JSET_MAX_BYTES) - JSET_HEADER_BYTES
         return max(0, capacity - len(self.keys))
 
-    def add_nowait(self, keys: bytes) -> JournalPin | None:
-        """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now."""
+    def add_nowait(self, keys: bytes, *, is_wanted: bool = False) -> JournalPin | None:
+        """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now.  ``is_wanted``:
+        whoever calls has the entry written before anything else runs.
+        """
         if not len(keys) <= self.room_bytes():
             return None
         self.keys += keys
         pin = self.pins[-1]
         pin.count += 1
+        if is_wanted:
+            return pin
         if self.deadline_ns is None:
             self.deadline_ns = self.cset.sched.now_ns + self.delay_ms * NS_PER_MS
             self.wake.wake_all()
@@ -328,35 +358,65 @@ class Journal:
 
     async def run(self) -> None:
         """Write entries as they are wanted; ends when the set failed, or is closing and nothing is left to write."""
-        cset = self.cset
         while await self._wanted():
-            if self.blocks_free == 0:
-                # Only an entry without keys can be here: nothing can be added without a block.
-                self.reclaim(use_reserve=True)
-                if self.blocks_free == 0:
-                    self._relieve_if_full()
-                    if self.newest_is_bare and self.rewrites_begun < self.rewrites_wanted:
-                        if not await self._rewrite_newest():
-                            return
-                    elif self.blocks_free == 0:
-                        await self.space.wait()
-                    continue
-            if not await self._write_entry():
+            self.busy = True
+            if not await self._write_next():
                 return
-        cset.events.emit("bcache_journal_idle", seq=self.seq)
+            self.busy = False
+        self.cset.events.emit("bcache_journal_idle", seq=self.seq)
 
     async def _wanted(self) -> bool:
-        # Waits until the open entry is to be written.
+        # Waits until the open entry is to be written, and no other one is on its way.
         cset = self.cset
         while not cset.io_disabled:
-            if self.wanted or (self.deadline_ns is not None and self.deadline_ns <= cset.sched.now_ns):
-                return True
-            if self.closing:
-                return bool(self.keys)
-            await self.wake.wait(deadline_ns=self.deadline_ns)
+            if not self.busy:
+                if self.wanted or (self.deadline_ns is not None and self.deadline_ns <= cset.sched.now_ns):
+                    return True
+                if self.closing:
+                    return bool(self.keys)
+            await self.wake.wait(deadline_ns=None if self.busy else self.deadline_ns)
         return False
 
-    def _encode(self, seq: int, last_seq: int, keys: bytes) -> bytearray:
+    async def _write_next(self) -> bool:
+        # Writes the open entry, or does something so that it can be; False if the set failed.
+        if self.blocks_free == 0:
+            # Only an entry without keys can be here: nothing can be added without a block.
+            self.reclaim(use_reserve=True)
+            if self.blocks_free == 0:
+                self._relieve_if_full()
+                if self.newest_is_bare and self.rewrites_begun < self.rewrites_wanted:
+                    return await self._rewrite_newest()
+                if self.blocks_free == 0:
+                    await self.space.wait()
+                return True
+        entry = self._begin_entry()
+        return self._end_entry(entry, await self._write(entry.sector, entry.data))
+
+    def can_write_by(self) -> bool:
+        """Whether `write_by` could be called now."""
+        return not (self.busy or self.closing or self.cset.io_disabled) and self.blocks_free > 0
+
+    def write_by(self, writer: EntryWriter, ended: Callable[[bool], None]) -> None:
+        """Have the open entry written by someone else, at once; then ``ended`` is told whether it is durable."""
+        assert self.can_write_by(), "the journal is asked first"
+        self.busy = True
+        entry = self._begin_entry()
+        self.being_written = entry, ended
+        self.cset.cache.submitted += 1
+        writer.write_entry(entry)
+
+    def entry_ended(self, error: int) -> None:
+        """Writing the entry of `write_by` has ended, with an errno or 0."""
+        assert self.being_written is not None, "an entry that has ended was begun"
+        (entry, ended), self.being_written = self.being_written, None
+        ok = self._end_entry(entry, error)
+        if ok:
+            self.busy = False
+            if self.wanted or self.deadline_ns is not None or self.closing:
+                self.wake.wake_all()
+        ended(ok)
+
+    def _encode(self, seq: int, last_seq: int, keys: bytes | bytearray) -> bytearray:
         # An entry with the roots as they are now.
         cset = self.cset
         return encode_jset(
@@ -371,16 +431,16 @@ class Journal:
             block_bytes=cset.geometry.block_bytes,
         )
 
-    async def _write_entry(self) -> bool:
+    def _begin_entry(self) -> Entry:
+        # The open entry as it is written; it is open no more.
         cset = self.cset
         geometry = cset.geometry
         self._drop_free_pins()
-        seq, last_seq, is_bare = self.seq, self.last_seq, not self.keys
+        seq, last_seq, is_bare, sector = self.seq, self.last_seq, not self.keys, self.sector
         assert is_bare or not self.guarded, "the first entry of a bucket that is still asked for has no keys"
-        raw = self._encode(seq, last_seq, bytes(self.keys))
+        raw = self._encode(seq, last_seq, self.keys)
         blocks = len(raw) // geometry.block_bytes
         assert blocks <= self.blocks_free, (blocks, self.blocks_free)
-        sector = self.sector
         self.sector += blocks * geometry.block_size_sectors
         self.blocks_free -= blocks
         self.bucket_seq[self.cur_idx] = seq
@@ -392,10 +452,14 @@ class Journal:
         self.open_entry(seq + 1)
         self.reclaim()
         cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=len(data) >> 9)
-        if not await self._write(sector, data, last_seq):
+        return Entry(seq, last_seq, sector, data, is_bare)
+
+    def _end_entry(self, entry: Entry, error: int) -> bool:
+        # False if the set failed.
+        if not self._is_written(len(entry.data), entry.last_seq, error):
             return False
-        self.written_seq = seq
-        self.newest_sector, self.newest_is_bare = sector, is_bare
+        self.written_seq = entry.seq
+        self.newest_sector, self.newest_is_bare = entry.sector, entry.is_bare
         self._written()
         return True
 
@@ -409,7 +473,7 @@ class Journal:
         raw = self._encode(seq, last_seq, b"")
         data = memoryview(raw)[: self.cset.cache.atomic_sectors << 9]
         self.cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=len(data) >> 9)
-        if not await self._write(self.newest_sector, data, last_seq):
+        if not self._is_written(len(data), last_seq, await self._write(self.newest_sector, data)):
             return False
         self.rewrites_done = begun
         # The open entry has no keys, so whoever wanted it has what was wanted.
@@ -417,14 +481,16 @@ class Journal:
         self._written()
         return True
 
-    async def _write(self, sector: int, data: memoryview, last_seq: int) -> bool:
+    async def _write(self, sector: int, data: memoryview) -> int:
+        return await self.cset.cache.write(sector, data, PREFLUSH | FUA, "journal")
+
+    def _is_written(self, nbytes: int, last_seq: int, error: int) -> bool:
         cset = self.cset
-        error = await cset.cache.write(sector, data, PREFLUSH | FUA, "journal")
         if error:
             cset.fail(f"writing the journal failed: {errno_text(error)}")
             return False
         self.writes += 1
-        cset.meta_sectors_written += len(data) >> 9
+        cset.meta_sectors_written += nbytes >> 9
         self.durable_last_seq = last_seq
         return True
 

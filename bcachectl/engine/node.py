@@ -44,6 +44,8 @@ except ImportError:
 
 if not cython.compiled:
     from bisect import bisect_right
+
+    from bcachectl.engine.columns import make_room, u32s, u64s
 if TYPE_CHECKING:
     from bcachectl.engine.journal import JournalPin
 
@@ -154,87 +156,103 @@ class Node:
 
         ``pending`` is PENDING, or 0 while the sets of the node are being combined.
         """
-        start, end, flags, ptr = new
+        overwritten: list[tuple[int, int]] = []
+        self.insert_range(new.start, new.end, new.flags, new.ptr, pending, overwritten)
+        return overwritten
+
+    def insert_range(self, start: int, end: int, flags: int, ptr: int, pending: int,
+                     overwritten: list[tuple[int, int]] | None) -> int:
+        """`insert`; returns how many dirty sectors it overwrote, whose ranges go to ``overwritten`` if that is a list.
+        """
+        size_mask, dirty, has_ptr, is_pending, all_flags = SIZE_MASK, DIRTY, HAS_PTR, PENDING, FLAGS
+        max_size = MAX_SIZE
         ends, metas, ptrs = self.ends, self.meta, self.ptrs
         size = end - start
-        assert 0 < size <= MAX_SIZE, new
+        assert 0 < size <= max_size, (start, end)
         first = last = bisect_right(ends, start)
-        count = len(ends)
-        overwritten: list[tuple[int, int]] = []
-        head: tuple[int, int, int] | None = None
-        tail: tuple[int, int, int] | None = None
+        count, sectors = len(ends), 0
+        has_head = has_tail = False
+        head_meta = head_ptr = tail_end = tail_meta = tail_ptr = 0
+        end_at, meta_at, ptr_at = u64s(ends), u32s(metas), u64s(ptrs)
         while last < count:
-            old_end, meta = ends[last], metas[last]
-            old_start = old_end - (meta & SIZE_MASK)
+            old_end, meta = end_at[last], meta_at[last]
+            old_start = old_end - (meta & size_mask)
             if old_start >= end:
                 break
-            if meta & DIRTY:
-                overwritten.append((max(old_start, start), min(old_end, end)))
-            if meta & PENDING:
-                self.pending_words -= 3 if meta & HAS_PTR else 2
+            if meta & dirty:
+                low, high = start if start > old_start else old_start, end if end < old_end else old_end
+                sectors += high - low
+                if overwritten is not None:
+                    overwritten.append((low, high))
+            if meta & is_pending:
+                self.pending_words -= 3 if meta & has_ptr else 2
             if old_start < start:
-                head = (start, (meta & ~SIZE_MASK) | (start - old_start), ptrs[last])
+                has_head = True
+                head_meta, head_ptr = meta - (old_end - start), ptr_at[last]
             if old_end > end:
-                moved = (end - old_start) << 8 if meta & HAS_PTR else 0
-                tail = (old_end, (meta & ~SIZE_MASK) | (old_end - end), ptrs[last] + moved)
+                has_tail = True
+                tail_end, tail_meta, tail_ptr = old_end, meta - (end - old_start), ptr_at[last]
+                if meta & has_ptr:
+                    tail_ptr += (end - old_start) << 8
             last += 1
-        pieces = []
-        if head is not None:
-            pieces.append(head)
-            if head[1] & PENDING:
-                self.pending_words += 3 if head[1] & HAS_PTR else 2
-        elif first and first == last and pending and ends[first - 1] == start:
+        if has_head:
+            if head_meta & is_pending:
+                self.pending_words += 3 if head_meta & has_ptr else 2
+        elif first and first == last and pending and end_at[first - 1] == start:
             # A pending neighbour that ends where this one starts, on the disk as well, is extended instead
             # (bch_extent_merge).
-            before = metas[first - 1]
-            size_before = before & SIZE_MASK
+            meta = meta_at[first - 1]
+            before = meta & size_mask
             if (
-                before & PENDING
-                and before & FLAGS == flags
-                and size_before + size <= MAX_SIZE
+                meta & is_pending
+                and meta & all_flags == flags
+                and before + size <= max_size
                 and (
-                    not flags & HAS_PTR
+                    not flags & has_ptr
                     or (
-                        ptrs[first - 1] + (size_before << 8) == ptr
-                        and not (ptrs[first - 1] ^ ptr) >> (8 + self.bucket_shift)
+                        ptr_at[first - 1] + (before << 8) == ptr
+                        and not (ptr_at[first - 1] ^ ptr) >> (8 + self.bucket_shift)
                     )
                 )
             ):
-                ends[first - 1] = end
-                metas[first - 1] = before + size
-                return overwritten
-        pieces.append((end, size | flags | pending, ptr))
+                end_at[first - 1] = end
+                meta_at[first - 1] = meta + size
+                return sectors
         if pending:
-            self.pending_words += 3 if flags & HAS_PTR else 2
-        if tail is not None:
-            pieces.append(tail)
-            if tail[1] & PENDING:
-                self.pending_words += 3 if tail[1] & HAS_PTR else 2
-        if len(pieces) == 1 and first == last:
-            ends.insert(first, end)
-            metas.insert(first, size | flags | pending)
-            ptrs.insert(first, ptr)
-        else:
-            ends[first:last] = array("Q", [piece[0] for piece in pieces])
-            metas[first:last] = array("I", [piece[1] for piece in pieces])
-            ptrs[first:last] = array("Q", [piece[2] for piece in pieces])
-        return overwritten
+            self.pending_words += 3 if flags & has_ptr else 2
+        if has_tail and tail_meta & is_pending:
+            self.pending_words += 3 if tail_meta & has_ptr else 2
+        pieces = 1 + has_head + has_tail
+        if pieces != last - first:
+            make_room(ends, first, last, pieces)
+            make_room(metas, first, last, pieces)
+            make_room(ptrs, first, last, pieces)
+            end_at, meta_at, ptr_at = u64s(ends), u32s(metas), u64s(ptrs)
+        if has_head:
+            end_at[first], meta_at[first], ptr_at[first] = start, head_meta, head_ptr
+            first += 1
+        end_at[first], meta_at[first], ptr_at[first] = end, size | flags | pending, ptr
+        if has_tail:
+            first += 1
+            end_at[first], meta_at[first], ptr_at[first] = tail_end, tail_meta, tail_ptr
+        return sectors
 
     def overwrite_dirty(self, start: int, end: int, ptr: int) -> bool:
         """What `insert` does of a dirty extent that covers exactly one that is there and dirty: only the pointer
         changes.  False, and nothing done, if there is none such.
         """
-        ends, metas = self.ends, self.meta
-        index = bisect_right(ends, start)
-        if index == len(ends) or ends[index] != end:
+        ends, all_flags, pending, size_mask = self.ends, FLAGS, PENDING, SIZE_MASK
+        index, count = bisect_right(ends, start), len(ends)
+        if index == count or u64s(ends)[index] != end:
             return False
-        meta = metas[index]
-        if meta & SIZE_MASK != end - start or meta & FLAGS != FLAGS:
+        meta_at = u32s(self.meta)
+        meta = meta_at[index]
+        if meta & size_mask != end - start or meta & all_flags != all_flags:
             return False
-        if not meta & PENDING:
-            metas[index] = meta | PENDING
+        if not meta & pending:
+            meta_at[index] = meta | pending
             self.pending_words += 3
-        self.ptrs[index] = ptr
+        u64s(self.ptrs)[index] = ptr
         return True
 
     def drop_written_holes(self) -> None:

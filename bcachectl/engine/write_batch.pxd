@@ -44,8 +44,8 @@ cdef class Placed:
 
     @cython.locals(
         starts=cython.ulonglong[::1], ends=cython.ulonglong[::1], ptrs=cython.ulonglong[::1], leaves=list, leaf=Node,
-        start=cython.ulonglong, end=cython.ulonglong, ptr=cython.ulonglong, overwritten=cython.Py_ssize_t,
-        index=cython.Py_ssize_t,
+        start=cython.ulonglong, end=cython.ulonglong, ptr=cython.ulonglong, became_dirty=cython.longlong,
+        flags=cython.uint, pending=cython.uint, has_stripes=cython.bint, index=cython.Py_ssize_t, overwritten=list,
     )
     cpdef insert(self, pin)
 
@@ -62,7 +62,7 @@ cdef class WriteBatch:
     cdef public object dev
     cdef public unsigned long long[::1] sectors, lengths
     cdef public long long[::1] places
-    cdef public Placed placed
+    cdef public Placed placed, spare
     cdef public list pins
 
     @cython.locals(
@@ -89,3 +89,5 @@ cdef class WriteBatch:
     cpdef commit(self, long long duration_ns)
 
     cpdef Placed hand_over(self)
+
+    cpdef take_back(self, Placed placed)

@@ -31,7 +31,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.front import NOT_NOW, Request
-from bcachectl.engine.node import FLAGS, Extent, Node
+from bcachectl.engine.node import FLAGS, PENDING, Node
 from bcachectl.engine.request import keeps_back
 from bcachectl.engine.streams import RECENT_IO, RECENT_NS
 from bcachectl.engine.write_group import serve_placed
@@ -133,16 +133,29 @@ class Placed:
 
     def insert(self, pin: JournalPin) -> None:
         """Put all keys in their leaves, which have room; they are in the entry of ``pin``."""
-        btree = self.dev.cset.btree
-        starts, ends, ptrs, leaves, overwritten = self.starts, self.ends, self.ptrs, self.leaves, 0
+        cset = self.dev.cset
+        btree, slot = cset.btree, self.base >> INODE_SHIFT
+        starts, ends, ptrs, leaves = self.starts, self.ends, self.ptrs, self.leaves
+        flags, pending = FLAGS, PENDING
+        became_dirty = 0
+        has_stripes = bool(cset.stripes) and slot in cset.stripes
         for index in range(self.count):
             leaf = leaves[index]
             start, end, ptr = starts[index], ends[index], ptrs[index]
             if leaf.overwrite_dirty(start, end, ptr):
-                overwritten += 1
+                continue
+            if has_stripes:
+                overwritten: list[tuple[int, int]] = []
+                leaf.insert_range(start, end, flags, ptr, pending, overwritten)
+                for first, last in overwritten:
+                    cset.account_dirty(first, first - last)
+                cset.account_dirty(start, end - start)
             else:
-                btree.insert_into(leaf, Extent(start, end, FLAGS, ptr), pin)
-        btree.inserts += overwritten
+                became_dirty += end - start
+                became_dirty -= leaf.insert_range(start, end, flags, ptr, pending, None)
+        if became_dirty:
+            cset.dirty_by_inode[slot] = cset.dirty_by_inode.get(slot, 0) + became_dirty
+        btree.inserts += self.count
         for leaf in dict.fromkeys(leaves):
             btree.touched(leaf, pin)
 
@@ -176,6 +189,7 @@ class WriteBatch:
         self.sectors, self.lengths = array("Q", bytes(8 * MAX_WRITES)), array("Q", bytes(8 * MAX_WRITES))
         self.places = array("q", bytes(8 * MAX_WRITES))
         self.placed = Placed(dev)
+        self.spare: Placed | None = None
         self.pins: list[int] = []
 
     def place(self, writes: list[tuple[int, int]], stream: int) -> list[int]:
@@ -307,9 +321,15 @@ class WriteBatch:
         if placed.count:
             placed.pin_all()
             self._count()
-            self.placed = Placed(self.dev)
+            self.placed, self.spare = self.spare or Placed(self.dev), None
             self._drop_pins()
         return placed
+
+    def take_back(self, placed: Placed) -> None:
+        """Nobody needs what `hand_over` gave any more: it is for the next ones."""
+        placed.count = 0
+        placed.leaves.clear()
+        self.spare = placed
 
     def serve(self, request: Request) -> None:
         """Have the engine write what was placed: its data lies in ``request.buf``, in the order of placing.  The

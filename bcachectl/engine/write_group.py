@@ -18,6 +18,7 @@ anew, or gets the error.
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
@@ -30,6 +31,7 @@ from bcachectl.ondisk.bkey import KEY_BYTES
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
+    from bcachectl.engine.journal import EntryWriter
     from bcachectl.engine.write_batch import Placed
 
 MAX_GROUP_SECTORS = 128
@@ -57,15 +59,15 @@ def end(dev: CachedDev, placed: Placed) -> None:
         dev.writeback.wake()
 
 
-def commit_nowait(dev: CachedDev, placed: Placed) -> int:
+def commit_nowait(dev: CachedDev, placed: Placed, *, is_wanted: bool = False) -> int:
     """Put the keys in journal and map, if nothing has to be waited for: the seq of their entry.  0, and nothing done,
-    if something has.
+    if something has.  ``is_wanted`` as for `bcachectl.engine.journal.Journal.add_nowait`.
     """
     cset = dev.cset
     journal = cset.journal
     if not cset.sync or cset.io_disabled or placed.count * KEY_BYTES > journal.room_bytes() or not placed.find_leaves():
         return 0
-    pin = journal.add_nowait(placed.pack_keys())
+    pin = journal.add_nowait(placed.pack_keys(), is_wanted=is_wanted)
     assert pin is not None, "there is room for the keys of the group"
     placed.insert(pin)
     journal.unpin(pin)
@@ -208,10 +210,13 @@ async def _commit_written(dev: CachedDev, placed: Placed, is_written: list[bool]
 class StableWrites:
     """Groups of a device whose data an export writes; each has one request, which comes back when all its keys are in
     the journal on the device.  With an error it is as if none of its writes had been made: each is to begin anew.
+
+    Where nothing has to be waited for, the ``writer`` writes the entry, and no task is needed for all of that.
     """
 
     def __init__(self, dev: CachedDev) -> None:
         self.dev = dev
+        self.writer: EntryWriter | None = None
         self.waiting: deque[tuple[int, Request]] = deque()      # with the seq of the entry
         self.is_answering = False
 
@@ -223,6 +228,7 @@ class StableWrites:
         """All of the data is written, in ``duration_ns``, or none of it counts."""
         dev = self.dev
         cset = dev.cset
+        journal, writer = cset.journal, self.writer
         cset.cache.submitted += placed.count
         cset.congestion.account(duration_ns, is_write=True)
         if error:
@@ -230,15 +236,27 @@ class StableWrites:
             placed.unpin_all()
             self.lost(placed, request)
             return
-        seq = commit_nowait(dev, placed)
+        is_quick = writer is not None and journal.can_write_by()
+        seq = commit_nowait(dev, placed, is_wanted=is_quick)
         if not seq:
             cset.sched.spawn(self._commit(placed, request), "group of writes")
             return
         end(dev, placed)
+        dev.batch.take_back(placed)
+        if writer is not None and is_quick:
+            journal.write_by(writer, partial(self._journaled, request))
+            return
         self.waiting.append((seq, request))
         if not self.is_answering:
             self.is_answering = True
             cset.sched.spawn(self._answer(), "answers to groups of writes")
+
+    def _journaled(self, request: Request, ok: bool) -> None:
+        self.dev.give_back(request, 0 if ok else EIO)
+
+    def wants_turn(self) -> bool:
+        """`bcachectl.engine.cache_set.CacheSet.wants_turn`."""
+        return self.dev.cset.wants_turn()
 
     def lost(self, placed: Placed, request: Request) -> None:
         """Whether the data is written will not be known: no key is made, and the buckets keep their pins."""
@@ -256,5 +274,5 @@ class StableWrites:
             seq, request = waiting[0]
             ok = await journal.wait_durable(seq)
             waiting.popleft()
-            self.dev.give_back(request, 0 if ok else EIO)
+            self._journaled(request, ok)
         self.is_answering = False

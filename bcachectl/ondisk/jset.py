@@ -100,7 +100,7 @@ def decode_jset(buf: Buffer, offset: int, *, magic: int, block_bytes: int, limit
 
 
 def encode_jset(*, seq: int, last_seq: int, uuid_bucket: bytes, btree_root: bytes, btree_level: int,
-                prio_bucket0: int, keys: bytes, magic: int, block_bytes: int) -> bytearray:
+                prio_bucket0: int, keys: bytes | bytearray, magic: int, block_bytes: int) -> bytearray:
     """An entry as it is written, zeros up to the block's end.
 
     ``uuid_bucket`` and ``btree_root`` are the words of their keys; ``prio_bucket0`` is the first prio set of cache 0.

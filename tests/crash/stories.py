@@ -577,6 +577,7 @@ async def placed(w: World) -> None:
 async def exported(w: World) -> None:
     await groups(w, kind="exported")
     assert w.exported_writes > 20 or w.setup.sluggish or not w.is_calm, w.exported_writes
+    assert w.entry_writer.count > 5 or w.setup.sluggish or not w.is_calm, w.entry_writer.count
 
 
 BIG_BACKING = (Backing(data_sectors=6000, mode="writethrough"),)

@@ -227,6 +227,7 @@ MUTATIONS = (
     Mutation("data of a group not awaited", ("groups",), not_awaited("data of a group")),
     Mutation("data of placed writes not awaited", ("placed",), not_awaited("data of placed writes")),
     Mutation("data of an export not awaited", ("exported",), not_awaited("data of an export")),
+    Mutation("entry of an export not awaited", ("exported",), not_awaited("entry of an export")),
     Mutation("batch before DIRTY", ("batches_first",), patch=batch_before_dirty),
     Mutation("batch lets fills go on", ("batches_and_fills",), patch=batch_lets_fills_go_on),
     Mutation("batch in clean buckets", ("batches",), patch=batch_in_clean_buckets),

@@ -39,7 +39,8 @@ from bcachectl.engine.front import (
     Request,
     Volume,
 )
-from bcachectl.engine.sched import NS_PER_MS, NS_PER_S, OP_NAMES, WRITE, Io, Sched, Task, WaitQueue
+from bcachectl.engine.journal import Entry
+from bcachectl.engine.sched import FUA, NS_PER_MS, NS_PER_S, OP_NAMES, PREFLUSH, WRITE, Io, Sched, Task, WaitQueue
 from bcachectl.ondisk.magic import BCACHE_MAGIC
 from bcachectl.ondisk.superblock import (
     SB_BYTES,
@@ -153,6 +154,24 @@ class _Pending:
         self.queue = WaitQueue(sched, "request")
 
 
+class EntryWriter:
+    """Writes entries of the journal as the ring does for ublk devices, without the journal's task."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.count = 0
+
+    def write_entry(self, entry: Entry) -> None:
+        """Begin; a task of the world waits for the end."""
+        self.world.sched.spawn(self._write(entry), "entry of an export")
+
+    async def _write(self, entry: Entry) -> None:
+        cset = self.world.cset
+        error = await cset.cache.write(entry.sector, entry.data, PREFLUSH | FUA, "entry of an export")
+        self.count += not error
+        cset.journal.entry_ended(error)
+
+
 class World:
     """One life of the engine, from power on to power off."""
 
@@ -191,6 +210,8 @@ class World:
         self.quick_writes = 0
         self.placed_writes = 0
         self.exported_writes = 0
+        self.entry_writer = EntryWriter(self)
+        self.entry_random = random.Random(f"entry/{seed}")
         self.quick_random = random.Random(f"quick/{seed}")
         self.group_random = random.Random(f"group/{seed}")
         self.is_calm = True
@@ -442,6 +463,7 @@ class World:
         """Stable writes whose data an export writes itself, as that of a ublk device does; the errno of each."""
         dev = self.volumes[volume]
         assert isinstance(dev, CachedDev)
+        dev.stable.writer = self.entry_writer if self.entry_random.random() < 0.7 else None
         begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
         datas = [stamps(volume, write.start, write.end, write.value) for write in begun]
         places = dev.batch.place(writes, stream)

@@ -38,6 +38,7 @@ from bcachectl.engine.export.ublk import MappedVolume, UblkExport
 from bcachectl.engine.export.ublk_control import UblkControl, delete_dead, is_available, left_over, mark_of
 from bcachectl.engine.export.ublk_wire import DevInfo
 from bcachectl.engine.front import Volume
+from bcachectl.engine.io.entry_lane import EntryLane
 from bcachectl.engine.io.loop import Loop, make_backend, make_entropy, make_sched
 from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.overlay import Overlay
@@ -102,6 +103,7 @@ class EngineHost:
         self.wants_stop = False
         self.block_exports: dict[str, LoopExport | UblkExport] = {}
         self.ublk: UblkControl | None = None
+        self.lane: EntryLane | None = None
         self._left_over: list[DevInfo] = []
         self.nbd: NbdServer | None = None
         self.control: ControlServer | None = None
@@ -461,9 +463,11 @@ class EngineHost:
         assert self.ublk is not None and isinstance(self.backend, RingBackend), "ublk was opened with a ring"
         below = self.media[volume.backing.index] if isinstance(volume, CachedDev) else None
         mark = mark_of(self.cset.uuid, volume.uuid)
+        if self.lane is None and self.media[0].fd >= 0:
+            self.lane = EntryLane(self.loop, self.backend, self.media[0].fd, self.cset.journal)
         export = UblkExport(
-            self.loop, self.backend, self.ublk, volume, self.media[0], self.cset.buckets, mark=mark,
-            stream=len(self.block_exports) + 1,
+            self.loop, self.backend, self.ublk, volume, self.media[0], self.cset.buckets, writer=self.lane,
+            mark=mark, stream=len(self.block_exports) + 1,
             block_bytes=max(medium.logical_block_bytes for medium in self.media),
             can_discard=below is None or below.can_discard, can_zero=below is None or below.can_zero)
         self.block_exports[volume.name] = export

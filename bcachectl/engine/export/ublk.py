@@ -60,6 +60,7 @@ from bcachectl.engine.front import (
 from bcachectl.engine.io.loop import Loop
 from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, OP_WRITEV, SQE_IO_LINK, RingBackend
+from bcachectl.engine.journal import EntryWriter
 from bcachectl.engine.read_batch import ReadBatch
 from bcachectl.engine.sched import WaitQueue
 from bcachectl.engine.write_group import StableWrites
@@ -113,10 +114,10 @@ class UblkExport:
     """One volume's ublk device."""
 
     def __init__(self, loop: Loop, backend: RingBackend, control: UblkControl, volume: MappedVolume,
-                 cache: Medium, buckets: Buckets, *, mark: int, stream: int, block_bytes: int, can_discard: bool,
-                 can_zero: bool) -> None:
-        """``block_bytes``: the largest logical block of the devices.  ``can_discard``, ``can_zero``: what is below the
-        cache knows such requests.
+                 cache: Medium, buckets: Buckets, *, writer: EntryWriter | None, mark: int, stream: int,
+                 block_bytes: int, can_discard: bool, can_zero: bool) -> None:
+        """``writer``: of the journal's entries.  ``block_bytes``: the largest logical block of the devices.
+        ``can_discard``, ``can_zero``: what is below the cache knows such requests.
         """
         self.loop = loop
         self.backend = backend
@@ -124,6 +125,7 @@ class UblkExport:
         self.volume = volume
         self.cache = cache
         self.buckets = buckets
+        self.writer = writer
         self.mark = mark
         self.stream = stream
         block_bytes = min(max(block_bytes, volume.block_size_sectors << 9), MAX_BLOCK_BYTES)
@@ -281,7 +283,8 @@ class UblkExport:
         self._first_slot = ring.reserve(3 * count)
         batch, stable, writes = self.volume.batch, self.volume.stable, None
         if batch is not None and stable is not None and self.cache.fd >= 0:
-            writes = UblkWrites(ring, batch, stable, self.loop.sched, self, self._descs, self._first_slot + 2 * count,
+            stable.writer = self.writer
+            writes = UblkWrites(ring, batch, stable, self, self._descs, self._first_slot + 2 * count,
                                 self._first_slot, address, info.max_io_bytes, self.stream)
         self._reads = UblkReads(ring, self.volume.reads, self.buckets, self, self._descs, self._first_slot,
                                 serves_hits=self.cache.fd >= 0, writes=writes)

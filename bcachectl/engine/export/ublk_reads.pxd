@@ -44,6 +44,6 @@ cdef class UblkReads:
         lengths=cython.ulonglong[::1], tags=cython.uint[::1], buckets=cython.int[::1], pins=cython.int[::1],
         shift=cython.int, first_commit=cython.Py_ssize_t, first_read=cython.Py_ssize_t, quiet=cython.long,
         index=cython.Py_ssize_t, number=cython.uint, place=cython.longlong, bucket=cython.Py_ssize_t,
-        length=cython.ulonglong, slot=cython.Py_ssize_t,
+        length=cython.ulonglong, slot=cython.Py_ssize_t, word_mask=cython.uint,
     )
     cdef _publish(self, Py_ssize_t count)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.ublk_writes import WRITE_NUMBER, UblkWrites
-from bcachectl.engine.io.ring import Arrivals, Ring
+from bcachectl.engine.io.ring import WORD_MASK, Arrivals, Ring
 from bcachectl.engine.read_batch import MAX_READS, ReadBatch
 from bcachectl.engine.write_batch import MAX_WRITES
 from bcachectl.engine.write_group import MAX_GROUP_SECTORS
@@ -127,6 +127,9 @@ class UblkReads:
             else:
                 self.others.extend(tags[:count])
         if writes is not None:
+            if writes.is_written:
+                self.finish()
+                writes.is_due = writes.wants_turn()
             if writes.may_start():
                 writes.start(self.others)
             return bool(self.others) or self.ended > 0 or writes.is_due
@@ -140,7 +143,7 @@ class UblkReads:
         quiet_bytes, gathered, result_word = QUIET_BYTES, 2 * HAND_OVER_READS, wire.IO_CMD_RESULT_WORD
         places, lengths, tags, buckets, pins, shift = (
             reads.places, reads.lengths, self.tags, self.buckets, self.pin_at, self.shift)
-        first_commit, first_read, quiet = self.first_commit, self.first_read, 0
+        first_commit, first_read, quiet, word_mask = self.first_commit, self.first_read, 0, WORD_MASK
         for index in range(count):
             number, place = tags[index], places[index]
             if place < 0:
@@ -159,8 +162,8 @@ class UblkReads:
             slot = first_commit + number
             sqe_i32[16 * slot + result_word] = length
             slots[tail + 1 & mask] = slot
-            tail = tail + 2 & 0xFFFFFFFF
-            if tail - handed_over & 0xFFFFFFFF >= gathered:
+            tail = tail + 2 & word_mask
+            if tail - handed_over & word_mask >= gathered:
                 ring.tail = handed_over = tail
                 ring.hand_over()
         ring.tail = tail

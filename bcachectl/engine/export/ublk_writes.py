@@ -6,9 +6,12 @@ share what follows; most of that costs the same for one write as for all:
 
 1. `UblkWrites.start` has the volume's batch place all that wait.  What it declines is left to the owner.  What lies
    side by side on the cache device is one entry of the ring, a WRITEV of the tags' buffers.
-2. When all of these have ended, `UblkWrites.finish` has the keys made (`bcachectl.engine.write_group.StableWrites`).
+2. When all of these have ended, `UblkWrites.finish` has the keys made (`bcachectl.engine.write_group.StableWrites`),
+   and the journal's entry with them goes into the ring as well (`bcachectl.engine.io.entry_lane`).
 3. When the keys are in the journal on the device, every tag is answered (`UblkWrites.answer`), and the next group may
    start.
+
+All of that happens between two looks at the ring, as long as no task of the engine has anything to do.
 
 Who keeps several writes in flight sends the next ones as soon as he is answered, one after the other.  The first of
 them waits for as many as there were before, though not for long (`UblkWrites.may_start`): a group of one, and then
@@ -42,7 +45,6 @@ if not cython.compiled:
 
     kept_descs = list
 if TYPE_CHECKING:
-    from bcachectl.engine.sched import Sched
     from bcachectl.engine.write_group import StableWrites
 
 PATIENCE_SHIFT = 2
@@ -65,12 +67,14 @@ class Owner(Protocol):
 
 
 class Group:
-    """Writes that were placed together, by their tags; what their request is tagged with."""
+    """Writes that were placed together, by their tags; what their request is tagged with.  ``placed``: None once their
+    data has ended.
+    """
 
     def __init__(self, writes: UblkWrites, numbers: list[int], placed: Placed) -> None:
         self.writes = writes
         self.numbers = numbers
-        self.placed = placed
+        self.placed: Placed | None = placed
         self.request = Request(REQ_WRITE, 0, 0, None, REQ_STABLE, 0, self)
 
     def answered(self, request: Request) -> None:
@@ -81,13 +85,13 @@ class Group:
 class UblkWrites:
     """The writes of one device.  ``is_due``: the engine has something to do because of them, `finish` at first."""
 
-    def __init__(self, ring: Ring, batch: WriteBatch, stable: StableWrites, sched: Sched, owner: Owner,
+    def __init__(self, ring: Ring, batch: WriteBatch, stable: StableWrites, owner: Owner,
                  descs: list[memoryview], first_write: int, first_commit: int, buffer_address: int,
                  buffer_bytes: int, stream: int) -> None:
         """``descs``: the words of each tag's descriptor.  Writes use as many slots of the ring from ``first_write`` on,
         filled but for place, address and count of buffers.
         """
-        self.ring, self.batch, self.stable, self.sched, self.owner = ring, batch, stable, sched, owner
+        self.ring, self.batch, self.stable, self.owner = ring, batch, stable, owner
         self.descs = kept_descs(descs)
         self.first_write, self.first_commit = first_write, first_commit
         self.buffer_address, self.buffer_bytes = buffer_address, buffer_bytes
@@ -152,12 +156,13 @@ class UblkWrites:
                 lengths[len(numbers)] = lengths[index]
                 numbers.append(tags[index])
         if numbers:
-            self.group = Group(self, numbers, self.stable.begin())
+            placed = self.stable.begin()
+            self.group = Group(self, numbers, placed)
             self.error, self.is_written = 0, False
             self.began_ns = monotonic_ns()
-            self._publish(numbers, self.group.placed)
-        # A bucket was taken, or gc has reason to run.
-        self.is_due = self.is_due or bool(self.sched.ready)
+            self._publish(numbers, placed)
+        # Few buckets may be left, or gc has reason to run.
+        self.is_due = self.is_due or self.wants_turn()
 
     def _publish(self, numbers: list[int], placed: Placed) -> None:
         # An entry for each run of data that lies side by side.
@@ -192,14 +197,18 @@ class UblkWrites:
         """Before anything else of the engine runs: have the keys made of what is written, and do not wait for more."""
         self.is_due = False
         group = self.group
-        if group is not None and self.is_written:
+        if group is not None and group.placed is not None and self.is_written:
             self.is_written = False
+            placed, group.placed = group.placed, None
             self.owner.set_clock()
-            self.stable.written(group.placed, group.request, error=self.error,
-                                duration_ns=monotonic_ns() - self.began_ns)
+            self.stable.written(placed, group.request, error=self.error, duration_ns=monotonic_ns() - self.began_ns)
         if self.waiting and self.group is None:
             self.start(declined)
             self.is_due = False
+
+    def wants_turn(self) -> bool:
+        """Whether the engine has something to do."""
+        return self.error != 0 or self.stable.wants_turn()
 
     def answer(self, numbers: list[int], error: int) -> None:
         """Answer the requests of these tags, and fetch their next ones; after an error they begin anew."""
@@ -235,5 +244,5 @@ class UblkWrites:
         self.runs = 0
         self._gathered()
         group, self.group = self.group, None
-        if group is not None:
+        if group is not None and group.placed is not None:
             self.stable.lost(group.placed, group.request)

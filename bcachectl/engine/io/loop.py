@@ -173,6 +173,14 @@ class Loop:
         """Bring the engine's clock up to now, for someone who has requests that came while it stood still."""
         self.sched.now_ns = time.monotonic_ns() - self._start_ns
 
+    def answer(self) -> None:
+        """Tell whoever asked of the requests that are complete."""
+        front = self.front
+        while front.completed:
+            completed, front.completed = front.completed, []
+            for request in completed:
+                request.tag.answered(request)
+
     def close(self) -> None:
         """Give back descriptors and signals; the backend stays the caller's."""
         for number, old in self._old_signals:
@@ -188,17 +196,14 @@ class Loop:
         self._epoll.close()
 
     def _turn(self, main: Task[Any]) -> None:
-        sched, backend, front = self.sched, self.backend, self.front
+        sched, backend = self.sched, self.backend
         ios: list[Io] = []
         for _ in range(PASSES_PER_TURN):
             done = backend.reap()
             ios = sched.run(time.monotonic_ns() - self._start_ns, done)
             if ios:
                 backend.submit(ios)
-            while front.completed:
-                completed, front.completed = front.completed, []
-                for request in completed:
-                    request.tag.answered(request)
+            self.answer()
             if not ios and not sched.ready and not sched.outbox:
                 break
         for export in self.exports:

@@ -36,6 +36,7 @@ cdef class Ring:
     cdef Py_ssize_t _shared_slots, _pushed, _next_slot
     cdef dict _given_back
 
+    @cython.locals(tail=cython.uint)
     cpdef publish(self, Py_ssize_t slot)
 
     cpdef gather(self, unsigned int count, long long limit_ns)
@@ -53,6 +54,7 @@ cdef class Ring:
         head=cython.uint, tail=cython.uint, mask=cython.uint, index=cython.uint, data=cython.ulonglong,
         client=cython.longlong, quick_end=cython.longlong, last=cython.longlong, arrivals=Arrivals, found=dict,
         here=list, words=cython.uint[::1], user_data=cython.ulonglong[::1], results=cython.int[::1],
+        client_shift=cython.int, word_mask=cython.uint,
     )
     cpdef dict take(self)
 

@@ -44,6 +44,9 @@ RING_ENTRIES = 256
 MIN_SHARED_SLOTS = 128
 """Slots that `Ring.reserve` leaves to Ios."""
 CLIENT_SHIFT = 32
+WORD_MASK = 0xFFFFFFFF
+"""Of 32 bits.  Compiled, an index that is added to ends there by itself; a literal of that size would be a Python
+integer."""
 QUIET_WAIT_NS = 1_000_000
 """For so long at most completions of quiet reads are left unheard."""
 ALONE_NS = 100_000_000
@@ -202,8 +205,10 @@ class Ring:
 
     def publish(self, slot: int) -> None:
         """Hand the entry of a slot to the kernel with the next `enter` or `wait`; not again before that."""
-        self.sq_array[self.tail & self.sq_mask] = slot
-        self.tail = (self.tail + 1) & 0xFFFFFFFF
+        tail = self.tail
+        self.sq_array[tail & self.sq_mask] = slot
+        tail += 1
+        self.tail = tail if cython.compiled else tail & WORD_MASK
 
     @property
     def room(self) -> int:
@@ -233,7 +238,7 @@ class Ring:
         """Hand the pushed entries to the kernel and wait for ``min_complete`` completions."""
         self._u32[self._sq_tail] = self.tail
         while True:
-            unsent = (self.tail - self._u32[self._sq_head]) & 0xFFFFFFFF
+            unsent = (self.tail - self._u32[self._sq_head]) & WORD_MASK
             if not unsent and not min_complete:
                 break
             sent = enter_ring(self.fd, unsent, min_complete, min_complete > 0)
@@ -253,7 +258,7 @@ class Ring:
         """Let the kernel begin with what was published.  It need not take all; `wait` gives it the rest."""
         words = self._u32
         words[self._sq_tail] = self.tail
-        unsent = (self.tail - words[self._sq_head]) & 0xFFFFFFFF
+        unsent = (self.tail - words[self._sq_head]) & WORD_MASK
         if enter_ring(self.fd, unsent, 0, False) == unsent:
             self._pushed = 0
 
@@ -263,7 +268,7 @@ class Ring:
         """
         words = self._u32
         words[self._sq_tail] = self.tail
-        unsent = (self.tail - words[self._sq_head]) & 0xFFFFFFFF
+        unsent = (self.tail - words[self._sq_head]) & WORD_MASK
         if timeout_ns <= 0:
             sent = enter_ring(self.fd, unsent, count if timeout_ns < 0 else 0, True)
         else:
@@ -285,20 +290,21 @@ class Ring:
         here: list[tuple[int, int]] = []
         arrivals: Arrivals | None = None
         quick_end, last = len(self._arrivals), -1
+        client_shift, word_mask = CLIENT_SHIFT, WORD_MASK
         while head != tail:
             index = head & mask
             data = user_data[index + index]
-            client = data >> CLIENT_SHIFT
+            client = data >> client_shift
             if client != last:
                 last = client
                 arrivals = self._arrivals[client] if client < quick_end else None
                 if arrivals is None:
                     here = found.setdefault(client, [])
             if arrivals is not None:
-                arrivals.put(data & 0xFFFFFFFF, results[4 * index + 2])
+                arrivals.put(data & word_mask, results[4 * index + 2])
             else:
-                here.append((data & 0xFFFFFFFF, results[4 * index + 2]))
-            head = head + 1 & 0xFFFFFFFF
+                here.append((data & word_mask, results[4 * index + 2]))
+            head = head + 1 & word_mask
         words[self._cq_head] = head
         return found
 

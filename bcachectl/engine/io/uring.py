@@ -33,13 +33,11 @@ from bcachectl.engine.io.ring import CLIENT_SHIFT, RING_ENTRIES, QuickClient, Ri
 from bcachectl.engine.io.sync import perform
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, NS_PER_S, PREFLUSH, READ, WRITE, WRITE_ZEROES, Io
 
-_OP_FSYNC, _OP_POLL_ADD, _OP_FALLOCATE, _OP_READ, _OP_WRITE = 3, 6, 17, 22, 23
-OP_READ = _OP_READ
-OP_WRITEV = 2
-OP_URING_CMD = 46
+_OP_POLL_ADD, _OP_FALLOCATE = 6, 17
+OP_WRITEV, OP_FSYNC, OP_READ, OP_WRITE, OP_URING_CMD = 2, 3, 22, 23, 46
 SQE_IO_LINK = 1 << 2
 """Flag of an entry: the next one begins when this one has succeeded, and fails with ECANCELED when it has not."""
-_FSYNC_DATASYNC = 1
+FSYNC_DATASYNC = 1
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 LOOK_NS = 200_000
@@ -316,11 +314,11 @@ class RingBackend:
         flight.entries, flight.result = wanted, 0
         self.in_ring += wanted
         if io.op == FLUSH or flight.flushing:
-            push(_OP_FSYNC, fd=fd, op_flags=_FSYNC_DATASYNC, user_data=index,
+            push(OP_FSYNC, fd=fd, op_flags=FSYNC_DATASYNC, user_data=index,
                  flags=SQE_IO_LINK if flight.flushing else 0)
         offset_bytes, left_bytes = (io.sector << 9) + flight.done_bytes, (io.nsectors << 9) - flight.done_bytes
         if io.op in (READ, WRITE):
-            push(_OP_READ if io.op == READ else _OP_WRITE, fd=fd, offset=offset_bytes,
+            push(OP_READ if io.op == READ else OP_WRITE, fd=fd, offset=offset_bytes,
                  address=flight.address + flight.done_bytes, length=left_bytes,
                  op_flags=os.RWF_DSYNC if io.flags & FUA else 0, user_data=index)
         elif io.op != FLUSH:

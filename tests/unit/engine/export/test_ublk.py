@@ -251,8 +251,8 @@ def served(image: BlockDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
         volume = FakeVolume(place, buckets)
         loop = Loop(make_sched(), backend, Front())
-        export = UblkExport(loop, backend, cast(Any, FakeControl()), volume, image, buckets, mark=1, stream=1,
-                            block_bytes=512, can_discard=True, can_zero=True)
+        export = UblkExport(loop, backend, cast(Any, FakeControl()), volume, image, buckets, writer=None, mark=1,
+                            stream=1, block_bytes=512, can_discard=True, can_zero=True)
         export._open(wire.DevInfo(1, 8, 0, 64 << 10, DEV_ID, 1, 0, 1))
         made.append(Set(export, volume, backend, buckets, device))
         made[-1].settle()
@@ -333,7 +333,7 @@ def test_a_device_that_the_ring_has_no_room_for_is_taken_away_again(
     control = FakeControl()
     buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
     export = UblkExport(loop, backend, cast(Any, control), FakeVolume(NOT_NOW, buckets), image, buckets,
-                        mark=1, stream=1, block_bytes=512, can_discard=True, can_zero=True)
+                        writer=None, mark=1, stream=1, block_bytes=512, can_discard=True, can_zero=True)
 
     async def start() -> None:
         task = loop.sched.spawn(export.start(), "start")
