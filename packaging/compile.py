@@ -17,6 +17,7 @@ MODULES = (
     "bcachectl.engine.read_batch",
     "bcachectl.engine.write_batch",
     "bcachectl.engine.io.ring",
+    "bcachectl.engine.export.nbd_quick",
     "bcachectl.engine.export.ublk_reads",
     "bcachectl.engine.export.ublk_writes",
     "bcachectl.fsck.scan",

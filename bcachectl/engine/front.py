@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from bcachectl.engine.read_batch import ReadBatch
     from bcachectl.engine.write_batch import WriteBatch
 
 REQ_READ, REQ_WRITE, REQ_FLUSH, REQ_DISCARD, REQ_WRITE_ZEROES, REQ_STATUS = range(6)
@@ -102,6 +103,11 @@ class Volume(Protocol):
     @property
     def read_only(self) -> bool:
         """Whether writes are refused."""
+        ...
+
+    @property
+    def reads(self) -> ReadBatch | None:
+        """Says where many reads lie, in columns; None if only `reads_nowait` does."""
         ...
 
     @property

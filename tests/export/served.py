@@ -52,7 +52,7 @@ class FileVolume:
         self.seen: list[tuple[int, int, int, int]] = []
         self.delay_ns = 0
         self.fail_with = 0
-        self.batch = None
+        self.reads = self.batch = None
 
     def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
         return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]

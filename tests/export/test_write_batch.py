@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Iterator
@@ -111,6 +112,17 @@ def test_a_write_that_comes_in_pieces(running: Hosted, taken: list[int]) -> None
         assert client.read(4096, 8192) == data[:8192]
         assert client.read(65536, 12288) == data[8192:]
     assert sum(taken) == 2
+
+
+def test_a_request_that_ends_beyond_64_bits_is_refused(running: Hosted, taken: list[int]) -> None:
+    """Offset and length together are small again in 64 bits."""
+    with NbdClient(running.socket) as client:
+        taken.clear()
+        for command, data, error in ((CMD_READ, b"", errno.EINVAL), (CMD_WRITE, bytes([7]) * 8192, errno.ENOSPC)):
+            client.send(command, (1 << 64) - 4096, 8192, data)
+            assert client.receive().error == error
+        assert client.read(0, 8192) == bytes(8192)
+    assert not taken
 
 
 def header(cookie: int, offset: int, length: int) -> bytes:

@@ -38,7 +38,7 @@ class PassVolume:
         self.size_sectors = bdev.size_sectors - data_offset
         self.block_size_sectors = 1
         self.read_only = False
-        self.batch = None
+        self.reads = self.batch = None
 
     def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
         return [self.read_nowait(sector, nsectors) for sector, nsectors in reads]

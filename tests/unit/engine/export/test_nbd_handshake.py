@@ -23,6 +23,7 @@ class FakeVolume:
     uuid: bytes = bytes(16)
     block_size_sectors: int = 8
     read_only: bool = False
+    reads = None
     batch = None
 
     def reads_nowait(self, reads: list[tuple[int, int]]) -> list[int]:
