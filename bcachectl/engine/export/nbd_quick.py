@@ -248,7 +248,7 @@ class QuickTransmission:
         cookies, offsets, sizes, starts = (
             self.write_cookies, self.write_offsets, self.write_lengths, self.write_starts)
         sectors, lengths, places = quick.sectors, quick.lengths, quick.places
-        simple_magic, is_written = wire.SIMPLE_REPLY_MAGIC, False
+        simple_magic = wire.SIMPLE_REPLY_MAGIC
         for index in range(count):
             sectors[index] = offsets[index] >> 9
             lengths[index] = sizes[index] >> 9
