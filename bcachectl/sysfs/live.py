@@ -130,9 +130,13 @@ class KernelSet:
 
     def _until_gone(self) -> Steps:
         # A set's directory goes first (super.c, cache_set_flush), its cache device's when the btree and the journal are
-        # written (cache_set_free): before that, the same set cannot be registered again.
+        # written (cache_set_free): before that, the same set cannot be registered again.  If it is, by udev perhaps,
+        # the one that was to end has ended.
         yield from absent(self.directory)
-        yield from absent(self._cache_directory)
+        for _ in absent(self._cache_directory):
+            if os.path.lexists(self.directory):
+                return
+            yield
 
     def _do_gc(self) -> Steps:
         # The end of a gc is told by the whole seconds since the last one, which fall then.  So one that has just ended

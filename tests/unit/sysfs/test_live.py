@@ -165,6 +165,16 @@ def test_a_set_has_ended_when_its_cache_device_is_let_go(fake: Fake, verb: str) 
     assert live.wait_end(0)
 
 
+def test_a_set_that_is_registered_again_has_ended(fake: Fake) -> None:
+    kernel = fake("two_backing")
+    live = live_set(kernel)
+    job = live.start("stop")
+    assert not job.wait(0.1)
+    (kernel.root / "fs/bcache" / kernel.uuid).mkdir()
+    assert job.wait(0.2)
+    assert kernel.backing("vda").exists()
+
+
 def test_one_volume_ends_and_the_set_goes_on(fake: Fake) -> None:
     kernel = fake("two_backing")
     live = live_set(kernel)
