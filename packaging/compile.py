@@ -14,6 +14,7 @@ from pathlib import Path
 
 MODULES = (
     "bcachectl.engine.node",
+    "bcachectl.engine.open_buckets",
     "bcachectl.engine.read_batch",
     "bcachectl.engine.write_batch",
     "bcachectl.engine.io.ring",

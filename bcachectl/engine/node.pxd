@@ -34,3 +34,6 @@ cdef class Node:
         pending=cython.uint, size_mask=cython.uint, count=cython.Py_ssize_t,
     )
     cpdef bint overwrite_dirty(self, unsigned long long start, unsigned long long end, unsigned long long ptr)
+
+    @cython.locals(header_bytes=cython.long, slack_words=cython.long, block_bytes=cython.long, set_bytes=cython.long)
+    cpdef bint has_room(self, long words, geometry)

@@ -285,8 +285,9 @@ class Node:
 
     def has_room(self, words: int, geometry: Geometry) -> bool:
         """Whether the node's log can take a set of what is pending and ``words`` u64s more."""
-        set_bytes = BSET_HEADER_BYTES + 8 * (self.pending_words + words + (0 if self.level else INSERT_SLACK_WORDS))
-        return self.written + -(-set_bytes // geometry.block_bytes) <= self.nblocks
+        header_bytes, slack_words, block_bytes = BSET_HEADER_BYTES, INSERT_SLACK_WORDS, geometry.block_bytes
+        set_bytes = header_bytes + 8 * (self.pending_words + words + (0 if self.level else slack_words))
+        return self.written + (set_bytes + block_bytes - 1) // block_bytes <= self.nblocks
 
     # Interior nodes.
 

@@ -7,7 +7,9 @@ devices never share one, since the former's buckets stay dirty for ever (alloc.c
 bch_alloc_sectors).
 
 An open bucket holds one pin while it has sectors left; the key that takes the last ones inherits it, every other key
-gets one of its own. Whoever inserts the key drops its pin."""
+gets one of its own. Whoever inserts the key drops its pin.
+
+One of the modules that can be compiled: what a group of writes takes is counted in C."""
 
 from __future__ import annotations
 
@@ -43,13 +45,22 @@ class Piece(NamedTuple):
 
 
 class SectorAllocator:
-    """The open buckets, least recently used first, with their positions and write points indexed."""
+    """The open buckets, least recently used first, with their positions and write points indexed.  ``last_used``: that
+    of the last allocation.
+    """
 
-    __slots__ = ("cset", "lru", "by_position", "by_write_point", "sectors_written")
+    __slots__ = ("cset", "bucket_shift", "bucket_sectors", "block", "max_sectors", "pin_at", "gen_at", "lru",
+                 "last_used", "by_position", "by_write_point", "sectors_written")
 
     def __init__(self, cset: CacheSet) -> None:
+        buckets = cset.buckets
         self.cset = cset
+        self.bucket_shift, self.bucket_sectors = buckets.bucket_shift, 1 << buckets.bucket_shift
+        self.block = cset.geometry.block_size_sectors
+        self.max_sectors = MAX_SIZE & -self.block
+        self.pin_at, self.gen_at = buckets.pin_at, buckets.gen_at
         self.lru: dict[OpenBucket, None] = {OpenBucket(): None for _ in range(MAX_OPEN_BUCKETS)}
+        self.last_used = next(reversed(self.lru))
         self.by_position: dict[int, OpenBucket] = {}
         self.by_write_point: dict[tuple[bool, int], dict[OpenBucket, None]] = {
             (False, 0): dict(self.lru),
@@ -72,59 +83,60 @@ class SectorAllocator:
         self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = Reserve.NONE
     ) -> Piece | None:
         """Up to ``nsectors`` for an extent that starts at ``position``; None if no bucket is free."""
-        cset = self.cset
-        buckets = cset.buckets
         open_bucket = self._pick(position, write_point, flash)
-        if open_bucket.sectors_free == 0:
-            bucket = cset.alloc.alloc_nowait(reserve)
-            if bucket == NO_BUCKET:
-                return None
-            open_bucket.sectors_free = 1 << buckets.bucket_shift
-            open_bucket.ptr = (bucket << buckets.bucket_shift) << 8 | buckets.gen_at[bucket]
-        count = min(nsectors, open_bucket.sectors_free, MAX_SIZE & -cset.geometry.block_size_sectors)
-        piece = Piece(open_bucket.ptr, count)
+        if open_bucket.sectors_free == 0 and not self._open(open_bucket, reserve):
+            return None
+        count = min(nsectors, open_bucket.sectors_free, self.max_sectors)
+        return Piece(self._take(open_bucket, position, count, write_point, flash), count)
+
+    def _open(self, open_bucket: OpenBucket, reserve: Reserve) -> bool:
+        # A new bucket for one that is full; False if none is free.
+        bucket, shift = self.cset.alloc.alloc_nowait(reserve), self.bucket_shift
+        if bucket == NO_BUCKET:
+            return False
+        open_bucket.sectors_free = self.bucket_sectors
+        open_bucket.ptr = (bucket << shift) << 8 | self.gen_at[bucket]
+        return True
+
+    def _take(self, open_bucket: OpenBucket, position: int, count: int, write_point: int, flash: bool) -> int:
+        # The next ``count`` sectors of a bucket that has them.
+        ptr = open_bucket.ptr
         self._reindex(open_bucket, position + count, write_point, flash)
         open_bucket.sectors_free -= count
         open_bucket.ptr += count << 8
         self.sectors_written += count
-        if open_bucket.sectors_free < cset.geometry.block_size_sectors:
+        if open_bucket.sectors_free < self.block:
             open_bucket.sectors_free = 0
         if open_bucket.sectors_free:
-            buckets.pin_at[buckets.bucket_of(piece.ptr)] += 1
-        return piece
-
-    def last_used(self) -> OpenBucket:
-        """The open bucket of the last `alloc_nowait`."""
-        return next(reversed(self.lru))
+            self.pin_at[ptr >> 8 >> self.bucket_shift] += 1
+        return ptr
 
     def took(self, position: int, nsectors: int) -> None:
         """Someone has given out ``nsectors`` more of the bucket that was `last_used`, for the same write point, up to
         an extent that ends at ``position``; at least a block is left.  The bucket's place among the others stays, and
         the keys get no pin: the open bucket has one.
         """
-        open_bucket = self.last_used()
-        if self.by_position.get(open_bucket.position) is open_bucket:
-            del self.by_position[open_bucket.position]
-        open_bucket.position = position
-        self.by_position[position] = open_bucket
+        open_bucket = self.last_used
+        self._move(open_bucket, position)
         open_bucket.ptr += nsectors << 8
         open_bucket.sectors_free -= nsectors
         self.sectors_written += nsectors
 
-    def alloc_whole(self, position: int, nsectors: int, *, write_point: int) -> int:
+    def alloc_whole(self, position: int, nsectors: int, write_point: int) -> int:
         """A pointer word to ``nsectors`` in one piece for a cached device; 0 if `alloc_nowait` would have to cut them,
         or has no bucket.
         """
         open_bucket = self._pick(position, write_point, False)
+        if nsectors > self.max_sectors:
+            return 0
         if open_bucket.sectors_free < nsectors and (
             open_bucket.sectors_free
-            or nsectors > min(1 << self.cset.buckets.bucket_shift, MAX_SIZE & -self.cset.geometry.block_size_sectors)
+            or nsectors > self.bucket_sectors
             or not self.cset.alloc.available_nowait(Reserve.NONE)
+            or not self._open(open_bucket, Reserve.NONE)
         ):
             return 0
-        piece = self.alloc_nowait(position, nsectors, write_point=write_point, flash=False)
-        assert piece is not None and piece.nsectors == nsectors, piece
-        return piece.ptr
+        return self._take(open_bucket, position, nsectors, write_point, False)
 
     async def alloc(
         self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = Reserve.NONE
@@ -136,19 +148,29 @@ class SectorAllocator:
                 return piece
             await self.cset.alloc.bucket_wait.wait()
 
+    def _move(self, open_bucket: OpenBucket, position: int) -> None:
+        # Its last extent ends at ``position``.
+        by_position = self.by_position
+        if by_position.get(open_bucket.position) is open_bucket:
+            del by_position[open_bucket.position]
+        by_position[position] = open_bucket
+        open_bucket.position = position
+
     def _reindex(self, open_bucket: OpenBucket, position: int, write_point: int, flash: bool) -> None:
         # Most recently used from now on, under its new position and write point.
-        if self.by_position.get(open_bucket.position) is open_bucket:
-            del self.by_position[open_bucket.position]
-        self.by_position[position] = open_bucket
-        old = self.by_write_point[open_bucket.flash, open_bucket.write_point]
+        self._move(open_bucket, position)
+        if open_bucket is self.last_used and open_bucket.write_point == write_point and open_bucket.flash == flash:
+            return
+        self.last_used = open_bucket
+        lru, by_write_point = self.lru, self.by_write_point
+        before = (open_bucket.flash, open_bucket.write_point)
+        old = by_write_point[before]
         del old[open_bucket]
         if not old:
-            del self.by_write_point[open_bucket.flash, open_bucket.write_point]
-        self.by_write_point.setdefault((flash, write_point), {})[open_bucket] = None
-        del self.lru[open_bucket]
-        self.lru[open_bucket] = None
-        open_bucket.position = position
+            del by_write_point[before]
+        by_write_point.setdefault((flash, write_point), {})[open_bucket] = None
+        del lru[open_bucket]
+        lru[open_bucket] = None
         open_bucket.write_point = write_point
         open_bucket.flash = flash
 

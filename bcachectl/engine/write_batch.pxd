@@ -5,6 +5,7 @@ cimport cython
 from cpython.array cimport array
 
 from bcachectl.engine.node cimport Node
+from bcachectl.engine.open_buckets cimport OpenBucket, SectorAllocator
 from bcachectl.engine.search cimport bisect_right
 
 
@@ -14,6 +15,8 @@ cdef class Placed:
     cdef public unsigned long long[::1] starts, ends, ptrs
     cdef public Py_ssize_t count
     cdef public list leaves
+    cdef int[::1] pins
+    cdef int shift
 
     @cython.locals(starts=cython.ulonglong[::1], ends=cython.ulonglong[::1], index=cython.Py_ssize_t)
     cpdef bint overlaps(self, unsigned long long start, unsigned long long end)
@@ -55,6 +58,7 @@ cdef class Rooms:
     cdef object geometry
     cdef long words
 
+    @cython.locals(found=object)
     cpdef bint has_room(self, Node leaf)
 
 
@@ -63,7 +67,9 @@ cdef class WriteBatch:
     cdef public unsigned long long[::1] sectors, lengths
     cdef public long long[::1] places
     cdef public Placed placed, spare
-    cdef public list pins
+    cdef unsigned long long[::1] pins
+    cdef Py_ssize_t pinned
+    cdef unsigned char[::1] mark_at
 
     @cython.locals(
         count=cython.Py_ssize_t, sectors=cython.ulonglong[::1], lengths=cython.ulonglong[::1],
@@ -82,12 +88,25 @@ cdef class WriteBatch:
         marked=cython.ulonglong, got=cython.Py_ssize_t, ptr=cython.ulonglong, next_ptr=cython.ulonglong,
         free=cython.ulonglong, taken=cython.ulonglong, position=cython.ulonglong, nbytes=cython.longlong,
         bytes_average=cython.longlong, nsectors=cython.ulonglong, first=cython.ulonglong, start=cython.ulonglong,
-        found=tuple,
+        found=tuple, sectors=SectorAllocator, open_bucket=OpenBucket, pins=cython.ulonglong[::1],
+        mark_at=cython.uchar[::1], dirty=cython.uchar,
     )
     cpdef place_columns(self, Py_ssize_t count, long stream)
 
+    @cython.locals(placed=Placed)
     cpdef commit(self, long long duration_ns)
 
+    @cython.locals(placed=Placed)
     cpdef Placed hand_over(self)
 
     cpdef take_back(self, Placed placed)
+
+    cpdef abandon(self)
+
+    @cython.locals(nsectors=cython.ulonglong, placed=Placed)
+    cdef _count(self)
+
+    @cython.locals(
+        pin_at=cython.int[::1], pins=cython.ulonglong[::1], index=cython.Py_ssize_t, bucket=cython.ulonglong,
+    )
+    cdef _drop_pins(self)

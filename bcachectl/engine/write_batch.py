@@ -30,6 +30,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
+from bcachectl.engine.buckets import MARK_DIRTY
 from bcachectl.engine.front import NOT_NOW, Request
 from bcachectl.engine.node import FLAGS, PENDING, Node
 from bcachectl.engine.request import keeps_back
@@ -66,6 +67,8 @@ class Placed:
         self.starts, self.ends, self.ptrs = (array("Q", bytes(8 * MAX_WRITES)) for _ in range(3))
         self.count = 0
         self.leaves: list[Node] = []
+        buckets = dev.cset.buckets
+        self.pins, self.shift = buckets.pin_at, buckets.bucket_shift + 8
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether one of them is to any of the sectors [start, end) of the backing device."""
@@ -99,15 +102,13 @@ class Placed:
 
     def pin_all(self) -> None:
         """A pin for each on its bucket."""
-        buckets = self.dev.cset.buckets
-        ptrs, pins, shift = self.ptrs, buckets.pin_at, buckets.bucket_shift + 8
+        ptrs, pins, shift = self.ptrs, self.pins, self.shift
         for index in range(self.count):
             pins[ptrs[index] >> shift] += 1
 
     def unpin_all(self) -> None:
         """Drop those."""
-        buckets = self.dev.cset.buckets
-        ptrs, pins, shift = self.ptrs, buckets.pin_at, buckets.bucket_shift + 8
+        ptrs, pins, shift = self.ptrs, self.pins, self.shift
         for index in range(self.count):
             pins[ptrs[index] >> shift] -= 1
 
@@ -172,7 +173,7 @@ class Rooms:
         """The answer."""
         found = self.known.get(leaf)
         if found is None:
-            found = not leaf.frozen and not leaf.gone and leaf.has_room(self.words, self.geometry)
+            found = not (leaf.frozen or leaf.gone) and leaf.has_room(self.words, self.geometry)
             self.known[leaf] = found
         return found
 
@@ -181,7 +182,8 @@ class WriteBatch:
     """The batch of one cached device: empty but between `place` and `commit`.
 
     Writes are the first ``count`` of ``sectors`` and ``lengths`` (nsectors), the answers those of ``places``.
-    ``placed`` are those that were not declined, ``pins`` the buckets that hold a pin for one of them.
+    ``placed`` are those that were not declined; the first ``pinned`` of ``pins`` are the buckets that hold a pin for
+    one of them.
     """
 
     def __init__(self, dev: CachedDev) -> None:
@@ -190,7 +192,8 @@ class WriteBatch:
         self.places = array("q", bytes(8 * MAX_WRITES))
         self.placed = Placed(dev)
         self.spare: Placed | None = None
-        self.pins: list[int] = []
+        self.pins, self.pinned = array("Q", bytes(8 * MAX_WRITES)), 0
+        self.mark_at = dev.cset.buckets.mark_at
 
     def place(self, writes: list[tuple[int, int]], stream: int) -> list[int]:
         """Where the data of each (sector, nsectors) is to be written now, a byte of the cache device; or NOT_NOW.
@@ -222,7 +225,8 @@ class WriteBatch:
         starts, ends, ptrs, leaves = placed.starts, placed.ends, placed.ptrs, placed.leaves
         root, rooms, last_leaf = cset.btree.root, Rooms(dev, count), None
         data_offset, base, mask, size_sectors = dev.data_offset, dev.base, dev.block_mask, dev.size_sectors
-        shift, block, by_position = buckets.bucket_shift + 8, mask + 1, sectors.by_position
+        shift, block, by_position = placed.shift, mask + 1, sectors.by_position
+        pins, mark_at, dirty = self.pins, self.mark_at, MARK_DIRTY
         cutoff_bytes, now_ns = dev.sequential_cutoff >> 9 << 9, cset.sched.now_ns
         since_ns, recent = now_ns - RECENT_NS, streams.recent
         run_bytes, average = streams.lengths.get(stream, (0, 0))
@@ -269,12 +273,13 @@ class WriteBatch:
                 if taken:
                     sectors.took(position, taken)
                     taken = 0
-                ptr = sectors.alloc_whole(start, nsectors, write_point=stream)
+                ptr = sectors.alloc_whole(start, nsectors, stream)
                 if not ptr:
                     continue
-                open_bucket = sectors.last_used()
+                open_bucket = sectors.last_used
                 next_ptr, free = open_bucket.ptr, open_bucket.sectors_free
-                self.pins.append(ptr >> shift)
+                pins[self.pinned] = ptr >> shift
+                self.pinned += 1
             if cutoff_bytes:
                 # And what it would do.
                 if recent.pop(first, None) is None or found is None:
@@ -287,7 +292,8 @@ class WriteBatch:
             if ptr >> shift != marked:
                 # Before the key is in the map: a gc that runs later must not take the bucket for clean.
                 marked = ptr >> shift
-                buckets.mark_dirty(marked)
+                if mark_at[marked] != dirty or buckets.marks is not None:
+                    buckets.mark_dirty(marked)
             starts[got] = start
             ends[got] = start + nsectors
             ptrs[got] = ptr
@@ -355,6 +361,9 @@ class WriteBatch:
         self.placed.leaves.clear()
 
     def _drop_pins(self) -> None:
-        for bucket in self.pins:
-            self.dev.cset.buckets.unpin(bucket)
-        self.pins.clear()
+        pin_at, pins = self.placed.pins, self.pins
+        for index in range(self.pinned):
+            bucket = pins[index]
+            assert pin_at[bucket] > 0, bucket
+            pin_at[bucket] -= 1
+        self.pinned = 0

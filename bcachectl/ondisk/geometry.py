@@ -11,7 +11,7 @@ only the prio sets have no other source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PAGE_SECTORS = 8
 """Sectors of a 4 KiB page."""
@@ -42,11 +42,11 @@ class Geometry:
     nbuckets: int
     first_bucket: int
     page_sectors: int = PAGE_SECTORS
+    block_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of a block, the unit in which nodes and journal buckets are filled; asked for so often that it is kept."""
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block, the unit in which nodes and journal buckets are filled."""
-        return self.block_size_sectors << 9
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_bytes", self.block_size_sectors << 9)
 
     @property
     def bucket_bytes(self) -> int:

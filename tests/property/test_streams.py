@@ -15,6 +15,7 @@ from bcachectl.engine import write_batch
 from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.front import NOT_NOW
 from bcachectl.engine.node import Node
+from bcachectl.engine.open_buckets import SectorAllocator
 from bcachectl.engine.read_batch import ReadBatch, note_hits
 from bcachectl.engine.streams import RECENT_NS, Streams
 from bcachectl.engine.write_batch import WriteBatch
@@ -52,20 +53,14 @@ def test_a_batch_counts_as_its_reads_do(turns: list[tuple[int, list[tuple[int, i
 
 
 def batch_of(streams: Streams, now_ns: int) -> WriteBatch:
-    """The batch of a device whose cache has room for anything."""
+    """The batch of a device whose cache has room for anything, in the one bucket that it takes."""
     leaf = Node(ptr=0, bucket=1, level=0, end=MAX_POS, seq=0, nblocks=1 << 20, bucket_shift=40)
-    geometry = Geometry(block_size_sectors=1, bucket_size_sectors=1 << 14, nbuckets=32, first_bucket=1)
+    geometry = Geometry(block_size_sectors=1, bucket_size_sectors=1 << 15, nbuckets=32, first_bucket=1)
     buckets = Buckets(geometry)
-    one = SimpleNamespace(ptr=1 << 22, sectors_free=1 << 13)
-
-    def alloc_whole(_start: int, nsectors: int, *, write_point: int) -> int:
-        assert write_point == STREAM
-        one.ptr += nsectors << 8
-        return int(one.ptr - (nsectors << 8))
-
-    sectors = SimpleNamespace(by_position={}, alloc_whole=alloc_whole, last_used=lambda: one, took=lambda *_: None)
-    cset = SimpleNamespace(journal=SimpleNamespace(room_bytes=lambda: 1 << 20), sectors=sectors, buckets=buckets,
+    alloc = SimpleNamespace(available_nowait=lambda _reserve: 1, alloc_nowait=lambda _reserve: 1)
+    cset = SimpleNamespace(journal=SimpleNamespace(room_bytes=lambda: 1 << 20), buckets=buckets, alloc=alloc,
                            btree=SimpleNamespace(root=leaf), geometry=geometry, sched=SimpleNamespace(now_ns=now_ns))
+    cset.sectors = SectorAllocator(cast(Any, cset))
     ranges = SimpleNamespace(writes=[], groups=[], fills=[])
     return WriteBatch(cast(Any, SimpleNamespace(cset=cset, base=0, data_offset=OFFSET, block_mask=0, streams=streams,
                                                 size_sectors=1 << 30, ranges=ranges, sequential_cutoff=CUTOFF_BYTES)))
