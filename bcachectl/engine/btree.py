@@ -63,6 +63,8 @@ class Btree:
         "splits",
         "reads",
         "changes",
+        "keyed_root",
+        "kept_root_key",
     )
 
     def __init__(self, cset: CacheSet, root: Node) -> None:
@@ -82,6 +84,8 @@ class Btree:
         self.splits = 0
         self.reads = 0
         self.changes = 0
+        self.keyed_root: Node | None = None         # whose key this is
+        self.kept_root_key = b""
 
     @classmethod
     async def open(cls, cset: CacheSet, ptr: int, level: int) -> Btree:
@@ -358,7 +362,9 @@ class Btree:
         self.touched(leaf, pin)
 
     def touched(self, leaf: Node, pin: JournalPin | None) -> None:
-        """Keys of a journal entry were inserted into a leaf: it holds the entry, and is to be written."""
+        """Keys of a journal entry were inserted into a leaf: it holds the entry, and is to be written.  Of a leaf that
+        `Node.is_settled`, this is ``changes`` and ``used`` only.
+        """
         cset = self.cset
         self.changes += 1
         leaf.used = 1
@@ -518,7 +524,11 @@ class Btree:
 
     def root_key(self) -> bytes:
         """The root pointer as the journal's header holds it."""
-        return pack_key(MAX_POS, self.cset.geometry.node_sectors, False, self.root.ptr)
+        root = self.root
+        if root is not self.keyed_root:
+            self.keyed_root = root
+            self.kept_root_key = pack_key(MAX_POS, self.cset.geometry.node_sectors, False, root.ptr)
+        return self.kept_root_key
 
     def nodes(self) -> list[Node]:
         """Every node in memory, parents before children."""

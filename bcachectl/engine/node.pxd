@@ -37,3 +37,6 @@ cdef class Node:
 
     @cython.locals(header_bytes=cython.long, slack_words=cython.long, block_bytes=cython.long, set_bytes=cython.long)
     cpdef bint has_room(self, long words, geometry)
+
+    @cython.locals(header_bytes=cython.long)
+    cpdef bint is_settled(self, unsigned long long seq, long write_bytes)

@@ -289,6 +289,13 @@ class Node:
         set_bytes = header_bytes + 8 * (self.pending_words + words + (0 if self.level else slack_words))
         return self.written + (set_bytes + block_bytes - 1) // block_bytes <= self.nblocks
 
+    def is_settled(self, seq: int, write_bytes: int) -> bool:
+        """Whether keys of entry ``seq`` that were inserted change nothing about the leaf: it holds that entry or an
+        older one, so it is dirty already, and what is pending is no more than ``write_bytes``.
+        """
+        pin, header_bytes = self.pin, BSET_HEADER_BYTES
+        return pin is not None and pin.seq <= seq and header_bytes + 8 * self.pending_words <= write_bytes
+
     # Interior nodes.
 
     def child_index(self, position: int) -> int:

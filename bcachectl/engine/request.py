@@ -230,23 +230,6 @@ def mode_for(dev: CachedDev, request: Request, sector: int, *, overlaps_writebac
     return BYPASS if bypass else THROUGH
 
 
-def keeps_back(dev: CachedDev) -> bool:
-    """Whether `mode_for` would now say BACK of any small aligned write without flags that is not sequential, and
-    `write` would not have to wait for the superblock first.
-    """
-    cset = dev.cset
-    return (
-        dev.attached
-        and dev.cache_mode == CacheMode.WRITEBACK
-        and dev.is_known_dirty
-        and not (dev.detaching or dev.io_disable or dev.read_only)
-        and cset.sync
-        and not (cset.io_disabled or cset.stopping)
-        and cset.congestion.value >= 0
-        and cset.buckets.in_use_percent <= min(cset.cutoff_writeback, cset.cutoff_writeback_sync, CUTOFF_CACHE_ADD)
-    )
-
-
 # Inserting.
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class UuidArray:
     """The uuid entries of a running set, and where they are."""
 
-    __slots__ = ("bucket", "cset", "entries", "key", "lock")
+    __slots__ = ("bucket", "cset", "entries", "key", "keyed", "kept_journal_key", "lock")
 
     def __init__(self, cset: CacheSet) -> None:
         self.cset = cset
@@ -37,6 +37,8 @@ class UuidArray:
         self.entries: list[UuidEntry] = []
         self.key = Bkey(0, 0, 0, False, 0, ())
         self.bucket = 0
+        self.keyed: Bkey | None = None              # whose words these are
+        self.kept_journal_key = b""
 
     async def read(self, newest: Jset) -> None:
         """Load the array that a journal entry names; raises Corrupt or WrongState."""
@@ -58,8 +60,11 @@ class UuidArray:
 
     def journal_key(self) -> bytes:
         """The pointer to the array as the journal's header holds it."""
-        pointer = self.key.ptrs[0]
-        return pack_key(0, self.key.size, False, ptr_make(pointer.sector, pointer.gen))
+        key = self.key
+        if key is not self.keyed:
+            self.keyed = key
+            self.kept_journal_key = pack_key(0, key.size, False, ptr_make(key.ptrs[0].sector, key.ptrs[0].gen))
+        return self.kept_journal_key
 
     async def write_bucket(self) -> bool:
         """Write the array into a new bucket, which nothing names yet; False if the set failed."""

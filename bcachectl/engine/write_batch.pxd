@@ -15,6 +15,8 @@ cdef class Placed:
     cdef public unsigned long long[::1] starts, ends, ptrs
     cdef public Py_ssize_t count
     cdef public list leaves
+    cdef array keys
+    cdef unsigned long long[::1] words
     cdef int[::1] pins
     cdef int shift
 
@@ -29,7 +31,7 @@ cdef class Placed:
     @cython.locals(
         starts=cython.ulonglong[::1], ends=cython.ulonglong[::1], ptrs=cython.ulonglong[::1], index=cython.Py_ssize_t,
         dirty_key3=cython.ulonglong, inode_shift=cython.int, sector_mask=cython.ulonglong, end=cython.ulonglong,
-        words=cython.ulonglong[::1], keys=array,
+        words=cython.ulonglong[::1],
     )
     cpdef bytes pack_keys(self)
 
@@ -49,6 +51,7 @@ cdef class Placed:
         starts=cython.ulonglong[::1], ends=cython.ulonglong[::1], ptrs=cython.ulonglong[::1], leaves=list, leaf=Node,
         start=cython.ulonglong, end=cython.ulonglong, ptr=cython.ulonglong, became_dirty=cython.longlong,
         flags=cython.uint, pending=cython.uint, has_stripes=cython.bint, index=cython.Py_ssize_t, overwritten=list,
+        seq=cython.ulonglong, write_bytes=cython.long, settled=cython.Py_ssize_t,
     )
     cpdef insert(self, pin)
 

@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING
 from bcachectl.engine.buckets import MARK_DIRTY
 from bcachectl.engine.front import NOT_NOW, Request
 from bcachectl.engine.node import FLAGS, PENDING, Node
-from bcachectl.engine.request import keeps_back
+from bcachectl.engine.request import CUTOFF_CACHE_ADD
 from bcachectl.engine.streams import RECENT_IO, RECENT_NS
 from bcachectl.engine.write_group import serve_placed
 from bcachectl.ondisk.bkey import DIRTY_KEY3, INODE_SHIFT, KEY_BYTES, SECTOR_MASK
+from bcachectl.ondisk.superblock import CacheMode
 
 try:
     import cython
@@ -56,6 +57,23 @@ WORDS_PER_INSERT = 6
 two."""
 
 
+def keeps_back(dev: CachedDev) -> bool:
+    """Whether `bcachectl.engine.request.mode_for` would now say BACK of any small aligned write without flags that is
+    not sequential, and `bcachectl.engine.request.write` would not have to wait for the superblock first.
+    """
+    cset = dev.cset
+    return (
+        dev.attached
+        and dev.cache_mode == CacheMode.WRITEBACK
+        and dev.is_known_dirty
+        and not (dev.detaching or dev.io_disable or dev.read_only)
+        and cset.sync
+        and not (cset.io_disabled or cset.stopping)
+        and cset.congestion.value >= 0
+        and cset.buckets.in_use_percent <= min(cset.cutoff_writeback, cset.cutoff_writeback_sync, CUTOFF_CACHE_ADD)
+    )
+
+
 class Placed:
     """Writes that have their sectors: the first ``count`` of the columns ``starts``, ``ends`` (positions) and ``ptrs``
     (pointer words), and the leaf in which each key goes.
@@ -65,6 +83,8 @@ class Placed:
         self.dev = dev
         self.base = dev.base
         self.starts, self.ends, self.ptrs = (array("Q", bytes(8 * MAX_WRITES)) for _ in range(3))
+        self.keys = array("Q", bytes(KEY_BYTES * MAX_WRITES))
+        self.words = self.keys
         self.count = 0
         self.leaves: list[Node] = []
         buckets = dev.cset.buckets
@@ -90,15 +110,13 @@ class Placed:
     def pack_keys(self) -> bytes:
         """Their keys, as `bcachectl.ondisk.bkey.pack_dirty_keys` has them."""
         starts, ends, ptrs = self.starts, self.ends, self.ptrs
-        dirty_key3, inode_shift, sector_mask = DIRTY_KEY3, INODE_SHIFT, SECTOR_MASK
-        keys = array("Q", bytes(KEY_BYTES * self.count))
-        words = keys
+        dirty_key3, inode_shift, sector_mask, words = DIRTY_KEY3, INODE_SHIFT, SECTOR_MASK, self.words
         for index in range(self.count):
             end = ends[index]
             words[3 * index] = dirty_key3 | (end - starts[index]) << 20 | end >> inode_shift
             words[3 * index + 1] = end & sector_mask
             words[3 * index + 2] = ptrs[index]
-        return keys.tobytes()
+        return self.keys[:3 * self.count].tobytes()
 
     def pin_all(self) -> None:
         """A pin for each on its bucket."""
@@ -157,8 +175,14 @@ class Placed:
         if became_dirty:
             cset.dirty_by_inode[slot] = cset.dirty_by_inode.get(slot, 0) + became_dirty
         btree.inserts += self.count
+        seq, write_bytes, settled = pin.seq, btree.leaf_write_bytes, 0
         for leaf in dict.fromkeys(leaves):
-            btree.touched(leaf, pin)
+            if leaf.is_settled(seq, write_bytes):
+                leaf.used = 1
+                settled += 1
+            else:
+                btree.touched(leaf, pin)
+        btree.changes += settled
 
 
 class Rooms:
@@ -229,7 +253,7 @@ class WriteBatch:
         pins, mark_at, dirty = self.pins, self.mark_at, MARK_DIRTY
         cutoff_bytes, now_ns = dev.sequential_cutoff >> 9 << 9, cset.sched.now_ns
         since_ns, recent = now_ns - RECENT_NS, streams.recent
-        run_bytes, average = streams.lengths.get(stream, (0, 0))
+        run_bytes, average = streams.lengths.get(stream, (0, 0)) if cutoff_bytes else (0, 0)
         has_writes, has_fills = bool(ranges.writes or ranges.groups), bool(ranges.fills)
         open_bucket, marked, got = None, 0, 0
         ptr = next_ptr = free = taken = position = nbytes = bytes_average = 0

@@ -27,7 +27,6 @@ from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.request import EIO, insert_keys, is_durable
 from bcachectl.engine.sched import Io
 from bcachectl.errors import Corrupt
-from bcachectl.ondisk.bkey import KEY_BYTES
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
@@ -65,10 +64,11 @@ def commit_nowait(dev: CachedDev, placed: Placed, *, is_wanted: bool = False) ->
     """
     cset = dev.cset
     journal = cset.journal
-    if not cset.sync or cset.io_disabled or placed.count * KEY_BYTES > journal.room_bytes() or not placed.find_leaves():
+    if not cset.sync or cset.io_disabled or not placed.find_leaves():
         return 0
     pin = journal.add_nowait(placed.pack_keys(), is_wanted=is_wanted)
-    assert pin is not None, "there is room for the keys of the group"
+    if pin is None:
+        return 0
     placed.insert(pin)
     journal.unpin(pin)
     placed.unpin_all()

@@ -35,6 +35,9 @@ class EntryLane:
         self.journal = journal
         self.ring = backend.ring
         self.arrivals = Arrivals(4)
+        # Of compiled columns, an attribute is a new object each time.
+        self._numbers, self._results = memoryview(self.arrivals.numbers), memoryview(self.arrivals.results)
+        self._sqe_u64, self._sqe_u32 = memoryview(self.ring.sqe_u64), memoryview(self.ring.sqe_u32)
         self._memory = mmap.mmap(-1, JSET_MAX_BYTES)
         self._first_slot = self.ring.reserve(2)
         self._entry: Entry | None = None
@@ -51,8 +54,8 @@ class EntryLane:
         assert self._entry is None, "one entry at a time"
         nbytes, slot = len(entry.data), self._first_slot + _WRITE
         self._memory[:nbytes] = entry.data
-        self.ring.sqe_u64[8 * slot + 1] = entry.sector << 9
-        self.ring.sqe_u32[16 * slot + 6] = nbytes
+        self._sqe_u64[8 * slot + 1] = entry.sector << 9
+        self._sqe_u32[16 * slot + 6] = nbytes
         self._entry, self._left, self._is_whole = entry, 2, True
         self.ring.publish(self._first_slot + _FLUSH)
         self.ring.publish(slot)
@@ -62,8 +65,8 @@ class EntryLane:
         arrivals, entry = self.arrivals, self._entry
         for index in range(arrivals.count):
             assert entry is not None, "what has ended was begun"
-            wanted = len(entry.data) if arrivals.numbers[index] == _WRITE else 0
-            self._is_whole = self._is_whole and arrivals.results[index] == wanted
+            wanted = len(entry.data) if self._numbers[index] == _WRITE else 0
+            self._is_whole = self._is_whole and self._results[index] == wanted
             self._left -= 1
         arrivals.count = 0
         if entry is not None and not self._left:
