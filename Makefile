@@ -83,6 +83,7 @@ bench: setup-dev ## figures beside their targets, first of plain Python, then of
 	$(BIN)/python -m bench.fsck
 	$(BIN)/python -m bench.rescue
 	$(BIN)/python -m bench.vm --verify
+	$(BIN)/python -m bench.ublk_copy
 	$(BIN)/python -m bench.kernel
 	@$(MAKE) --no-print-directory plain
 
