@@ -14,7 +14,9 @@ from contextlib import ExitStack, contextmanager
 
 from bcachectl import discovery
 from bcachectl.blockdev import BlockDevice, open_device
-from bcachectl.errors import DeviceError, Refused, UsageError
+from bcachectl.errors import Corrupt, DeviceError, Refused, UsageError
+from bcachectl.ondisk.superblock import SB_BYTES, SB_SECTOR, decode_superblock
+from bcachectl.tailfile import left_behind
 
 
 @contextmanager
@@ -44,8 +46,23 @@ def _open(path: str, *, write: bool) -> BlockDevice:
     if users:
         raise Refused(f"{path}: is in use ({', '.join(users)}); stop that first")
     try:
-        return open_device(path, write=write, exclusive=True, direct=False)
+        device = open_device(path, write=write, exclusive=True, direct=False)
     except DeviceError as error:
         if error.errno == errno.EBUSY:
             raise Refused(f"{error}; stop that first" if "stop" not in str(error) else str(error)) from error
         raise
+    try:
+        left = _left_behind(device)
+        if left is not None:
+            raise Refused(f"{path}: {left}; 'bcachectl engine stop {path}' has them written, or start the engine again")
+    except BaseException:
+        device.close()
+        raise
+    return device
+
+
+def _left_behind(device: BlockDevice) -> str | None:
+    try:
+        return left_behind(decode_superblock(device.read(SB_SECTOR << 9, SB_BYTES)).set_uuid)
+    except (Corrupt, DeviceError):
+        return None

@@ -30,8 +30,7 @@ from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.nbd import NbdServer, enlarge
 from bcachectl.engine.export.nbd_connection import Connection
 from bcachectl.engine.export.ublk import UblkExport
-from bcachectl.engine.front import NOT_NOW, REQ_READ, REQ_STABLE, REQ_WRITE, Request
-from bcachectl.engine.io.entry_lane import EntryLane
+from bcachectl.engine.front import NOT_NOW, REQ_READ, REQ_WRITE, Request
 from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import NS_PER_MS
 from bench.process import machine, row
@@ -166,11 +165,11 @@ class Bench:
         return (thread_time_ns() - began) / count
 
     async def groups(self) -> float:
-        """Writes that a block device brings together, each answered when its key is in the journal on the device."""
+        """Writes that a block device brings together."""
         began = thread_time_ns()
         count = 0
         for _ in range(ROUNDS):
-            self.dev.submit_all([Request(REQ_WRITE, self.dice.randrange(EXTENTS) * 8, 8, bytearray(4096), REQ_STABLE,
+            self.dev.submit_all([Request(REQ_WRITE, self.dice.randrange(EXTENTS) * 8, 8, bytearray(4096), 0,
                                          1, Done()) for _ in range(BATCH)])
             count += BATCH
             while self.cset.requests_in_flight:
@@ -203,7 +202,6 @@ class Bench:
         backend = RingBackend(list(self.host.media), waited_in=True)
         export = UblkExport(self.host.loop, backend, Control(), self.dev,  # type: ignore[arg-type]
                             self.host.media[0], self.cset.buckets,
-                            writer=EntryLane(self.host.loop, backend, self.host.media[0].fd, self.cset.journal),
                             mark=1, stream=1, block_bytes=4096, can_discard=True, can_zero=True)
         with mock.patch.object(ublk, "_open_when_there", return_value=os.open(device, os.O_RDWR)):
             export._open(ublk_wire.DevInfo(1, BATCH, 0, 64 << 10, 0, 1, 0, 1))
@@ -314,8 +312,8 @@ async def measure(host: EngineHost, directory: Path) -> None:
     line("write placed: mode decision, lookup, sectors", placing)
     line("write committed: journal and leaf", committing)
     line("read hit as a task: submit to complete (system call)", await bench.tasks(REQ_READ))
-    line("write in a group of 32, journaled durably (system calls)", await bench.groups())
-    line("write over ublk, 32 together, journaled durably (system calls)", await bench.writes_over_ublk())
+    line("write in a group of 32 (system calls)", await bench.groups())
+    line("write over ublk, 32 together (system calls)", await bench.writes_over_ublk())
     line("write as a task: submit to complete (system call)", await bench.tasks(REQ_WRITE))
     await host.stop()
 
@@ -336,7 +334,8 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "bcachectl", "format", "--cache", str(cache), "--backing", str(backing),
                         "--bucket-size", "512k", "--cache-mode", "writeback"], check=True, stdout=subprocess.DEVNULL,
                        cwd=ROOT)
-        host = EngineHost(HostOptions(cache=str(cache), backings=(str(backing),), use_nbd=False, tunables=(
+        host = EngineHost(HostOptions(cache=str(cache), backings=(str(backing),), use_nbd=False,
+                                      tail=str(directory / "tail"), tunables=(
             ("sequential_cutoff", "4194304"), ("congested_write_threshold_us", "0"),
             ("congested_read_threshold_us", "0"), ("cutoff_writeback", "70"), ("writeback_running", "0"))))
         try:

@@ -11,9 +11,11 @@ import typer
 from bcachectl import discovery
 from bcachectl.commands.options import DryRun, Json, complete_set, print_json
 from bcachectl.control import ENGINE, LiveSet, engines, find_set, looks_like_uuid, parse_set_uuid, socket_dirs
+from bcachectl.engine.export.host import settle
 from bcachectl.engine.export.loopdev import clean_all_stale
 from bcachectl.engine.export.ublk_control import UblkControl, delete_dead, is_available, left_over
 from bcachectl.errors import WrongState
+from bcachectl.tailfile import left_behind
 from bcachectl.units import format_uuid, parse_uuid
 
 STOP_TIMEOUT_S = 600.0
@@ -30,9 +32,9 @@ def engine_stop(
 
     What an engine that was killed left behind is removed first: dead mounts and their loop devices, and the ublk
     devices of SET, a whole UUID or a device of the set. Requests that wait on such a ublk device fail; 'engine run
-    --recover' would serve them.
+    --recover' would serve them. What was answered, and is only in memory yet, is written to the cache device.
     """
-    if target is not None and remove_left_over(target, dry_run=dry_run):
+    if target is not None and clear_up(target, dry_run=dry_run):
         return
     if not dry_run and os.geteuid() == 0:
         left = clean_all_stale(socket_dirs())
@@ -42,11 +44,36 @@ def engine_stop(
     stop_engine(find_set(target, ENGINE), dry_run=dry_run, as_json=as_json)
 
 
-def remove_left_over(target: str, *, dry_run: bool) -> bool:
-    """Remove the ublk devices that a killed engine of this set left; False if there is none, or an engine runs it."""
-    uuid = _set_uuid(target) if is_available() else None
+def clear_up(target: str, *, dry_run: bool) -> bool:
+    """Remove the ublk devices that a killed engine of this set left, and have written what it left in memory; False if
+    there is nothing of that, or an engine runs it.
+    """
+    uuid = _set_uuid(target)
     if uuid is None or any(engine.uuid == format_uuid(uuid) for engine in engines()):
         return False
+    has_removed = is_available() and _remove_devices(uuid, dry_run=dry_run)
+    return _settle_tail(uuid, target, dry_run=dry_run) or has_removed
+
+
+def _settle_tail(uuid: bytes, target: str, *, dry_run: bool) -> bool:
+    left = left_behind(uuid)
+    if left is None:
+        return False
+    paths = [target] if os.path.exists(target) else []
+    nodes = [discovery.named(path) for path in paths] + discovery.enumerate_devices()
+    caches = [node.path for node in nodes if (sb := discovery.probe(node).superblock) is not None
+              and sb.is_cache and sb.set_uuid == uuid]
+    if not caches:
+        raise WrongState(f"{left}; name the cache device of the set, to which they belong")
+    if dry_run:
+        print(f"would write to {caches[0]} what the killed engine had answered and not written there")
+        return True
+    settle(caches[0])
+    print(f"wrote to {caches[0]} what the killed engine had answered and not written there")
+    return True
+
+
+def _remove_devices(uuid: bytes, *, dry_run: bool) -> bool:
     control = UblkControl()
     try:
         left = left_over(control, uuid)

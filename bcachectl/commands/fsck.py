@@ -25,6 +25,7 @@ from bcachectl.fsck.findings import Severity
 from bcachectl.fsck.owners import ASSIGN_FLASH, ASSIGN_NONE
 from bcachectl.fsck.repair import BACKING_REPAIRED, Repair, plan_repair
 from bcachectl.fsck.rescue import open_check
+from bcachectl.tailfile import left_behind
 from bcachectl.units import counted, format_uuid, parse_uuid
 from bcachectl.writeplan import Plan, Write
 
@@ -129,6 +130,9 @@ def _check(opened: dict[str, BlockDevice], cache: str, names: Sequence[str], buc
     fsck_report.watch(check, show=show)
     sb = check.walk.superblock
     check_given(cache, device.read, device.size_sectors, sb, bucket_size=bucket_size, set_uuid=set_uuid)
+    left = None if sb is None else left_behind(sb.set_uuid)
+    if left is not None:
+        print(f"bcachectl: {cache}: {left}; what is found is without them", file=sys.stderr)
     if sb is not None and sb.is_backing:
         raise UsageError(f"{cache}: is a backing device of set {format_uuid(sb.set_uuid)}; name the cache device first")
     return check

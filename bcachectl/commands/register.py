@@ -14,6 +14,7 @@ from bcachectl.discovery import Probe
 from bcachectl.errors import DeviceError, Refused, WrongState
 from bcachectl.ondisk.superblock import BdevState, Superblock
 from bcachectl.sysfs.tree import Node, Sysfs, attribute
+from bcachectl.tailfile import left_behind
 from bcachectl.units import format_uuid
 
 APPEAR_S = 10.0
@@ -68,6 +69,9 @@ def _look(path: str, sysfs: Sysfs) -> Probe:
         raise WrongState(f"{path}: {probe.problem or 'has no bcache superblock'}; the kernel would refuse it")
     if probe.problem is not None:
         raise WrongState(f"{path}: the kernel would refuse it: {probe.problem}")
+    left = left_behind(probe.superblock.set_uuid)
+    if left is not None:
+        raise Refused(f"{path}: {left}; 'bcachectl engine stop {path}' has them written")
     if probe.superblock.is_cache:
         uuid = format_uuid(probe.superblock.set_uuid)
         for live in control.running():

@@ -58,6 +58,7 @@ from bcachectl.units import format_uuid
 
 if TYPE_CHECKING:
     from bcachectl.engine.btree import Btree
+    from bcachectl.engine.tail import Tail
     from bcachectl.snapshot import SetSnapshot
 
 UUID_FLASH_ONLY = 1
@@ -85,7 +86,10 @@ class CacheSet:
     btree: Btree
     """There once the set is up; recovery makes it."""
 
-    def __init__(self, sched: Sched, cache: Bdev, *, entropy: Entropy, options: Options | None = None) -> None:
+    def __init__(self, sched: Sched, cache: Bdev, *, entropy: Entropy, options: Options | None = None,
+                 tail: Tail | None = None) -> None:
+        """``tail``: where the journal's keys survive this process; what another one has left there is taken over."""
+        self.tail = tail
         self.sched = sched
         self.cache = cache
         self.entropy = entropy

@@ -40,7 +40,7 @@ from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, WaitQueue
 from bcachectl.engine.streams import Streams
 from bcachectl.engine.stripes import Stripes, stripe_size_of
 from bcachectl.engine.write_batch import WriteBatch
-from bcachectl.engine.write_group import StableWrites, start_group
+from bcachectl.engine.write_group import ExportedWrites, start_group
 from bcachectl.engine.writeback import Writeback
 from bcachectl.errors import Corrupt, WrongState
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -143,7 +143,7 @@ class CachedDev:
         self.stripes: Stripes | None = None
         self.reads = ReadBatch(self, cset)
         self.batch = WriteBatch(self)
-        self.stable = StableWrites(self)
+        self.exported = ExportedWrites(self)
         self.sequential_cutoff = 4 << 20
         self.readahead_cache_policy = "all"
         self.stop_when_cache_set_failed = "auto"

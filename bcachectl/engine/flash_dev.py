@@ -37,7 +37,7 @@ class FlashVolume:
     is_flash = True
     data_offset = 0
     batch = None
-    stable = None
+    exported = None
 
     def __init__(self, cset: CacheSet, slot: int, entry: UuidEntry) -> None:
         self.cset = cset

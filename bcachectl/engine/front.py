@@ -37,9 +37,6 @@ REQ_RAHEAD = 8
 """`Request.flags`: read-ahead or background I/O."""
 REQ_SYNC = 16
 """`Request.flags`: someone waits for this write (REQ_SYNC of the block layer)."""
-REQ_STABLE = 32
-"""`Request.flags`: when this write completes, an engine that is killed and started again has it.  Its key is in the
-journal on the device; what the devices themselves hold in volatile caches may be lost with their power."""
 
 NOT_NOW = -1
 """`Volume.read_nowait`: the read needs more than one lookup in memory; use `Volume.submit`."""

@@ -11,8 +11,7 @@ Life of an entry:
 2. It is written: because someone waits for it, because `journal_delay_ms` have passed, or because it is full.  One
    write at a time, in the order of seq, each with PREFLUSH and FUA, so that data and nodes written before are durable
    before it.  The header is made at this moment: it names the root, the uuid array and the prio chain as they are
-   now.  `Journal.run` writes it, or, if that has nothing to write and nothing to wait for, the rim does so between two
-   turns of the engine (`Journal.write_by`).
+   now.
 3. When its pin and all older ones are free, ``last_seq`` of later entries passes it.
 4. Its bucket is used again when all entries in it are older than ``last_seq``.
 
@@ -25,14 +24,15 @@ The very last block of the ring is kept for such an entry without keys.  When th
 was interrupted often enough can still name a new root: the entry in that block is written again where it is, in one
 sector, with the roots as they are now.
 
+Keys of steps 1 and 2 are in the `bcachectl.engine.tail.Tail` as well, where there is one.
+
 Kernel: journal.c, the essay in journal.h.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -84,21 +84,12 @@ class Entry(NamedTuple):
     is_bare: bool
 
 
-class EntryWriter(Protocol):
-    """Someone outside the engine who can write an entry without a task."""
-
-    def write_entry(self, entry: Entry) -> None:
-        """Begin to write it, with PREFLUSH and FUA; when that has ended, call `Journal.entry_ended`."""
-        ...
-
-
 class Journal:
-    """The journal of a running set.  ``busy``: an entry is on its way, or is waited for, and none may begin;
-    ``being_written``: that of `write_by`, and who is told of its end.
-    """
+    """The journal of a running set."""
 
     __slots__ = (
         "cset",
+        "tail",
         "magic",
         "buckets",
         "bucket_seq",
@@ -123,8 +114,6 @@ class Journal:
         "deadline_ns",
         "do_reserve",
         "guarded",
-        "busy",
-        "being_written",
         "delay_ms",
         "wake",
         "space",
@@ -139,6 +128,7 @@ class Journal:
     def __init__(self, cset: CacheSet) -> None:
         sched = cset.sched
         self.cset = cset
+        self.tail = cset.tail
         self.magic = jset_magic(cset.sb.set_uuid)
         self.buckets = list(cset.sb.d)
         self.bucket_seq = [0] * len(self.buckets)
@@ -163,8 +153,6 @@ class Journal:
         self.deadline_ns: int | None = None
         self.do_reserve = 0
         self.guarded = False
-        self.busy = False
-        self.being_written: tuple[Entry, Callable[[bool], None]] | None = None
         self.delay_ms = 100
         self.wake = WaitQueue(sched, "journal writer")
         self.space = WaitQueue(sched, "journal space")
@@ -197,17 +185,15 @@ class Journal:
         capacity = min(blocks * self.cset.geometry.block_bytes, JSET_MAX_BYTES) - JSET_HEADER_BYTES
         return max(0, capacity - len(self.keys))
 
-    def add_nowait(self, keys: bytes, *, is_wanted: bool = False) -> JournalPin | None:
-        """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now.  ``is_wanted``:
-        whoever calls has the entry written before anything else runs.
-        """
+    def add_nowait(self, keys: bytes) -> JournalPin | None:
+        """Append ``keys`` to the open entry and take a reference to it; None if they do not fit now."""
         if not len(keys) <= self.room_bytes():
             return None
+        if self.tail is not None:
+            self.tail.add(self.seq, keys)
         self.keys += keys
         pin = self.pins[-1]
         pin.count += 1
-        if is_wanted:
-            return pin
         if self.deadline_ns is None:
             self.deadline_ns = self.cset.sched.now_ns + self.delay_ms * NS_PER_MS
             self.wake.wake_all()
@@ -359,22 +345,19 @@ class Journal:
     async def run(self) -> None:
         """Write entries as they are wanted; ends when the set failed, or is closing and nothing is left to write."""
         while await self._wanted():
-            self.busy = True
             if not await self._write_next():
                 return
-            self.busy = False
         self.cset.events.emit("bcache_journal_idle", seq=self.seq)
 
     async def _wanted(self) -> bool:
-        # Waits until the open entry is to be written, and no other one is on its way.
+        # Waits until the open entry is to be written.
         cset = self.cset
         while not cset.io_disabled:
-            if not self.busy:
-                if self.wanted or (self.deadline_ns is not None and self.deadline_ns <= cset.sched.now_ns):
-                    return True
-                if self.closing:
-                    return bool(self.keys)
-            await self.wake.wait(deadline_ns=None if self.busy else self.deadline_ns)
+            if self.wanted or (self.deadline_ns is not None and self.deadline_ns <= cset.sched.now_ns):
+                return True
+            if self.closing:
+                return bool(self.keys)
+            await self.wake.wait(deadline_ns=self.deadline_ns)
         return False
 
     async def _write_next(self) -> bool:
@@ -392,34 +375,10 @@ class Journal:
         entry = self._begin_entry()
         return self._end_entry(entry, await self._write(entry.sector, entry.data))
 
-    def can_write_by(self) -> bool:
-        """Whether `write_by` could be called now."""
-        return not (self.busy or self.closing or self.cset.io_disabled) and self.blocks_free > 0
-
-    def write_by(self, writer: EntryWriter, ended: Callable[[bool], None]) -> None:
-        """Have the open entry written by someone else, at once; then ``ended`` is told whether it is durable."""
-        assert self.can_write_by(), "the journal is asked first"
-        self.busy = True
-        entry = self._begin_entry()
-        self.being_written = entry, ended
-        self.cset.cache.submitted += 1
-        writer.write_entry(entry)
-
-    def entry_ended(self, error: int) -> None:
-        """Writing the entry of `write_by` has ended, with an errno or 0."""
-        assert self.being_written is not None, "an entry that has ended was begun"
-        (entry, ended), self.being_written = self.being_written, None
-        ok = self._end_entry(entry, error)
-        if ok:
-            self.busy = False
-            if self.wanted or self.deadline_ns is not None or self.closing:
-                self.wake.wake_all()
-        ended(ok)
-
     def _encode(self, seq: int, last_seq: int, keys: bytes | bytearray) -> bytearray:
-        # An entry with the roots as they are now.
+        # An entry with the roots as they are now, which is written next.
         cset = self.cset
-        return encode_jset(
+        raw = encode_jset(
             seq=seq,
             last_seq=last_seq,
             uuid_bucket=cset.uuid_array.journal_key(),
@@ -430,6 +389,9 @@ class Journal:
             magic=self.magic,
             block_bytes=cset.geometry.block_bytes,
         )
+        if self.tail is not None:
+            self.tail.begun(seq, int.from_bytes(raw[:8], "little"))
+        return raw
 
     def _begin_entry(self) -> Entry:
         # The open entry as it is written; it is open no more.
@@ -459,6 +421,8 @@ class Journal:
         if not self._is_written(len(entry.data), entry.last_seq, error):
             return False
         self.written_seq = entry.seq
+        if self.tail is not None:
+            self.tail.written(entry.seq)
         self.newest_sector, self.newest_is_bare = entry.sector, entry.is_bare
         self._written()
         return True

@@ -40,7 +40,6 @@ from bcachectl.engine.front import (
     REQ_PREFLUSH,
     REQ_RAHEAD,
     REQ_READ,
-    REQ_STABLE,
     REQ_SYNC,
     REQ_WRITE_ZEROES,
     Request,
@@ -602,7 +601,7 @@ def io_flags(request: Request) -> int:
 
 def is_durable(request: Request) -> bool:
     """Whether the request is answered only when its keys are in the journal on the device."""
-    return bool(request.flags & (REQ_FUA | REQ_PREFLUSH | REQ_STABLE))
+    return bool(request.flags & (REQ_FUA | REQ_PREFLUSH))
 
 
 # Flushing, and questions.

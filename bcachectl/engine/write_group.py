@@ -9,7 +9,7 @@ Other things run before the keys are made.  Life of a group:
    `serve_placed` for data in one piece), or by an export that calls `written`.
 3. `commit_nowait` puts the keys into journal and leaves, as `WriteBatch.commit` does; where that had to wait,
    `bcachectl.engine.request.insert_keys` does it.  The claims end.
-4. The requests go back; those of a `StableWrites` when the entry with their keys is on the device.
+4. The requests go back.
 
 Of a group whose data could not be written as a whole, what was written gets its keys, and the rest none: it begins
 anew, or gets the error.
@@ -17,20 +17,17 @@ anew, or gets the error.
 
 from __future__ import annotations
 
-from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
-from bcachectl.engine.front import NOT_NOW, REQ_STABLE, REQ_SYNC, REQ_WRITE, Request
+from bcachectl.engine.front import NOT_NOW, REQ_SYNC, REQ_WRITE, Request
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
-from bcachectl.engine.request import EIO, insert_keys, is_durable
+from bcachectl.engine.request import EIO, insert_keys
 from bcachectl.engine.sched import Io
 from bcachectl.errors import Corrupt
 
 if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
-    from bcachectl.engine.journal import EntryWriter
     from bcachectl.engine.write_batch import Placed
 
 MAX_GROUP_SECTORS = 128
@@ -58,29 +55,24 @@ def end(dev: CachedDev, placed: Placed) -> None:
         dev.writeback.wake()
 
 
-def commit_nowait(dev: CachedDev, placed: Placed, *, is_wanted: bool = False) -> int:
-    """Put the keys in journal and map, if nothing has to be waited for: the seq of their entry.  0, and nothing done,
-    if something has.  ``is_wanted`` as for `bcachectl.engine.journal.Journal.add_nowait`.
-    """
+def commit_nowait(dev: CachedDev, placed: Placed) -> bool:
+    """Put the keys in journal and map, if nothing has to be waited for; False, and nothing done, if something has."""
     cset = dev.cset
     journal = cset.journal
     if not cset.sync or cset.io_disabled or not placed.find_leaves():
-        return 0
-    pin = journal.add_nowait(placed.pack_keys(), is_wanted=is_wanted)
+        return False
+    pin = journal.add_nowait(placed.pack_keys())
     if pin is None:
-        return 0
+        return False
     placed.insert(pin)
     journal.unpin(pin)
     placed.unpin_all()
-    return pin.seq
+    return True
 
 
-async def commit(dev: CachedDev, placed: Placed, *, durable: bool) -> bool:
+async def commit(dev: CachedDev, placed: Placed) -> bool:
     """Put the keys in journal and map; False if the set failed meanwhile."""
-    seq = commit_nowait(dev, placed)
-    if seq:
-        return await dev.cset.journal.wait_durable(seq) if durable else True
-    return await _insert(dev, extents_of(placed), durable=durable)
+    return commit_nowait(dev, placed) or await _insert(dev, extents_of(placed))
 
 
 def extents_of(placed: Placed) -> list[Extent]:
@@ -89,9 +81,9 @@ def extents_of(placed: Placed) -> list[Extent]:
     return [Extent(start, end, HAS_PTR | DIRTY, ptr) for start, end, ptr, _ in columns]
 
 
-async def _insert(dev: CachedDev, extents: list[Extent], *, durable: bool) -> bool:
+async def _insert(dev: CachedDev, extents: list[Extent]) -> bool:
     try:
-        return not extents or await insert_keys(dev.cset, extents, durable=durable)
+        return not extents or await insert_keys(dev.cset, extents, durable=False)
     except Corrupt as bad:
         dev.cset.fail(str(bad))
         return False
@@ -104,7 +96,7 @@ def is_plain(request: Request) -> bool:
     """Whether a request is one that a group may take."""
     return (
         request.op == REQ_WRITE
-        and not request.flags & ~(REQ_STABLE | REQ_SYNC)
+        and not request.flags & ~REQ_SYNC
         and 0 < request.nsectors <= MAX_GROUP_SECTORS
     )
 
@@ -153,7 +145,7 @@ async def _serve(dev: CachedDev, placed: Placed, requests: list[Request]) -> Non
         for first, last in runs
     ]
     is_written = await _data_written(dev, runs, ios)
-    ok = await _commit_written(dev, placed, is_written, durable=any(map(is_durable, requests)))
+    ok = await _commit_written(dev, placed, is_written)
     end(dev, placed)
     for request, here in zip(requests, is_written, strict=True):
         if here:
@@ -174,7 +166,7 @@ async def _serve_placed(dev: CachedDev, placed: Placed, request: Request) -> Non
         ios.append(dev.cset.cache.write(sector, data[at:at + size], 0, "data of placed writes"))
         at += size
     is_written = await _data_written(dev, runs, ios)
-    ok = await _commit_written(dev, placed, is_written, durable=False) and all(is_written)
+    ok = await _commit_written(dev, placed, is_written) and all(is_written)
     end(dev, placed)
     # Not `CachedDev.finish`: it would write all of the data once more, in one piece, where the first of it belongs.
     dev.give_back(request, 0 if ok else EIO)
@@ -193,86 +185,64 @@ async def _data_written(dev: CachedDev, runs: list[tuple[int, int]], ios: list[I
     return found
 
 
-async def _commit_written(dev: CachedDev, placed: Placed, is_written: list[bool], *, durable: bool) -> bool:
+async def _commit_written(dev: CachedDev, placed: Placed, is_written: list[bool]) -> bool:
     # `commit` for those whose data is written.
     if all(is_written):
-        return await commit(dev, placed, durable=durable)
+        return await commit(dev, placed)
     extents = list(zip(extents_of(placed), is_written, strict=True))
     for extent, here in extents:
         if not here:
             dev.cset.buckets.unpin(dev.cset.buckets.bucket_of(extent.ptr))
-    return await _insert(dev, [extent for extent, here in extents if here], durable=durable)
+    return await _insert(dev, [extent for extent, here in extents if here])
 
 
 # Data that an export writes.
 
 
-class StableWrites:
-    """Groups of a device whose data an export writes; each has one request, which comes back when all its keys are in
-    the journal on the device.  With an error it is as if none of its writes had been made: each is to begin anew.
+class ExportedWrites:
+    """Groups of a device whose data an export writes.
 
-    Where nothing has to be waited for, the ``writer`` writes the entry, and no task is needed for all of that.
+    With an error it is as if none of a group's writes had been made: each is to begin anew.
     """
 
     def __init__(self, dev: CachedDev) -> None:
         self.dev = dev
-        self.writer: EntryWriter | None = None
-        self.waiting: deque[tuple[int, Request]] = deque()      # with the seq of the entry
-        self.is_answering = False
 
     def begin(self) -> Placed:
         """`begin`; then the export writes the data."""
         return begin(self.dev, requests=1)
 
-    def written(self, placed: Placed, request: Request, *, error: int, duration_ns: int) -> None:
-        """All of the data is written, in ``duration_ns``, or none of it counts."""
+    def written(self, placed: Placed, *, duration_ns: int) -> bool:
+        """All of the data is written, in ``duration_ns``: make the keys.  False if something has to be waited for, and
+        `later` has to do it.
+        """
         dev = self.dev
         cset = dev.cset
-        journal, writer = cset.journal, self.writer
         cset.cache.submitted += placed.count
         cset.congestion.account(duration_ns, is_write=True)
-        if error:
-            cset.count_io_error(error, "writing data to the cache")
-            placed.unpin_all()
-            self.lost(placed, request)
-            return
-        is_quick = writer is not None and journal.can_write_by()
-        seq = commit_nowait(dev, placed, is_wanted=is_quick)
-        if not seq:
-            cset.sched.spawn(self._commit(placed, request), "group of writes")
-            return
+        if not commit_nowait(dev, placed):
+            return False
         end(dev, placed)
         dev.batch.take_back(placed)
-        if writer is not None and is_quick:
-            journal.write_by(writer, partial(self._journaled, request))
-            return
-        self.waiting.append((seq, request))
-        if not self.is_answering:
-            self.is_answering = True
-            cset.sched.spawn(self._answer(), "answers to groups of writes")
+        cset.request_done()
+        return True
 
-    def _journaled(self, request: Request, ok: bool) -> None:
-        self.dev.give_back(request, 0 if ok else EIO)
+    def later(self, placed: Placed, request: Request) -> None:
+        """Make the keys of what is written; the request comes back when they are."""
+        self.dev.cset.sched.spawn(self._commit(placed, request), "group of writes")
 
-    def wants_turn(self) -> bool:
-        """`bcachectl.engine.cache_set.CacheSet.wants_turn`."""
-        return self.dev.cset.wants_turn()
+    def failed(self, placed: Placed, error: int) -> None:
+        """The data could not be written."""
+        self.dev.cset.count_io_error(error, "writing data to the cache")
+        placed.unpin_all()
+        self.lost(placed)
 
-    def lost(self, placed: Placed, request: Request) -> None:
+    def lost(self, placed: Placed) -> None:
         """Whether the data is written will not be known: no key is made, and the buckets keep their pins."""
         end(self.dev, placed)
-        self.dev.give_back(request, EIO)
+        self.dev.cset.request_done()
 
     async def _commit(self, placed: Placed, request: Request) -> None:
-        ok = await commit(self.dev, placed, durable=True)
+        ok = not self.dev.cset.io_disabled and await commit(self.dev, placed)
         end(self.dev, placed)
         self.dev.give_back(request, 0 if ok else EIO)
-
-    async def _answer(self) -> None:
-        journal, waiting = self.dev.cset.journal, self.waiting
-        while waiting:
-            seq, request = waiting[0]
-            ok = await journal.wait_durable(seq)
-            waiting.popleft()
-            self._journaled(request, ok)
-        self.is_answering = False

@@ -68,6 +68,7 @@ class Jset:
     prio_bucket: tuple[int, ...]
     keys: bytes
     blocks: int
+    csum: int
 
 
 def judge_jset(buf: Buffer, offset: int, *, magic: int, limit_bytes: int) -> str:
@@ -92,11 +93,11 @@ def decode_jset(buf: Buffer, offset: int, *, magic: int, block_bytes: int, limit
     """The entry at ``offset``, or None if there is none; `judge_jset` says why."""
     if judge_jset(buf, offset, magic=magic, limit_bytes=limit_bytes):
         return None
-    _csum, _magic, seq, version, nr_u64s, last_seq, _uuid, _root, level, *prio_bucket = _HEADER.unpack_from(buf, offset)
+    csum, _magic, seq, version, nr_u64s, last_seq, _uuid, _root, level, *prio_bucket = _HEADER.unpack_from(buf, offset)
     set_bytes = JSET_HEADER_BYTES + nr_u64s * 8
     return Jset(seq, last_seq, version, decode_padded_key(buf, offset + _UUID_BUCKET_OFFSET),
                 decode_padded_key(buf, offset + _BTREE_ROOT_OFFSET), level, tuple(prio_bucket),
-                bytes(buf[offset + JSET_HEADER_BYTES:offset + set_bytes]), -(-set_bytes // block_bytes))
+                bytes(buf[offset + JSET_HEADER_BYTES:offset + set_bytes]), -(-set_bytes // block_bytes), csum)
 
 
 def encode_jset(*, seq: int, last_seq: int, uuid_bucket: bytes, btree_root: bytes, btree_level: int,

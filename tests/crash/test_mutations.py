@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bcachectl.engine import request, write_batch
+from bcachectl.engine import recovery, request, write_batch
 from bcachectl.engine.alloc import Allocator
 from bcachectl.engine.bdev import Bdev
 from bcachectl.engine.btree import Btree
@@ -23,6 +23,7 @@ from bcachectl.engine.buckets import MARK_RECLAIMABLE
 from bcachectl.engine.journal import Journal
 from bcachectl.engine.sched import DISCARD, FLUSH, FUA, PREFLUSH, READ, Io
 from bcachectl.engine.split import Splitter
+from bcachectl.engine.tail import Tail
 from tests.crash.stories import STORIES
 from tests.sim.power import Choose, run_story
 from tests.sim.world import SimFailure
@@ -207,11 +208,74 @@ def batch_in_clean_buckets(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(write_batch.WriteBatch, "place", unmarked)
 
 
+def nothing_in_the_tail(patch: pytest.MonkeyPatch) -> None:
+    """The next engine does not find the keys that are not on the device."""
+    patch.setattr(Tail, "add", lambda *_: None)
+
+
+def tail_settled_early(patch: pytest.MonkeyPatch) -> None:
+    """What was inherited is forgotten before it is in the journal on the device."""
+    take_over = Tail.take_over
+
+    def early(self: Tail, newest_seq: int, newest_csum: int) -> bytes:
+        keys = take_over(self, newest_seq, newest_csum)
+        self.settle()
+        return keys
+    patch.setattr(Tail, "take_over", early)
+
+
+def tail_not_settled(patch: pytest.MonkeyPatch) -> None:
+    """What was inherited is inherited again by the engine after the next."""
+    patch.setattr(Tail, "settle", lambda _: None)
+
+
+def tail_signed_late(patch: pytest.MonkeyPatch) -> None:
+    """That an entry is one's own is noted only when it is on the device."""
+    begun, written, late = Tail.begun, Tail.written, dict[tuple[int, int], int]()
+
+    def late_begun(self: Tail, seq: int) -> None:
+        begun(self, seq, late[id(self), seq])
+        written(self, seq)
+    patch.setattr(Tail, "begun", lambda self, seq, csum: late.update({(id(self), seq): csum}))
+    patch.setattr(Tail, "written", late_begun)
+
+
+def buckets_of_the_tail_not_kept(patch: pytest.MonkeyPatch) -> None:
+    """What was inherited raises no gen, and pins and marks no bucket, until it is inserted."""
+    start, mark = recovery._mark_journal, recovery._mark_keys
+
+    def journal(cset: Any, entries: Any) -> Any:
+        patch.setattr(recovery, "_mark_keys", mark)
+        pins = start(cset, entries)
+
+        def unmarked(cset: Any, keys: Any) -> None:
+            for bucket in cset.buckets.buckets_of(keys.ptr[keys.flags > 0]).tolist():
+                late.append((cset, bucket))
+        patch.setattr(recovery, "_mark_keys", unmarked)
+        return pins
+
+    async def insert(cset: Any, extents: Any, *, durable: bool) -> bool:
+        for owner, bucket in late:
+            if owner is cset:
+                cset.buckets.pin[bucket] += 1
+        late.clear()
+        return await request.insert_keys(cset, extents, durable=durable)
+
+    late: list[tuple[Any, int]] = []
+    patch.setattr(recovery, "_mark_journal", journal)
+    patch.setattr(recovery, "insert_keys", insert)
+
+
 MUTATIONS = (
     Mutation("journal without PREFLUSH", ("overwrite", "split"), without("journal", PREFLUSH)),
     Mutation("journal without FUA", ("overwrite",), without("journal", FUA)),
     Mutation("journal not awaited", ("overwrite",), not_awaited("journal")),
     Mutation("nodes without PREFLUSH and FUA", ("interior", "split"), without("btree", FUA | PREFLUSH)),
+    Mutation("nothing in the tail", ("exported", "overwrite"), patch=nothing_in_the_tail),
+    Mutation("tail settled early", ("exported", "overwrite"), patch=tail_settled_early),
+    Mutation("tail not settled", ("exported", "overwrite"), patch=tail_not_settled),
+    Mutation("tail signed late", ("exported", "overwrite"), patch=tail_signed_late),
+    Mutation("buckets of the tail not kept", ("exported", "overwrite"), patch=buckets_of_the_tail_not_kept),
     Mutation("leaf set without PREFLUSH", ("moving_gc", "fills_and_gc"), without("btree", PREFLUSH)),
     Mutation("nodes not awaited", ("interior", "leaf_sets"), not_awaited("btree")),
     Mutation("node set head first", ("leaf_sets",), patch=head_first),
@@ -227,7 +291,6 @@ MUTATIONS = (
     Mutation("data of a group not awaited", ("groups",), not_awaited("data of a group")),
     Mutation("data of placed writes not awaited", ("placed",), not_awaited("data of placed writes")),
     Mutation("data of an export not awaited", ("exported",), not_awaited("data of an export")),
-    Mutation("entry of an export not awaited", ("exported",), not_awaited("entry of an export")),
     Mutation("batch before DIRTY", ("batches_first",), patch=batch_before_dirty),
     Mutation("batch lets fills go on", ("batches_and_fills",), patch=batch_lets_fills_go_on),
     Mutation("batch in clean buckets", ("batches",), patch=batch_in_clean_buckets),

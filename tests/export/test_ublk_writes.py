@@ -18,15 +18,16 @@ from typing import Any
 
 import pytest
 
+from bcachectl.engine import write_group
 from bcachectl.engine.cached_dev import CachedDev
 from bcachectl.engine.export import ublk
 from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.ublk import UblkExport
 from bcachectl.engine.front import REQ_READ, REQ_WRITE, Request
-from bcachectl.engine.io.entry_lane import EntryLane
 from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import Task
+from bcachectl.engine.write_batch import Placed
 from tests.vm.engine_side import bcachectl
 
 TAGS, BUFFER_BYTES = 32, 64 << 10
@@ -50,7 +51,7 @@ class Answer:
 class Device:
     """The export and what the test does with it; ``answers`` are the results by tag, as they came."""
 
-    def __init__(self, host: EngineHost, path: Path, monkeypatch: pytest.MonkeyPatch, *, has_lane: bool) -> None:
+    def __init__(self, host: EngineHost, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host = host
         self.cset = host.cset
         volume = host.cset.volumes[0]
@@ -59,10 +60,9 @@ class Device:
         self.path = path
         path.write_bytes(bytes(4096))
         self.backend = RingBackend(list(host.media), waited_in=True)
-        self.lane = EntryLane(host.loop, self.backend, host.media[0].fd, host.cset.journal) if has_lane else None
         self.export = UblkExport(host.loop, self.backend, Control(), volume,  # type: ignore[arg-type]
-                                 host.media[0], host.cset.buckets, writer=self.lane, mark=1, stream=1,
-                                 block_bytes=4096, can_discard=True, can_zero=True)
+                                 host.media[0], host.cset.buckets, mark=1, stream=1, block_bytes=4096,
+                                 can_discard=True, can_zero=True)
         monkeypatch.setattr(ublk, "_open_when_there", lambda _path: os.open(path, os.O_RDWR))
         self.export._open(wire.DevInfo(1, TAGS, 0, BUFFER_BYTES, 0, 1, 0, 1))
         self.quiet_fd = os.eventfd(0)
@@ -122,12 +122,9 @@ class Device:
 Story = Callable[[Device], Awaitable[None]]
 
 
-@pytest.fixture(params=["lane", "tasks"])
-def run(request: pytest.FixtureRequest, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Story], None]]:
-    """Runs a story on a set that is known to be dirty; entries of the journal go from the ring into the ring, or are
-    written by a task.
-    """
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Story], None]]:
+    """Runs a story on a set that is known to be dirty."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     cache, backing = tmp_path / "cache.img", tmp_path / "backing.img"
     for path, size_bytes in ((cache, 64 << 20), (backing, 16 << 20)):
@@ -135,13 +132,14 @@ def run(request: pytest.FixtureRequest, tmp_path: Path,
             file.truncate(size_bytes)
     bcachectl("format", "--cache", cache, "--backing", backing, "--bucket-size", "64k", "--block-size", "4k",
               "--cache-mode", "writeback", directory=tmp_path)
-    host = EngineHost(HostOptions(cache=str(cache), backings=(str(backing),), use_nbd=False, tunables=(
+    host = EngineHost(HostOptions(
+        cache=str(cache), backings=(str(backing),), use_nbd=False, tail=str(tmp_path / "tail"), tunables=(
         ("congested_write_threshold_us", "0"), ("writeback_running", "0"))))
 
     def on(story: Story) -> None:
         async def whole() -> None:
             await host.start()
-            device = Device(host, tmp_path / "ublkc", monkeypatch, has_lane=request.param == "lane")
+            device = Device(host, tmp_path / "ublkc", monkeypatch)
             first = Request(REQ_WRITE, 0, 8, bytes(4096), tag=Answer())
             device.volume.submit(first)
             while host.cset.requests_in_flight:
@@ -166,16 +164,15 @@ def data_for(count: int, seed: int, *, kib: int = 4) -> list[bytes]:
     return [dice.randbytes(kib << 10) for _ in range(count)]
 
 
-def test_a_group_is_one_write_and_answered_when_its_keys_are_durable(run: Callable[[Story], None]) -> None:
+def test_a_group_is_one_write_and_answered_when_its_keys_are_made(run: Callable[[Story], None]) -> None:
     async def story(device: Device) -> None:
         data = data_for(8, 1)
         device.ask({tag: (800 - 16 * tag, data[tag]) for tag in range(8)})
         assert device.writes.runs == 1, "the data of all lies side by side"
         assert device.volume.ranges.writing(device.volume.data_offset + 800, device.volume.data_offset + 801)
         assert device.export._ended == TAGS
-        written = device.cset.journal.writes
         await device.answered(8)
-        assert device.cset.journal.writes == written + 1
+        assert device.host.tail is not None and device.host.tail.has_more(), "nothing was flushed"
         assert device.is_quiet()
         for tag in range(8):
             assert device.result(tag) == 4096
@@ -261,20 +258,6 @@ def test_an_export_that_is_given_up_leaves_no_write_in_flight(run: Callable[[Sto
     run(story)
 
 
-def test_an_export_that_is_given_up_while_its_entry_is_written(run: Callable[[Story], None]) -> None:
-    async def story(device: Device) -> None:
-        data = data_for(4, 6)
-        device.ask({tag: (8 * tag, data[tag]) for tag in range(4)})
-        while device.volume.ranges.groups:
-            device.backend.wait(device.quiet_fd, 0.002)
-        device.export.abort()
-        while device.cset.requests_in_flight:
-            await device.turn()
-        assert device.is_quiet()
-        assert [await device.read(8 * tag, 4096) for tag in range(4)] == data
-    run(story)
-
-
 def test_errors_of_the_set_come_back(run: Callable[[Story], None]) -> None:
     """The set fails while the data is on its way: it gets no key."""
     async def story(device: Device) -> None:
@@ -287,48 +270,26 @@ def test_errors_of_the_set_come_back(run: Callable[[Story], None]) -> None:
     run(story)
 
 
-def spoil(device: Device, bad_fd: int) -> None:
-    """The lane's next entry is not written."""
-    assert device.lane is not None, "of tests with a lane"
-    device.backend.ring.sqe_i32[16 * (device.lane._first_slot + 1) + 1] = bad_fd
-
-
-@pytest.mark.parametrize("run", ["lane"], indirect=True)
-def test_an_entry_that_the_ring_did_not_write_is_written_once_more(run: Callable[[Story], None]) -> None:
+def test_keys_that_have_to_wait(run: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the leaf were being split when the data is written."""
     async def story(device: Device) -> None:
-        data = data_for(3, 9)
-        bad_fd = os.open("/dev/zero", os.O_RDONLY)
-        spoil(device, bad_fd)
-        written = device.cset.journal.writes
-        device.ask({tag: (80 * tag, data[tag]) for tag in range(3)})
-        await device.answered(3)
-        os.close(bad_fd)
-        assert device.cset.journal.writes == written + 1
-        assert [device.result(tag) for tag in range(3)] == [4096] * 3
+        commit, found = write_group.commit_nowait, []
+
+        def not_at_first(dev: CachedDev, placed: Placed) -> bool:
+            found.append(len(found) > 0 and commit(dev, placed))
+            return found[-1]
+
+        monkeypatch.setattr(write_group, "commit_nowait", not_at_first)
+        data = data_for(4, 9)
+        device.ask({tag: (8 * tag, data[tag]) for tag in range(4)})
+        await device.answered(4)
+        assert found == [False, True]
         assert device.is_quiet()
-        assert [await device.read(80 * tag, 4096) for tag in range(3)] == data
+        assert [await device.read(8 * tag, 4096) for tag in range(4)] == data
     run(story)
 
 
-@pytest.mark.parametrize("run", ["lane"], indirect=True)
-def test_a_journal_that_cannot_be_written_fails_the_set(run: Callable[[Story], None]) -> None:
-    async def story(device: Device) -> None:
-        bad_fd = os.open("/dev/zero", os.O_RDONLY)
-        spoil(device, bad_fd)
-        device.ask({0: (80, data_for(1, 10)[0])})
-        while device.writes.runs or device.cset.journal.being_written is None:
-            await device.turn()
-        device.host.media[0].fd = bad_fd                # from now on for the engine as well
-        await device.answered(1)
-        device.host.media[0].fd = device.cache_fd
-        os.close(bad_fd)
-        assert device.cset.io_disabled
-        assert device.result(0) == -errno.EIO
-        assert device.is_quiet()
-    run(story)
-
-
-def test_with_a_lane_a_group_needs_no_task(run: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_needs_no_task(run: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(device: Device) -> None:
         real, steps = device.cset.sched._step, Counter[str]()
 
@@ -337,16 +298,10 @@ def test_with_a_lane_a_group_needs_no_task(run: Callable[[Story], None], monkeyp
             real(task)
 
         monkeypatch.setattr(device.cset.sched, "_step", step)
-        written = device.cset.journal.writes
+        device.cset.journal.delay_ms = 60_000
         for number in range(20):
             device.ask({tag: (8 * tag, data) for tag, data in enumerate(data_for(4, number))})
             await device.answered(4)
-        own = 20
-        others = device.cset.journal.writes - written - own     # of the prio buckets
-        assert others >= 0
-        if device.lane is None:
-            assert min(steps["journal"], steps["answers to groups of writes"]) >= own
-        else:
-            # While the journal is busy with those, a group waits as a task.
-            assert max(steps["journal"], steps["answers to groups of writes"]) <= 4 * others < own
+        assert steps["group of writes"] == 0
+        assert steps["journal"] < 10, "one entry for all that come within its delay; others are of the prio buckets"
     run(story)

@@ -42,6 +42,7 @@ class Set:
     """The little of a `CacheSet` that the journal sees; it is its own btree, and its leaves have one sector each."""
 
     def __init__(self, disk: SimDisk) -> None:
+        self.tail = None
         self.disk = disk
         self.sched = Sched()
         self.geometry = GEOMETRY

@@ -22,6 +22,10 @@ Power loss (`SimDisk.survive`)
     order with the others; if any unit of one with PREFLUSH is there, then everything it had to flush is there too.
     A FLUSH that was not answered did nothing or everything.  Each disk draws for itself, independent of the others.
 
+A killed engine (`SimDisk.outlive`)
+    What was answered stays as it is, the volatile cache too.  What was submitted and not answered happens wholly,
+    partly or not at all, before the next engine begins.
+
 Discard
     A discarded range reads as zeros or as before, by chance and by unit, and is like a pending write of that until
     it is flushed.  WRITE_ZEROES is a write of zeros.
@@ -241,6 +245,41 @@ class SimDisk:
                         (mode == "suffix" and at >= cut):
                     image[start + at:start + at + unit] = held.data[at:at + unit]
         return image
+
+    # -- a killed engine
+
+    def outlive(self, chooser: random.Random, seed: str) -> SimDisk:
+        """This disk for the engine that comes after one that is killed now."""
+        after = SimDisk(self.name, self.size_sectors, seed=seed, image=bytearray(self.durable),
+                        atomic_sectors=self.atomic_sectors)
+        after.now, after.serial, after.is_sluggish = bytearray(self.now), self.serial, self.is_sluggish
+        copies = {id(held): _Held(held.io, held.data, held.serial, None) for held in self.pending}
+        after.pending = list(copies.values())
+        flying = [held for held in self.flying.values() if held.io.op != READ]
+        chooser.shuffle(flying)
+        for held in flying:
+            fate = chooser.random()
+            if fate < 0.4:
+                continue
+            if held.flushes is not None:
+                after._make_durable([copies[id(flushed)] for flushed in held.flushes if id(flushed) in copies])
+            if not held.data:
+                continue
+            start = held.sector * SECTOR
+            data = bytearray(self.now[start:start + len(held.data)])
+            is_whole = fate < 0.8
+            if is_whole:
+                data[:] = held.data
+            else:
+                after._tear(data, held.data)
+            after.now[start:start + len(data)] = data
+            landed = _Held(held.io, bytes(data), held.serial, None)
+            if is_whole and held.io.flags & FUA:
+                after.durable[start:start + len(data)] = data
+                after._forget_below(landed)
+            else:
+                after.pending.append(landed)
+        return after
 
     @property
     def quiet(self) -> bool:

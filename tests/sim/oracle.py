@@ -14,6 +14,7 @@ times of submission and of the answer):
   acknowledged has been acknowledged;
 * after power loss no x comes back that is followed by a durable y; everything else may, unfinished writes included;
 * a write or a flush that failed acknowledges nothing: its data may be there or not;
+* when the engine is killed (`Oracle.after_kill`), all that was acknowledged is still there;
 * a discard leaves zeros or any value the sector ever had, until it is followed by a write.
 
 After a recovery (`Oracle.after_crash`) a sector has one of the values it may have.  Where the volume only ever wrote
@@ -259,6 +260,28 @@ class Oracle:
                 bases.append(base)
             after.held[volume, sector] = bases
             after.ever[volume, sector] = set(self.ever[volume, sector])
+        return after
+
+    def after_kill(self) -> Oracle:
+        """An oracle for the world that comes up after the engine was killed now: to clients it was a pause, but for
+        what was not answered.
+        """
+        after = Oracle()
+        after.clock, after.serial = self.clock + 1, self.serial
+        after.sizes, after.initial, after.settles = dict(self.sizes), dict(self.initial), dict(self.settles)
+        copies: dict[int, Write] = {}
+
+        def copy(write: Write) -> Write:
+            if id(write) not in copies:
+                made = copies[id(write)] = Write(write.volume, write.start, write.end, write.value, write.began,
+                                                 fua=write.fua)
+                made.ended = after.clock if write.ended is None else write.ended
+                made.acked, made.durable = write.acked, write.durable
+            return copies[id(write)]
+
+        after.held = {key: [copy(write) for write in held] for key, held in self.held.items()}
+        after.ever = {key: set(values) for key, values in self.ever.items()}
+        after.undurable = [copy(write) for write in self.undurable]
         return after
 
     def is_settled(self) -> bool:

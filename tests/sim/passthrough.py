@@ -23,6 +23,7 @@ from bcachectl.engine.front import (
     Request,
 )
 from bcachectl.engine.sched import FUA, PREFLUSH, Sched
+from bcachectl.engine.tail import Tail
 
 
 class PassVolume:
@@ -118,7 +119,7 @@ class PassThrough:
 def engine(wrong: str = "") -> Any:
     """What `World` takes as ``engine``."""
 
-    def make(sched: Sched, _cache: Bdev, _entropy: random.Random, _options: dict[str, Any]) -> PassThrough:
+    def make(sched: Sched, _cache: Bdev, _entropy: random.Random, _options: dict[str, Any], _tail: Tail) -> PassThrough:
         return PassThrough(sched, wrong)
 
     return make

@@ -11,6 +11,9 @@ kept:
 4. some have power fail again, during that recovery or in the requests that follow it; some are stopped cleanly and
    started again.
 
+At a third of the points the engine is killed as well (`kill`), which to clients is a pause: every write that was
+acknowledged must be there.
+
 When the story has finished the set is stopped cleanly, started again and read in full.
 """
 
@@ -50,6 +53,11 @@ class Tally:
     recoveries: int = 0
     second: int = 0
     stops: int = 0
+    kills: int = 0
+
+
+KILL_SHARE = 1 / 3
+"""At this part of the points the engine is killed as well."""
 
 
 class Stopped(Exception):
@@ -84,6 +92,8 @@ def run_story(story: Story, seed: int, choose: Choose, *, mutate: Callable[[Io],
         tally.points += 1
         for draw in choose(number):
             crash(world, f"{where} io={number} draw={draw}", tally)
+            if random.Random(f"{where} io={number} draw={draw} kill?").random() < KILL_SHARE:
+                kill(world, f"{where} io={number} draw={draw} kill", tally)
 
     world.on_point = point
     try:
@@ -156,17 +166,45 @@ def crash(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
         if depth and fate < 0.3:
             _again(after, where, chooser, tally, while_starting=fate < 0.12)
             return
-        after.run(after.up(), "up")
-        after.run(after.verify(twice=fate < 0.6), "verify")
-        if fate > 0.8:
-            tally.stops += 1
-            stop_and_start(after, where)
-    except SimFailure as error:
-        if str(error).startswith("story="):
-            raise
-        raise SimFailure(f"{where}: {error} [in flight: {flying}]") from error
+        _live_on(after, where, tally, fate)
     except Exception as error:
-        raise SimFailure(f"{where}: {text_of(error)} [in flight: {flying}]") from error
+        raise _failure(where, flying, error) from error
+
+
+def kill(world: World, where: str, tally: Tally, *, depth: int = 1) -> None:
+    """The engine is killed now, and the next one comes; ``world`` is left as it is."""
+    chooser = random.Random(where)
+    tally.kills += 1
+    flying = world.flying()
+    fate = chooser.random()
+    try:
+        after = world.kill(where, chooser)
+        found = image.check(after.disks[0].now, "after a kill")
+        if found is not None and fate > 0.85:
+            looking = after.kill(f"{where}/read-only", chooser, read_only=True)
+            looking.run(looking.up(), "up")
+            looking.run(looking.verify(everything=True), "verify")
+        if depth and fate < 0.5:
+            _again(after, where, chooser, tally, while_starting=fate < 0.3)
+            return
+        _live_on(after, where, tally, fate)
+    except Exception as error:
+        raise _failure(where, flying, error) from error
+
+
+def _live_on(after: World, where: str, tally: Tally, fate: float) -> None:
+    after.run(after.up(), "up")
+    after.run(after.verify(twice=fate < 0.6), "verify")
+    if fate > 0.8:
+        tally.stops += 1
+        stop_and_start(after, where)
+
+
+def _failure(where: str, flying: str, error: Exception) -> SimFailure:
+    if isinstance(error, SimFailure) and str(error).startswith("story="):
+        return error
+    text = str(error) if isinstance(error, SimFailure) else text_of(error)
+    return SimFailure(f"{where}: {text} [in flight: {flying}]")
 
 
 def read_only(world: World, where: str, images: list[bytearray]) -> None:
@@ -184,7 +222,7 @@ def read_only(world: World, where: str, images: list[bytearray]) -> None:
 
 
 def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, while_starting: bool) -> None:
-    # Power fails a second time: in the recovery from the first, or in the traffic after it.
+    # Power fails a second time, or the engine is killed: in the recovery from the first, or in the traffic after it.
     last = chooser.randrange(1, 30 if while_starting else 70)
 
     def point(number: int) -> None:
@@ -207,7 +245,11 @@ def _again(world: World, where: str, chooser: random.Random, tally: Tally, *, wh
         pass
     world.on_point = None
     tally.second += 1
-    crash(world, f"{where} then {'start' if while_starting else 'io'}={last}", tally, depth=0)
+    where += f" then {'start' if while_starting else 'io'}={last}"
+    if chooser.random() < 0.5:
+        crash(world, where, tally, depth=0)
+    else:
+        kill(world, where, tally, depth=0)
 
 
 async def mixed(world: World, chooser: random.Random, count: int, *, width: int = 24, align: int = 0) -> None:

@@ -44,7 +44,9 @@ async def client(w: World, dice: random.Random) -> None:
         writes = [(dice.randrange(0, span - unit), unit) for _ in range(dice.choice((1, 4, 16, 32)))]
         draw = dice.random()
         if draw < 0.6:
-            await w.write_group(0, writes, stable=dice.random() < 0.1)
+            await w.write_group(0, writes)
+            if dice.random() < 0.1:
+                await w.flush(0)
         elif draw < 0.7:
             await w.write_placed(0, writes)
         elif draw < 0.8:

@@ -32,15 +32,14 @@ from bcachectl.engine.front import (
     REQ_FUA,
     REQ_PREFLUSH,
     REQ_READ,
-    REQ_STABLE,
     REQ_SYNC,
     REQ_WRITE,
     REQ_WRITE_ZEROES,
     Request,
     Volume,
 )
-from bcachectl.engine.journal import Entry
-from bcachectl.engine.sched import FUA, NS_PER_MS, NS_PER_S, OP_NAMES, PREFLUSH, WRITE, Io, Sched, Task, WaitQueue
+from bcachectl.engine.sched import NS_PER_MS, NS_PER_S, OP_NAMES, WRITE, Io, Sched, Task, WaitQueue
+from bcachectl.engine.tail import TAIL_BYTES, Tail
 from bcachectl.ondisk.magic import BCACHE_MAGIC
 from bcachectl.ondisk.superblock import (
     SB_BYTES,
@@ -139,10 +138,10 @@ def format_backing(setup: Setup, number: int, set_uuid: bytes) -> bytearray:
     return image + stamps(number, 0, backing.data_sectors, BASE)
 
 
-def cache_set(sched: Sched, cache: Bdev, entropy: random.Random, options: dict[str, Any]) -> Any:
+def cache_set(sched: Sched, cache: Bdev, entropy: random.Random, options: dict[str, Any], tail: Tail) -> Any:
     """The engine under test, with its expensive checks on."""
     from bcachectl.engine.cache_set import CacheSet, Options
-    return CacheSet(sched, cache, entropy=entropy, options=Options(debug_checks=True, **options))
+    return CacheSet(sched, cache, entropy=entropy, options=Options(debug_checks=True, **options), tail=tail)
 
 
 class _Pending:
@@ -154,30 +153,12 @@ class _Pending:
         self.queue = WaitQueue(sched, "request")
 
 
-class EntryWriter:
-    """Writes entries of the journal as the ring does for ublk devices, without the journal's task."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.count = 0
-
-    def write_entry(self, entry: Entry) -> None:
-        """Begin; a task of the world waits for the end."""
-        self.world.sched.spawn(self._write(entry), "entry of an export")
-
-    async def _write(self, entry: Entry) -> None:
-        cset = self.world.cset
-        error = await cset.cache.write(entry.sector, entry.data, PREFLUSH | FUA, "entry of an export")
-        self.count += not error
-        cset.journal.entry_ended(error)
-
-
 class World:
     """One life of the engine, from power on to power off."""
 
     def __init__(self, setup: Setup, seed: str, *, images: list[bytearray] | None = None, oracle: Oracle | None = None,
                  wall_s: int = 1_700_000_000, engine: Callable[..., Any] | None = None,
-                 read_only: bool = False) -> None:
+                 read_only: bool = False, tail: bytearray | None = None) -> None:
         self.setup = setup
         self.read_only = read_only
         self.engine = engine or cache_set
@@ -198,20 +179,19 @@ class World:
                            atomic_sectors=setup.atomic_sectors, can_discard=setup.discard,
                            optimal_io_sectors=stripes[index], partial_stripes_expensive=stripes[index] > 0)
                       for index, disk in enumerate(self.disks)]
+        self.tail = Tail(memoryview(tail or bytearray(TAIL_BYTES)), set_uuid=self.set_uuid, boot_id=bytes(16))
         self.oracle = oracle or Oracle()
         if oracle is None:
             for number, backing in enumerate(setup.backings):
                 self.oracle.add_volume(number, backing.data_sectors, initial=BASE, settles=setup.settles)
         self.cset = self.engine(self.sched, self.bdevs[0], random.Random(f"entropy/{seed}"),
-                                setup.options | ({"read_only": True} if read_only else {}))
+                                setup.options | ({"read_only": True} if read_only else {}), self.tail)
         self.volumes: dict[int, Volume] = {}
         self.flash: dict[int, bytes] = {}
         self.vanishing: set[int] = set()
         self.quick_writes = 0
         self.placed_writes = 0
         self.exported_writes = 0
-        self.entry_writer = EntryWriter(self)
-        self.entry_random = random.Random(f"entry/{seed}")
         self.quick_random = random.Random(f"quick/{seed}")
         self.group_random = random.Random(f"group/{seed}")
         self.is_calm = True
@@ -379,7 +359,7 @@ class World:
         """
         way = self.group_random.random()
         if way < 0.3:
-            return await self.write_group(volume, writes, stable=self.group_random.random() < 0.5, stream=stream)
+            return await self.write_group(volume, writes, stream=stream)
         begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
         datas = [stamps(volume, write.start, write.end, write.value) for write in begun]
         if way < 0.55:
@@ -438,14 +418,11 @@ class World:
         errors = [error for some in await self.together(*asks) for error in some]
         return [error for _, error in sorted(zip(placed + rest, errors, strict=True))]
 
-    async def write_group(self, volume: int, writes: list[tuple[int, int]], *, stable: bool = False,
-                          stream: int = 0) -> list[int]:
-        """Writes that an export submits together (`Volume.submit_all`); the errno of each.  ``stable`` ones survive the
-        engine (`tests.sim.test_stable`), not always a loss of power.
-        """
+    async def write_group(self, volume: int, writes: list[tuple[int, int]], *, stream: int = 0) -> list[int]:
+        """Writes that an export submits together (`Volume.submit_all`); the errno of each."""
         begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
         requests = [Request(REQ_WRITE, write.start, write.end - write.start,
-                            stamps(volume, write.start, write.end, write.value), REQ_STABLE if stable else 0, stream,
+                            stamps(volume, write.start, write.end, write.value), 0, stream,
                             _Pending(self.sched)) for write in begun]
         self.volumes[volume].submit_all(requests)
 
@@ -460,30 +437,35 @@ class World:
         return await self.together(*[one(*pair) for pair in zip(requests, begun, strict=True)])
 
     async def write_exported(self, volume: int, writes: list[tuple[int, int]], *, stream: int = 0) -> list[int]:
-        """Stable writes whose data an export writes itself, as that of a ublk device does; the errno of each."""
+        """Writes whose data an export writes itself, as that of a ublk device does; the errno of each."""
         dev = self.volumes[volume]
         assert isinstance(dev, CachedDev)
-        dev.stable.writer = self.entry_writer if self.entry_random.random() < 0.7 else None
+        exported = dev.exported
         begun = [self.oracle.begin_write(volume, sector, sector + nsectors) for sector, nsectors in writes]
         datas = [stamps(volume, write.start, write.end, write.value) for write in begun]
         places = dev.batch.place(writes, stream)
         taken = [index for index, place in enumerate(places) if place != NOT_NOW]
-        request = Request(REQ_WRITE, 0, 0, None, REQ_STABLE, stream, _Pending(self.sched))
+        request = Request(REQ_WRITE, 0, 0, None, 0, stream, _Pending(self.sched))
 
         async def one(index: int) -> int:
-            error = await self._ask(volume, REQ_WRITE, *writes[index], datas[index], REQ_STABLE, stream)
+            error = await self._ask(volume, REQ_WRITE, *writes[index], datas[index], 0, stream)
             self.oracle.end_write(begun[index], error=error)
             return error
 
         async def together() -> list[int]:
-            placed, began_ns = dev.stable.begin(), self.sched.now_ns
+            placed, began_ns = exported.begin(), self.sched.now_ns
             ios = [self.cset.cache.write(places[index] // SECTOR, datas[index], 0, "data of an export")
                    for index in taken]
             errors = [await io for io in ios]
-            dev.stable.written(placed, request, error=max(errors), duration_ns=self.sched.now_ns - began_ns)
-            while not request.tag.done:
-                await request.tag.queue.wait()
-            if request.error:
+            error = max(errors)
+            if error:
+                exported.failed(placed, error)
+            elif not exported.written(placed, duration_ns=self.sched.now_ns - began_ns):
+                exported.later(placed, request)
+                while not request.tag.done:
+                    await request.tag.queue.wait()
+                error = request.error
+            if error:
                 return await self.together(*[one(index) for index in taken])    # each begins anew
             self.exported_writes += len(taken)
             for index in taken:
@@ -612,6 +594,18 @@ class World:
             images = [bytearray(disk.now) for disk in self.disks]
         world = World(self.setup, seed, images=images, oracle=self.oracle.after_crash() if crashed else self.oracle,
                       wall_s=self.sched.wall_s + 10, engine=self.engine, read_only=read_only)
+        return self._as_here(world)
+
+    def kill(self, seed: str, chooser: random.Random, *, read_only: bool = False) -> World:
+        """The world that comes up after the engine was killed now, and nothing else happened."""
+        disks = [disk.outlive(chooser, seed) for disk in self.disks]
+        world = World(self.setup, seed, images=[disk.durable for disk in disks], oracle=self.oracle.after_kill(),
+                      wall_s=self.sched.wall_s + 10, engine=self.engine, read_only=read_only,
+                      tail=bytearray(self.tail.memory))
+        world.disks = disks
+        return self._as_here(world)
+
+    def _as_here(self, world: World) -> World:
         world.flash, world.vanishing = dict(self.flash), set(self.vanishing)
         world.mutate = self.mutate
         return world

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Engine and kernel take turns on one set in one machine, the engine serving /dev/ublkb0 (traps.md, T7 over ublk).
 
-1. The engine is killed with SIGKILL in the middle of writing, and its device taken away.
+1. The engine is killed with SIGKILL in the middle of writing, and its device taken away; that has the writes put into
+   the journal which were only in memory.
 2. The kernel registers the set.  Every write that was acknowledged must be there, flushed or not: whoever uses a ublk
    device has been promised that.  Then it writes, and stops in good order.
 3. The engine serves the device again, and reads all that the kernel wrote.

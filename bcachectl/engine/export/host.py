@@ -20,6 +20,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -38,12 +39,12 @@ from bcachectl.engine.export.ublk import MappedVolume, UblkExport
 from bcachectl.engine.export.ublk_control import UblkControl, delete_dead, is_available, left_over, mark_of
 from bcachectl.engine.export.ublk_wire import DevInfo
 from bcachectl.engine.front import Volume
-from bcachectl.engine.io.entry_lane import EntryLane
 from bcachectl.engine.io.loop import Loop, make_backend, make_entropy, make_sched
 from bcachectl.engine.io.medium import Backend, Medium
 from bcachectl.engine.io.overlay import Overlay
 from bcachectl.engine.io.uring import RingBackend
 from bcachectl.engine.sched import WaitQueue
+from bcachectl.engine.tail import Tail
 from bcachectl.errors import BcachectlError, Corrupt, DeviceError, Refused, UsageError, WrongState
 from bcachectl.ondisk.superblock import (
     SB_BYTES,
@@ -53,6 +54,7 @@ from bcachectl.ondisk.superblock import (
     check_superblock,
     decode_superblock,
 )
+from bcachectl.tailfile import TailFile, read_tail, tail_path
 from bcachectl.units import format_uuid
 
 RELEASE_TIMEOUT_S = 20.0
@@ -80,6 +82,8 @@ class HostOptions:
     trace: str | None = None
     debug_checks: bool = False
     io_backend: str = "auto"
+    tail: str | None = None
+    """A file for the tail, where the set has no ublk device (`bcachectl.engine.tail`); for tests."""
     extra: dict[str, int] = field(default_factory=dict)
     """More fields of `bcachectl.engine.cache_set.Options`, for tests and benchmarks."""
 
@@ -103,8 +107,8 @@ class EngineHost:
         self.wants_stop = False
         self.block_exports: dict[str, LoopExport | UblkExport] = {}
         self.ublk: UblkControl | None = None
-        self.lane: EntryLane | None = None
         self._left_over: list[DevInfo] = []
+        self._has_left_devices = False
         self.nbd: NbdServer | None = None
         self.control: ControlServer | None = None
         self.trace: TextIO | None = None
@@ -118,10 +122,15 @@ class EngineHost:
                 undo.callback(self.ublk.close)
             self.media: list[Medium] = []
             self._overlay: Overlay | None = None
+            self._is_new_overlay = False
             undo.callback(self._close_media)
             self._open_devices()
             self._check_superblocks()
             self._find_left_over()
+            self._tail_file: TailFile | None = None
+            self.tail = self._open_tail()
+            if self._tail_file is not None:
+                undo.callback(self._tail_file.close)
             if options.trace is not None:
                 self.trace = _open_trace(options.trace)
                 undo.callback(self.trace.close)
@@ -131,7 +140,7 @@ class EngineHost:
             self.bdevs = [self._bdev(index) for index in range(len(self.media))]
             self.cset = CacheSet(self.sched, self.bdevs[0], entropy=make_entropy(), options=Options(
                 read_only=options.read_only, accept_newer=options.accept_newer, debug_checks=options.debug_checks,
-                **options.extra))
+                **options.extra), tail=self.tail)
             self.loop = Loop(self.sched, self.backend, self.cset.front)
             undo.pop_all()
         self.stop_wait = WaitQueue(self.sched, "stop")
@@ -228,6 +237,9 @@ class EngineHost:
             await self.nbd.stop()
             self.nbd = None
         await self.cset.stop()
+        if self._tail_file is not None and self.cset.failed is None and not self._has_left_devices:
+            # All of it is on the device.
+            self._tail_file.remove()
 
     def close(self) -> None:
         """Give everything back, in whatever state it is."""
@@ -247,6 +259,8 @@ class EngineHost:
         if self.trace is not None:
             self.trace.close()
         self._close_media()
+        if self._tail_file is not None:
+            self._tail_file.close()
 
     @property
     def failed(self) -> str | None:
@@ -365,6 +379,25 @@ class EngineHost:
                 raise WrongState(f"/dev/ublkb{info.dev_id}: is not the only ublk device of its volume; remove all of "
                                  f"this set {remove}")
 
+    def _open_tail(self) -> Tail | None:
+        options = self.options
+        path = base = options.tail or tail_path(self._set_uuid)
+        if options.overlay is not None:
+            path = f"{options.overlay}.tail"
+        if self._left_over and not os.path.exists(path):
+            raise WrongState(f"{path}: is gone, where the killed engine kept the writes that it had answered last; who "
+                             f"waits for /dev/ublkb{self._left_over[0].dev_id} might miss them, so it is not taken "
+                             f"over; remove it with 'bcachectl engine stop {format_uuid(self._set_uuid)}'")
+        if options.read_only:
+            return read_tail(path if os.path.exists(path) else base, self._set_uuid)
+        if self._is_new_overlay and os.path.exists(base):
+            # What the overlay lies over was run by an engine that was killed.
+            shutil.copyfile(base, path)
+        if not (options.use_ublk or options.tail or os.path.exists(path)):
+            return None
+        self._tail_file = TailFile(path, self._set_uuid)
+        return self._tail_file.tail
+
     def _open_devices(self) -> None:
         options = self.options
         bases: list[BlockDevice] = []
@@ -375,6 +408,7 @@ class EngineHost:
             if options.overlay is None:
                 self.media.append(bases[-1])
         if options.overlay is not None:
+            self._is_new_overlay = not os.path.exists(options.overlay) or not os.path.getsize(options.overlay)
             try:
                 self._overlay = Overlay(options.overlay, bases)
             except BaseException:
@@ -463,10 +497,8 @@ class EngineHost:
         assert self.ublk is not None and isinstance(self.backend, RingBackend), "ublk was opened with a ring"
         below = self.media[volume.backing.index] if isinstance(volume, CachedDev) else None
         mark = mark_of(self.cset.uuid, volume.uuid)
-        if self.lane is None and self.media[0].fd >= 0:
-            self.lane = EntryLane(self.loop, self.backend, self.media[0].fd, self.cset.journal)
         export = UblkExport(
-            self.loop, self.backend, self.ublk, volume, self.media[0], self.cset.buckets, writer=self.lane,
+            self.loop, self.backend, self.ublk, volume, self.media[0], self.cset.buckets,
             mark=mark, stream=len(self.block_exports) + 1,
             block_bytes=max(medium.logical_block_bytes for medium in self.media),
             can_discard=below is None or below.can_discard, can_zero=below is None or below.can_zero)
@@ -484,6 +516,7 @@ class EngineHost:
             if isinstance(export, UblkExport) and export.is_taken_over:
                 del self.block_exports[name]
                 export.abort()
+                self._has_left_devices = True
 
     async def _start_loop(self, volume: Volume) -> None:
         directory = os.path.splitext(socket_path(format_uuid(self.cset.uuid)))[0]
@@ -517,6 +550,22 @@ class EngineHost:
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
         self.stop_wait.wake_all()
+
+
+def settle(cache: str) -> None:
+    """Have the writes that a killed engine answered put into the journal of its set: start it, and stop it."""
+    host = EngineHost(HostOptions(cache=cache, use_nbd=False))
+
+    async def life() -> None:
+        await host.start()
+        await host.stop()
+
+    try:
+        host.loop.run(life())
+        if host.failed is not None:
+            raise DeviceError(f"{cache}: {host.failed}")
+    finally:
+        host.close()
 
 
 def _naming(path: str, corrupt: Corrupt) -> Corrupt:

@@ -26,8 +26,8 @@ A request arrives as the completion of the tag's last fetch or commit.  What fol
 waits.  `UblkExport.recover` takes the device over, and those requests come again.  So a request may be carried out
 twice, or half before and whole after: reads change nothing, and a write, a discard or zeroes that come twice leave what
 they leave once, because whoever sent one may not touch the same sectors until it was answered.  And what was answered
-must be there for the next engine, flushed or not, since nobody has seen a power loss.  So writes carry
-`bcachectl.engine.front.REQ_STABLE`: they are answered when their keys are in the journal on the device.
+must be there for the next engine, flushed or not, since nobody has seen a power loss.  So an engine with ublk devices
+has a `bcachectl.engine.tail.Tail`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ from bcachectl.engine.front import (
     REQ_FUA,
     REQ_META,
     REQ_READ,
-    REQ_STABLE,
     REQ_WRITE,
     REQ_WRITE_ZEROES,
     Request,
@@ -60,10 +59,9 @@ from bcachectl.engine.front import (
 from bcachectl.engine.io.loop import Loop
 from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, OP_WRITEV, SQE_IO_LINK, RingBackend
-from bcachectl.engine.journal import EntryWriter
 from bcachectl.engine.read_batch import ReadBatch
 from bcachectl.engine.sched import WaitQueue
-from bcachectl.engine.write_group import StableWrites
+from bcachectl.engine.write_group import ExportedWrites
 from bcachectl.errors import DeviceError
 
 QUEUES = 2
@@ -79,7 +77,6 @@ OPEN_TIMEOUT_S = 5.0
 
 _OPERATIONS = {wire.OP_READ: REQ_READ, wire.OP_WRITE: REQ_WRITE, wire.OP_FLUSH: REQ_FLUSH,
                wire.OP_DISCARD: REQ_DISCARD, wire.OP_WRITE_ZEROES: REQ_WRITE_ZEROES}
-_WRITING = frozenset((REQ_WRITE, REQ_DISCARD, REQ_WRITE_ZEROES))
 
 
 class MappedVolume(Volume, Protocol):
@@ -91,7 +88,7 @@ class MappedVolume(Volume, Protocol):
         ...
 
     @property
-    def stable(self) -> StableWrites | None:
+    def exported(self) -> ExportedWrites | None:
         """Takes what its batch of writes has placed; None if that has none."""
         ...
 
@@ -114,10 +111,10 @@ class UblkExport:
     """One volume's ublk device."""
 
     def __init__(self, loop: Loop, backend: RingBackend, control: UblkControl, volume: MappedVolume,
-                 cache: Medium, buckets: Buckets, *, writer: EntryWriter | None, mark: int, stream: int,
+                 cache: Medium, buckets: Buckets, *, mark: int, stream: int,
                  block_bytes: int, can_discard: bool, can_zero: bool) -> None:
-        """``writer``: of the journal's entries.  ``block_bytes``: the largest logical block of the devices.
-        ``can_discard``, ``can_zero``: what is below the cache knows such requests.
+        """``block_bytes``: the largest logical block of the devices.  ``can_discard``, ``can_zero``: what is below the
+        cache knows such requests.
         """
         self.loop = loop
         self.backend = backend
@@ -125,7 +122,6 @@ class UblkExport:
         self.volume = volume
         self.cache = cache
         self.buckets = buckets
-        self.writer = writer
         self.mark = mark
         self.stream = stream
         block_bytes = min(max(block_bytes, volume.block_size_sectors << 9), MAX_BLOCK_BYTES)
@@ -251,9 +247,7 @@ class UblkExport:
             self.commit(index, -errno.EOPNOTSUPP)
             return None
         flags = (REQ_FUA if word & wire.FLAG_FUA else 0) | (REQ_META if word & wire.FLAG_META else 0)
-        if operation in _WRITING:
-            flags |= REQ_STABLE
-        elif operation == REQ_FLUSH:
+        if operation == REQ_FLUSH:
             sector = nsectors = 0               # the block layer leaves anything there
         data = self._buffers[index][:nsectors << 9] if operation in (REQ_READ, REQ_WRITE) else None
         return Request(operation, sector, nsectors, data, flags, self.stream, self._tags[index])
@@ -281,10 +275,9 @@ class UblkExport:
             self._descs += (words[3 * tag:3 * tag + 3] for tag in range(info.depth))
         ring = self.backend.ring
         self._first_slot = ring.reserve(3 * count)
-        batch, stable, writes = self.volume.batch, self.volume.stable, None
-        if batch is not None and stable is not None and self.cache.fd >= 0:
-            stable.writer = self.writer
-            writes = UblkWrites(ring, batch, stable, self, self._descs, self._first_slot + 2 * count,
+        batch, exported, writes = self.volume.batch, self.volume.exported, None
+        if batch is not None and exported is not None and self.cache.fd >= 0:
+            writes = UblkWrites(ring, batch, exported, self, self._descs, self._first_slot + 2 * count,
                                 self._first_slot, address, info.max_io_bytes, self.stream)
         self._reads = UblkReads(ring, self.volume.reads, self.buckets, self, self._descs, self._first_slot,
                                 serves_hits=self.cache.fd >= 0, writes=writes)

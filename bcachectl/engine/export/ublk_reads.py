@@ -128,7 +128,8 @@ class UblkReads:
                 self.others.extend(tags[:count])
         if writes is not None:
             if writes.is_written:
-                self.finish()
+                reads.settle()
+                writes.conclude()
                 writes.is_due = writes.wants_turn()
             if writes.may_start():
                 writes.start(self.others)

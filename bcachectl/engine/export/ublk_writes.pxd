@@ -12,7 +12,7 @@ from bcachectl.engine.write_batch cimport Placed, WriteBatch
 cdef class UblkWrites:
     cdef public Ring ring
     cdef public WriteBatch batch
-    cdef public object stable, owner, group
+    cdef public object exported, owner, group
     cdef public Py_ssize_t waiting, runs
     cdef public int error
     cdef public bint is_due, is_open, is_written, is_gathering
@@ -51,6 +51,9 @@ cdef class UblkWrites:
     cpdef landed(self, Py_ssize_t number, int result)
 
     cpdef finish(self, list declined)
+
+    @cython.locals(placed=Placed)
+    cpdef conclude(self)
 
     cpdef bint wants_turn(self)
 

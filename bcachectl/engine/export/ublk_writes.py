@@ -6,10 +6,9 @@ share what follows; most of that costs the same for one write as for all:
 
 1. `UblkWrites.start` has the volume's batch place all that wait.  What it declines is left to the owner.  What lies
    side by side on the cache device is one entry of the ring, a WRITEV of the tags' buffers.
-2. When all of these have ended, `UblkWrites.finish` has the keys made (`bcachectl.engine.write_group.StableWrites`),
-   and the journal's entry with them goes into the ring as well (`bcachectl.engine.io.entry_lane`).
-3. When the keys are in the journal on the device, every tag is answered (`UblkWrites.answer`), and the next group may
-   start.
+2. When all of these have ended, `UblkWrites.conclude` has the keys made
+   (`bcachectl.engine.write_group.ExportedWrites`).
+3. Every tag is answered (`UblkWrites.answer`), and the next group may start.
 
 All of that happens between two looks at the ring, as long as no task of the engine has anything to do.
 
@@ -30,7 +29,7 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Protocol
 
 from bcachectl.engine.export import ublk_wire as wire
-from bcachectl.engine.front import REQ_STABLE, REQ_WRITE, Request
+from bcachectl.engine.front import REQ_WRITE, Request
 from bcachectl.engine.io.ring import Ring
 from bcachectl.engine.write_batch import MAX_WRITES, Placed, WriteBatch
 
@@ -45,11 +44,11 @@ if not cython.compiled:
 
     kept_descs = list
 if TYPE_CHECKING:
-    from bcachectl.engine.write_group import StableWrites
+    from bcachectl.engine.write_group import ExportedWrites
 
-PATIENCE_SHIFT = 2
-"""For this part of the time that a group took, a quarter, the next one waits for more."""
-MAX_PATIENCE_NS = 2_000_000
+PATIENCE_SHIFT = 1
+"""For this part of the time that a group took, half of it, the next one waits for more."""
+MAX_PATIENCE_NS = 4_000_000
 WRITE_NUMBER = 1 << 17
 """The number of a write in the ring, with the tag of its first part."""
 
@@ -75,23 +74,22 @@ class Group:
         self.writes = writes
         self.numbers = numbers
         self.placed: Placed | None = placed
-        self.request = Request(REQ_WRITE, 0, 0, None, REQ_STABLE, 0, self)
 
     def answered(self, request: Request) -> None:
-        """All of it is on the device, or none of it counts."""
+        """All of the keys are made, or none of it counts."""
         self.writes.answer(self.numbers, request.error)
 
 
 class UblkWrites:
     """The writes of one device.  ``is_due``: the engine has something to do because of them, `finish` at first."""
 
-    def __init__(self, ring: Ring, batch: WriteBatch, stable: StableWrites, owner: Owner,
+    def __init__(self, ring: Ring, batch: WriteBatch, exported: ExportedWrites, owner: Owner,
                  descs: list[memoryview], first_write: int, first_commit: int, buffer_address: int,
                  buffer_bytes: int, stream: int) -> None:
         """``descs``: the words of each tag's descriptor.  Writes use as many slots of the ring from ``first_write`` on,
         filled but for place, address and count of buffers.
         """
-        self.ring, self.batch, self.stable, self.owner = ring, batch, stable, owner
+        self.ring, self.batch, self.exported, self.owner = ring, batch, exported, owner
         self.descs = kept_descs(descs)
         self.first_write, self.first_commit = first_write, first_commit
         self.buffer_address, self.buffer_bytes = buffer_address, buffer_bytes
@@ -156,7 +154,7 @@ class UblkWrites:
                 lengths[len(numbers)] = lengths[index]
                 numbers.append(tags[index])
         if numbers:
-            placed = self.stable.begin()
+            placed = self.exported.begin()
             self.group = Group(self, numbers, placed)
             self.error, self.is_written = 0, False
             self.began_ns = monotonic_ns()
@@ -194,21 +192,32 @@ class UblkWrites:
             self.is_written = self.is_due = True
 
     def finish(self, declined: list[int]) -> None:
-        """Before anything else of the engine runs: have the keys made of what is written, and do not wait for more."""
-        self.is_due = False
-        group = self.group
-        if group is not None and group.placed is not None and self.is_written:
-            self.is_written = False
-            placed, group.placed = group.placed, None
-            self.owner.set_clock()
-            self.stable.written(placed, group.request, error=self.error, duration_ns=monotonic_ns() - self.began_ns)
+        """Before anything else of the engine runs: `conclude`, and do not wait for more."""
+        if self.is_written:
+            self.conclude()
         if self.waiting and self.group is None:
             self.start(declined)
-            self.is_due = False
+        self.is_due = False
+
+    def conclude(self) -> None:
+        """The data of the group is written: have its keys made, and answer."""
+        group, exported = self.group, self.exported
+        self.is_written = False
+        if group is None or group.placed is None:
+            return
+        placed, group.placed = group.placed, None
+        self.owner.set_clock()
+        if self.error:
+            exported.failed(placed, self.error)
+            self.answer(group.numbers, self.error)
+        elif exported.written(placed, duration_ns=monotonic_ns() - self.began_ns):
+            self.answer(group.numbers, 0)
+        else:
+            exported.later(placed, Request(REQ_WRITE, 0, 0, None, 0, 0, group))
 
     def wants_turn(self) -> bool:
         """Whether the engine has something to do."""
-        return self.error != 0 or self.stable.wants_turn()
+        return self.error != 0 or self.exported.dev.cset.wants_turn()
 
     def answer(self, numbers: list[int], error: int) -> None:
         """Answer the requests of these tags, and fetch their next ones; after an error they begin anew."""
@@ -245,4 +254,4 @@ class UblkWrites:
         self._gathered()
         group, self.group = self.group, None
         if group is not None and group.placed is not None:
-            self.stable.lost(group.placed, group.request)
+            self.exported.lost(group.placed)

@@ -28,7 +28,6 @@ from bcachectl.engine.front import (
     REQ_FUA,
     REQ_META,
     REQ_READ,
-    REQ_STABLE,
     REQ_WRITE,
     REQ_WRITE_ZEROES,
     Front,
@@ -149,7 +148,7 @@ class FakeVolume:
     size_sectors, block_size_sectors, read_only = 4096, 8, False
     base = data_offset = 0
     serves_hits = True
-    batch = stable = None
+    batch = exported = None
 
     def __init__(self, place: int, buckets: Buckets) -> None:
         self.place = place
@@ -251,7 +250,7 @@ def served(image: BlockDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
         volume = FakeVolume(place, buckets)
         loop = Loop(make_sched(), backend, Front())
-        export = UblkExport(loop, backend, cast(Any, FakeControl()), volume, image, buckets, writer=None, mark=1,
+        export = UblkExport(loop, backend, cast(Any, FakeControl()), volume, image, buckets, mark=1,
                             stream=1, block_bytes=512, can_discard=True, can_zero=True)
         export._open(wire.DevInfo(1, 8, 0, 64 << 10, DEV_ID, 1, 0, 1))
         made.append(Set(export, volume, backend, buckets, device))
@@ -296,10 +295,10 @@ def test_a_read_that_is_short_goes_to_the_volume(served: Callable[[int], Set], i
 
 @pytest.mark.parametrize(("word", "operation", "flags", "has_data"), [
     (wire.OP_READ, REQ_READ, 0, True),
-    (wire.OP_WRITE, REQ_WRITE, REQ_STABLE, True),
-    (wire.OP_WRITE | wire.FLAG_FUA | wire.FLAG_META, REQ_WRITE, REQ_STABLE | REQ_FUA | REQ_META, True),
-    (wire.OP_DISCARD, REQ_DISCARD, REQ_STABLE, False),
-    (wire.OP_WRITE_ZEROES, REQ_WRITE_ZEROES, REQ_STABLE, False),
+    (wire.OP_WRITE, REQ_WRITE, 0, True),
+    (wire.OP_WRITE | wire.FLAG_FUA | wire.FLAG_META, REQ_WRITE, REQ_FUA | REQ_META, True),
+    (wire.OP_DISCARD, REQ_DISCARD, 0, False),
+    (wire.OP_WRITE_ZEROES, REQ_WRITE_ZEROES, 0, False),
     (wire.OP_FLUSH, REQ_FLUSH, 0, False),
 ])
 def test_other_requests_go_to_the_volume(served: Callable[[int], Set], word: int, operation: int, flags: int,
@@ -333,7 +332,7 @@ def test_a_device_that_the_ring_has_no_room_for_is_taken_away_again(
     control = FakeControl()
     buckets = Buckets(Geometry(block_size_sectors=8, bucket_size_sectors=8, nbuckets=32, first_bucket=1))
     export = UblkExport(loop, backend, cast(Any, control), FakeVolume(NOT_NOW, buckets), image, buckets,
-                        writer=None, mark=1, stream=1, block_bytes=512, can_discard=True, can_zero=True)
+                        mark=1, stream=1, block_bytes=512, can_discard=True, can_zero=True)
 
     async def start() -> None:
         task = loop.sched.spawn(export.start(), "start")
