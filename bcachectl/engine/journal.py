@@ -32,7 +32,7 @@ Kernel: journal.c, the essay in journal.h.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -72,16 +72,6 @@ class JournalPin:
 
     def __repr__(self) -> str:
         return f"<JournalPin {self.seq} count {self.count}>"
-
-
-class Entry(NamedTuple):
-    """An entry that is ready to be written at ``sector``; ``is_bare``: it has no keys."""
-
-    seq: int
-    last_seq: int
-    sector: int
-    data: memoryview
-    is_bare: bool
 
 
 class Journal:
@@ -372,8 +362,7 @@ class Journal:
                 if self.blocks_free == 0:
                     await self.space.wait()
                 return True
-        entry = self._begin_entry()
-        return self._end_entry(entry, await self._write(entry.sector, entry.data))
+        return await self._write_entry()
 
     def _encode(self, seq: int, last_seq: int, keys: bytes | bytearray) -> bytearray:
         # An entry with the roots as they are now, which is written next.
@@ -393,8 +382,8 @@ class Journal:
             self.tail.begun(seq, int.from_bytes(raw[:8], "little"))
         return raw
 
-    def _begin_entry(self) -> Entry:
-        # The open entry as it is written; it is open no more.
+    async def _write_entry(self) -> bool:
+        # Writes the open entry, which is open no more; False if the set failed.
         cset = self.cset
         geometry = cset.geometry
         self._drop_free_pins()
@@ -414,16 +403,12 @@ class Journal:
         self.open_entry(seq + 1)
         self.reclaim()
         cset.events.emit("bcache_journal_write", seq=seq, last_seq=last_seq, sectors=len(data) >> 9)
-        return Entry(seq, last_seq, sector, data, is_bare)
-
-    def _end_entry(self, entry: Entry, error: int) -> bool:
-        # False if the set failed.
-        if not self._is_written(len(entry.data), entry.last_seq, error):
+        if not self._is_written(len(data), last_seq, await self._write(sector, data)):
             return False
-        self.written_seq = entry.seq
+        self.written_seq = seq
         if self.tail is not None:
-            self.tail.written(entry.seq)
-        self.newest_sector, self.newest_is_bare = entry.sector, entry.is_bare
+            self.tail.written(seq)
+        self.newest_sector, self.newest_is_bare = sector, is_bare
         self._written()
         return True
 
