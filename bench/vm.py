@@ -31,8 +31,9 @@ from bench.verify import OPTIONS
 from tests.export.engine import ROOT
 from tests.vm import machine
 
-MIB = 1 << 20
-VOLUME_MIB, CACHE_MIB, HOT_MIB, MISS_MIB, VERIFY_MIB = 160, 1024, 32, 4, 16
+VOLUME_MIB, HOT_MIB, MISS_MIB, VERIFY_MIB = 160, 32, 4, 16
+BUCKETS = 8192
+"""Of each cache: 4 GiB of buckets of 512 KiB, as 'bcachectl format' makes them by default."""
 ENGINE, BCACHE, DM_CACHE, LOOP, DISK = "engine ublk", "kernel bcache", "dm-cache", "loop", "disk"
 
 WORKLOADS = {
@@ -52,7 +53,7 @@ register /dev/vda /dev/vdb
 wait_for 60 test -e /sys/block/vdb/bcache/dev
 bcache=$(basename $(readlink /sys/block/vdb/bcache/dev))
 wait_volume $bcache
-for name in sequential_cutoff writeback_percent; do echo 0 >/sys/block/$bcache/bcache/$name; done
+echo 0 >/sys/block/$bcache/bcache/sequential_cutoff
 echo 0 >$(cset)/congested_read_threshold_us
 echo 0 >$(cset)/congested_write_threshold_us
 
@@ -132,11 +133,11 @@ def targets() -> dict[str, Target]:
             "dm": Target(DM_CACHE, "dm-2"), "loop": Target(LOOP, "loop0"), "disk": Target(DISK, "vdh")}
 
 
-def script(rounds: int, seconds: float, only: str, *, verifies: bool) -> str:
+def script(rounds: int, seconds: float, only: str, bucket_kib: int, *, verifies: bool) -> str:
     """What the machine does."""
     words = {"PYTHON": sys.executable, "ROOT": str(ROOT), "HOT_MIB": str(HOT_MIB),
              "FIO_VERIFY": shlex.join(OPTIONS), "VERIFY_MIB": str(VERIFY_MIB),
-             "CACHE_SECTORS": str(CACHE_MIB << 11), "VOLUME_SECTORS": str(VOLUME_MIB << 11)}
+             "CACHE_SECTORS": str(BUCKETS * bucket_kib << 1), "VOLUME_SECTORS": str(VOLUME_MIB << 11)}
     lines = [PREPARE]
     for workload, options in WORKLOADS.items():
         if only not in workload:
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--bucket-kib", type=int, default=512, help=f"each cache has {BUCKETS} buckets of this size")
     parser.add_argument("--verify", action="store_true", help="have fio verify the engine's volume afterwards")
     parser.add_argument("--series", default=machine.DEFAULT_SERIES, help="the kernel")
     parser.add_argument("--json", type=Path, help="keep the ratios in this file")
@@ -225,12 +227,13 @@ def main() -> None:
         disks = [home / f"{letter}.img" for letter in "abcdefgh"]
         for number, path in enumerate(disks):
             with path.open("wb") as file:
-                file.truncate((CACHE_MIB if number in (0, 2, 4) else VOLUME_MIB + (number in (1, 3))) * MIB)
+                is_cache = number in (0, 2, 4)
+                file.truncate(BUCKETS * asked.bucket_kib << 10 if is_cache else VOLUME_MIB + (number in (1, 3)) << 20)
         for cache, backing in ((disks[0], disks[1]), (disks[2], disks[3])):
-            subprocess.run([sys.executable, "-m", "bcachectl", "format", "--cache", str(cache), "--backing",
-                            str(backing), "--bucket-size", "128k", "--block-size", "4k"], check=True, cwd=ROOT,
-                           stdout=subprocess.DEVNULL, env={**os.environ, "XDG_STATE_HOME": name})
-        job = script(asked.rounds, asked.seconds, asked.only, verifies=asked.verify)
+            subprocess.run([sys.executable, "-m", "bcachectl", "format", "--cache", str(cache),
+                            "--backing", str(backing), "--bucket-size", f"{asked.bucket_kib}k", "--block-size", "4k"],
+                           check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "XDG_STATE_HOME": name})
+        job = script(asked.rounds, asked.seconds, asked.only, asked.bucket_kib, verifies=asked.verify)
         vm = machine.start(job, disks, home / "job", series=asked.series, host=True, memory_mib=1536, processors=2)
         done = vm.wait(600 + asked.rounds * 5 * len(WORKLOADS) * (asked.seconds + 6))
         if done.status != 0:

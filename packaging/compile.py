@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 MODULES = (
+    "bcachectl.engine.exported_writes",
     "bcachectl.engine.node",
     "bcachectl.engine.open_buckets",
     "bcachectl.engine.read_batch",

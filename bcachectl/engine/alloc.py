@@ -66,6 +66,11 @@ class Reserve(IntEnum):
     NONE = 3
 
 
+_BTREE, _PRIO, _MOVINGGC, _NONE = Reserve
+"""Python 3.11 calls a function for each member that is looked up in its enumeration."""
+_NAMES = tuple(reserve.name for reserve in Reserve)
+
+
 def fifo_size(requested: int) -> int:
     """Capacity of a list made for ``requested`` buckets (util.h, init_fifo): rounded up to 2^n - 1 above four."""
     return requested if requested <= 4 else (1 << (requested - 1).bit_length()) - 1
@@ -116,6 +121,7 @@ class Allocator:
         "collected",
         "gc_runs",
         "discards",
+        "discarding",
         "allocations",
     )
 
@@ -143,6 +149,7 @@ class Allocator:
         self.collected = False
         self.gc_runs = 0
         self.discards = 0
+        self.discarding = False
         self.allocations = 0
 
     # Taking buckets.
@@ -153,19 +160,21 @@ class Allocator:
         """
         if self.cset.io_disabled:
             return NO_BUCKET
-        if self.free[Reserve.NONE].buckets:
-            bucket = self.free[Reserve.NONE].buckets.popleft()
-        elif self.free[reserve].buckets:
-            bucket = self.free[reserve].buckets.popleft()
+        general, kept = self.free[_NONE].buckets, self.free[reserve].buckets
+        if general:
+            bucket = general.popleft()
+        elif kept:
+            bucket = kept.popleft()
         else:
-            self.cset.events.emit("bcache_alloc_fail", reserve=reserve.name)
+            self.cset.events.emit("bcache_alloc_fail", reserve=_NAMES[reserve])
             self.alloc_wait.wake_all()
             return NO_BUCKET
-        self.alloc_wait.wake_all()
+        if not self._refill():
+            self.alloc_wait.wake_all()
         buckets = self.buckets
         assert buckets.pin_at[bucket] == 1, bucket
         size = 1 << buckets.bucket_shift
-        if reserve <= Reserve.PRIO:
+        if reserve <= _PRIO:
             buckets.set_mark(bucket, MARK_METADATA, size)
             buckets.prio_at[bucket] = BTREE_PRIO
         else:
@@ -174,7 +183,7 @@ class Allocator:
         buckets.move_at[bucket] = 0
         buckets.taken()
         self.allocations += 1
-        self.cset.events.emit("bcache_alloc", bucket=bucket, reserve=reserve.name)
+        self.cset.events.emit("bcache_alloc", bucket=bucket, reserve=_NAMES[reserve])
         return bucket
 
     async def alloc(self, reserve: Reserve) -> int:
@@ -189,7 +198,7 @@ class Allocator:
         """How many `alloc_nowait` calls for the reserve would succeed now."""
         if self.cset.io_disabled:
             return 0
-        return len(self.free[Reserve.NONE]) + len(self.free[reserve])
+        return len(self.free[_NONE].buckets) + len(self.free[reserve].buckets)
 
     # Making buckets free.
 
@@ -200,10 +209,10 @@ class Allocator:
         """
         buckets = self.buckets
         candidates = buckets.candidates(0, buckets.nbuckets)
-        wanted = self.free[Reserve.PRIO].size + self.free[Reserve.BTREE].size
+        wanted = self.free[_PRIO].size + self.free[_BTREE].size
         for bucket in candidates[buckets.mark[candidates] == MARK_NONE][:wanted].tolist():
             self._bump(bucket)
-            is_kept = self.free[Reserve.PRIO].push(bucket) or self.free[Reserve.BTREE].push(bucket)
+            is_kept = self.free[_PRIO].push(bucket) or self.free[_BTREE].push(bucket)
             assert is_kept, "both reserves together have room for what was wanted"
 
     async def run(self) -> None:
@@ -222,7 +231,7 @@ class Allocator:
                 marks = self.gc_runs
                 await self.invalidate()
                 # A prio write for fewer buckets than it takes itself gains nothing.
-                worth = self.collected and len(self.free_inc) > self.free[Reserve.PRIO].size
+                worth = self.collected and len(self.free_inc) > self.free[_PRIO].size
                 if self.free_inc.full or not cset.sync or worth:
                     break
                 if marks == self.gc_runs:
@@ -261,25 +270,38 @@ class Allocator:
             if pushed % VICTIMS_PER_SLICE == 0:
                 self.bucket_wait.wake_all()
                 await cset.sched.yield_now()
-            bucket = self.free_inc.buckets[0]
-            if self.discard and cset.cache.can_discard:
-                size = 1 << self.buckets.bucket_shift
+            if self.released and self.discard and cset.cache.can_discard:
+                bucket, size = self.free_inc.buckets[0], 1 << self.buckets.bucket_shift
+                self.discarding = True
                 await cset.cache.discard(bucket << self.buckets.bucket_shift, size)
                 self.discards += 1
                 self.bucket_wait.wake_all()
-            while not self._push(bucket):
+            while self.released and not self._push_released():
                 if cset.stopping or cset.io_disabled:
                     return False
                 self.bucket_wait.wake_all()
                 await self.alloc_wait.wait()
-            self.free_inc.buckets.popleft()
-            self.released -= 1
+            self.discarding = False
         self.bucket_wait.wake_all()
         return not (cset.stopping or cset.io_disabled)
 
-    def _push(self, bucket: int) -> bool:
+    def _refill(self) -> bool:
+        # What `_release` would do now that a bucket was taken, without its turn; False if the allocator has something
+        # to do.
+        if not self.released or self.discard or self.discarding or len(self.bucket_wait) \
+                or not self._push_released():
+            return False
+        return self.released > 0
+
+    def _push_released(self) -> bool:
         # PRIO is refilled first, so that a prio write can always go on (alloc.c, bch_allocator_push).
-        return self.free[Reserve.PRIO].push(bucket) or any(free.push(bucket) for free in self.free)
+        buckets = self.free_inc.buckets
+        for reserve in (_PRIO, _BTREE, _MOVINGGC, _NONE):
+            if self.free[reserve].push(buckets[0]):
+                buckets.popleft()
+                self.released -= 1
+                return True
+        return False
 
     def request_gc(self) -> None:
         """Too little can be invalidated: ask for a gc, and invalidate nothing before it is done."""

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from bcachectl.engine.journal import JournalPin
 
 LEAF_WRITE_BYTES = 4096 - 48
-LEAF_WRITE_SHIFT = 5
-"""A set that grew past a page is written at once (btree.c, bch_btree_leaf_dirty); in nodes of more than 128 KiB, past
-1/32 of the node: each such write flushes the device, and what is pending is in the journal."""
+LEAF_WRITE_SHIFT, LEAF_WRITE_SLACK_BYTES = 3, 1024
+"""A set that grew past a page is written at once (btree.c, bch_btree_leaf_dirty); in nodes of more than 32 KiB, when it
+is about to grow past an eighth of the node.  What is pending is in the journal; each such write flushes the device, and
+a set that ends just before a block does takes no further one."""
 LEAF_WRITE_DELAY_NS = 30 * NS_PER_S
 """A dirty leaf is written at the latest after this time."""
 
@@ -70,7 +71,8 @@ class Btree:
     def __init__(self, cset: CacheSet, root: Node) -> None:
         self.cset = cset
         self.magic = bset_magic(cset.sb.set_uuid)
-        self.leaf_write_bytes = max(LEAF_WRITE_BYTES, cset.geometry.node_sectors << 9 >> LEAF_WRITE_SHIFT)
+        self.leaf_write_bytes = max(
+            LEAF_WRITE_BYTES, (cset.geometry.node_sectors << 9 >> LEAF_WRITE_SHIFT) - LEAF_WRITE_SLACK_BYTES)
         self.root = root
         self.leaves: dict[Node, None] = {}
         self.dirty_leaves: dict[Node, None] = {}
@@ -375,9 +377,10 @@ class Btree:
         if cset.read_only:
             return
         if leaf not in self.dirty_leaves:
+            if not self.dirty_leaves:
+                self.flush_wake.wake_all()
             self.dirty_leaves[leaf] = None
             leaf.dirty_ns = cset.sched.now_ns
-            self.flush_wake.wake_all()
         if BSET_HEADER_BYTES + 8 * leaf.pending_words > self.leaf_write_bytes and not leaf.writing:
             cset.sched.spawn(self.write_leaf(leaf), "write leaf")
 

@@ -521,8 +521,10 @@ class CacheSet:
         ready = self.sched.ready
         if not ready or self.sched.outbox:
             return bool(self.sched.outbox)
+        if len(ready) > 1 or ready[0] is not self._allocator:
+            return True
         free = self.alloc.free[Reserve.NONE]
-        return len(ready) > 1 or ready[0] is not self._allocator or 2 * len(free) < free.size
+        return 2 * len(free) < free.size
 
     def account_dirty(self, position: int, sectors: int) -> None:
         """Dirty extents came (or went, if negative) at ``position``."""
@@ -666,9 +668,11 @@ class CacheSet:
         self.check_invariants()
 
     def _copies_in_flight(self) -> bool:
-        # gc, moves, fills and writebacks: none may reach a device that someone else has taken over.
+        # gc, moves, fills and writebacks, and leaves that are made anew: none may reach a device that someone else has
+        # taken over.
         return (
             self.gc.running
+            or bool(self.splitter.making_room)
             or self.movinggc.in_flight > 0
             or any(dev.ranges.fills or dev.writeback.in_flight for dev in self.devices)
         )

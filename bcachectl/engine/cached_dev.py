@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from bcachectl.engine import request as path
 from bcachectl.engine.bdev import Bdev
+from bcachectl.engine.exported_writes import ExportedWrites
 from bcachectl.engine.front import (
     EXTENT_HOLE,
     REQ_DISCARD,
@@ -40,7 +41,7 @@ from bcachectl.engine.sched import FUA, PREFLUSH, Mutex, WaitQueue
 from bcachectl.engine.streams import Streams
 from bcachectl.engine.stripes import Stripes, stripe_size_of
 from bcachectl.engine.write_batch import WriteBatch
-from bcachectl.engine.write_group import ExportedWrites, start_group
+from bcachectl.engine.write_group import start_group
 from bcachectl.engine.writeback import Writeback
 from bcachectl.errors import Corrupt, WrongState
 from bcachectl.ondisk.bkey import INODE_SHIFT
@@ -53,6 +54,7 @@ EIO = 5
 EINVAL = 22
 EROFS = 30
 NO_SLOT = -1
+_DIRTY = BdevState.DIRTY
 
 
 class Stats:
@@ -106,7 +108,10 @@ class Stats:
 
 
 class CachedDev:
-    """A backing device, attached or not."""
+    """A backing device, attached or not.
+
+    ``is_untouched``: nothing at all is written to the backing device.  ``read_only``: writes of clients are refused.
+    """
 
     is_flash = False
 
@@ -115,6 +120,8 @@ class CachedDev:
         self.backing = backing
         self.sb = sb
         self.raw = raw
+        self.is_untouched = cset.read_only or backing.read_only
+        self.read_only = self.is_untouched or cset.sb.is_obso_large_bucket
         # Each superblock that is written says when it was read, as the kernel's do (super.c, read_super): that is never
         # later than the uuid array's word for the attach.
         self.mount_s = cset.sched.wall_s & 0xFFFFFFFF
@@ -168,16 +175,6 @@ class CachedDev:
         return self.cset.dirty_by_inode.get(self.slot, 0)
 
     @property
-    def read_only(self) -> bool:
-        """Whether writes of clients are refused."""
-        return self.is_untouched or self.cset.sb.is_obso_large_bucket
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether nothing at all is written to the backing device."""
-        return self.cset.read_only or self.backing.read_only
-
-    @property
     def limit(self) -> int:
         """The position behind everything the device can have."""
         return self.base + self.backing.size_sectors
@@ -190,7 +187,7 @@ class CachedDev:
     @property
     def is_known_dirty(self) -> bool:
         """The backing superblock says DIRTY, durably, and will go on saying so while something is dirty."""
-        return self.has_dirty and self.durable_state == BdevState.DIRTY
+        return self.has_dirty and self.durable_state == _DIRTY
 
     # Requests.
 

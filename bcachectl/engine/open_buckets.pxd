@@ -18,6 +18,7 @@ cdef class SectorAllocator:
     cdef unsigned char[::1] gen_at
     cdef dict lru, by_write_point
     cdef public dict by_position
+    cdef public unsigned short[::1] near
     cdef public OpenBucket last_used
     cdef public unsigned long long sectors_written
 
@@ -38,7 +39,9 @@ cdef class SectorAllocator:
     cpdef unsigned long long alloc_whole(self, unsigned long long position, unsigned long long nsectors,
                                          long long write_point) except? 0
 
-    @cython.locals(by_position=dict)
+    @cython.locals(
+        by_position=dict, near=cython.ushort[::1], before=cython.ulonglong, near_mask=cython.ulonglong,
+    )
     cdef _move(self, OpenBucket open_bucket, unsigned long long position)
 
     @cython.locals(lru=dict, by_write_point=dict, before=tuple, old=dict)

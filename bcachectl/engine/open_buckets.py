@@ -13,6 +13,7 @@ One of the modules that can be compiled: what a group of writes takes is counted
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from bcachectl.engine.alloc import NO_BUCKET, Reserve
@@ -21,7 +22,10 @@ from bcachectl.engine.node import MAX_SIZE
 if TYPE_CHECKING:
     from bcachectl.engine.cache_set import CacheSet
 
+_GENERAL = Reserve.NONE
 MAX_OPEN_BUCKETS = 128
+NEAR = 4096
+"""Counters of `SectorAllocator.near`."""
 
 
 class OpenBucket:
@@ -46,11 +50,12 @@ class Piece(NamedTuple):
 
 class SectorAllocator:
     """The open buckets, least recently used first, with their positions and write points indexed.  ``last_used``: that
-    of the last allocation.
+    of the last allocation.  ``near``: how many positions are indexed whose block of 4 KiB has this number, modulo
+    `NEAR`; where there is none, nothing needs to be looked for.
     """
 
     __slots__ = ("cset", "bucket_shift", "bucket_sectors", "block", "max_sectors", "pin_at", "gen_at", "lru",
-                 "last_used", "by_position", "by_write_point", "sectors_written")
+                 "last_used", "by_position", "near", "by_write_point", "sectors_written")
 
     def __init__(self, cset: CacheSet) -> None:
         buckets = cset.buckets
@@ -62,6 +67,7 @@ class SectorAllocator:
         self.lru: dict[OpenBucket, None] = {OpenBucket(): None for _ in range(MAX_OPEN_BUCKETS)}
         self.last_used = next(reversed(self.lru))
         self.by_position: dict[int, OpenBucket] = {}
+        self.near = array("H", bytes(2 * NEAR))
         self.by_write_point: dict[tuple[bool, int], dict[OpenBucket, None]] = {
             (False, 0): dict(self.lru),
             (True, 0): {},
@@ -80,7 +86,7 @@ class SectorAllocator:
         return next(iter(self.lru))
 
     def alloc_nowait(
-        self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = Reserve.NONE
+        self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = _GENERAL
     ) -> Piece | None:
         """Up to ``nsectors`` for an extent that starts at ``position``; None if no bucket is free."""
         open_bucket = self._pick(position, write_point, flash)
@@ -132,14 +138,14 @@ class SectorAllocator:
         if open_bucket.sectors_free < nsectors and (
             open_bucket.sectors_free
             or nsectors > self.bucket_sectors
-            or not self.cset.alloc.available_nowait(Reserve.NONE)
-            or not self._open(open_bucket, Reserve.NONE)
+            or not self.cset.alloc.available_nowait(_GENERAL)
+            or not self._open(open_bucket, _GENERAL)
         ):
             return 0
         return self._take(open_bucket, position, nsectors, write_point, False)
 
     async def alloc(
-        self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = Reserve.NONE
+        self, position: int, nsectors: int, *, write_point: int, flash: bool, reserve: Reserve = _GENERAL
     ) -> Piece | None:
         """Like `alloc_nowait`, but waits for a free bucket; None only if the set has failed."""
         while True:
@@ -150,9 +156,12 @@ class SectorAllocator:
 
     def _move(self, open_bucket: OpenBucket, position: int) -> None:
         # Its last extent ends at ``position``.
-        by_position = self.by_position
-        if by_position.get(open_bucket.position) is open_bucket:
-            del by_position[open_bucket.position]
+        by_position, near, before, near_mask = self.by_position, self.near, open_bucket.position, NEAR - 1
+        if by_position.get(before) is open_bucket:
+            del by_position[before]
+            near[before >> 3 & near_mask] -= 1
+        if position not in by_position:
+            near[position >> 3 & near_mask] += 1
         by_position[position] = open_bucket
         open_bucket.position = position
 

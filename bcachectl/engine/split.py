@@ -48,7 +48,7 @@ Children = list[tuple[int, int, Node | None]]
 class Splitter:
     """Structural changes of the btree."""
 
-    __slots__ = ("cset", "splits", "rewrites", "coalesced", "sectors_written")
+    __slots__ = ("cset", "splits", "rewrites", "coalesced", "sectors_written", "making_room")
 
     def __init__(self, cset: CacheSet) -> None:
         self.cset = cset
@@ -56,16 +56,29 @@ class Splitter:
         self.rewrites = 0
         self.coalesced = 0
         self.sectors_written = 0
+        self.making_room: set[Node] = set()
 
     # The operations.
 
-    async def split(self, leaf: Node, *, wait: bool = True) -> None:
-        """Make room for inserts where ``leaf`` is: compact it, and divide it if that is not enough.  Without ``wait``
-        nothing is done if there are no buckets for it.
+    def make_room(self, leaf: Node, words: int) -> None:
+        """Begin to `split` a leaf, unless that is on its way."""
+        if not (leaf.frozen or leaf.gone or leaf in self.making_room or leaf.has_room(words, self.cset.geometry)):
+            self.making_room.add(leaf)
+            self.cset.sched.spawn(self._make_room(leaf, words), "make room")
+
+    async def _make_room(self, leaf: Node, words: int) -> None:
+        try:
+            await self.split(leaf, words=words, wait=False)
+        finally:
+            self.making_room.discard(leaf)
+
+    async def split(self, leaf: Node, *, words: int = 3, wait: bool = True) -> None:
+        """Make room for inserts of ``words`` u64s, no more than an eighth of a node, where ``leaf`` is: compact it, and
+        divide it if that is not enough.  Without ``wait`` nothing is done if there are no buckets for it.
         """
         cset = self.cset
         while not cset.io_disabled:
-            if leaf.gone or leaf.frozen or leaf.has_room(3, cset.geometry):
+            if leaf.gone or leaf.frozen or leaf.has_room(words, cset.geometry):
                 return
             if not self.has_reserve(leaf.level):
                 if not wait:
@@ -73,7 +86,7 @@ class Splitter:
                 await cset.alloc.bucket_wait.wait()
                 continue
             async with cset.btree.structure:
-                if leaf.gone or leaf.frozen or leaf.has_room(3, cset.geometry) or not self.has_reserve(leaf.level):
+                if leaf.gone or leaf.frozen or leaf.has_room(words, cset.geometry) or not self.has_reserve(leaf.level):
                     continue
                 await self._freeze([leaf])
                 self.splits += 1

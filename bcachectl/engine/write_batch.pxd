@@ -58,7 +58,7 @@ cdef class Placed:
 
 cdef class Rooms:
     cdef dict known
-    cdef object geometry
+    cdef object cset, geometry
     cdef long words
 
     @cython.locals(found=object)
@@ -73,6 +73,8 @@ cdef class WriteBatch:
     cdef unsigned long long[::1] pins
     cdef Py_ssize_t pinned
     cdef unsigned char[::1] mark_at
+    cdef Py_ssize_t uncounted
+    cdef unsigned long long uncounted_sectors
 
     @cython.locals(
         count=cython.Py_ssize_t, sectors=cython.ulonglong[::1], lengths=cython.ulonglong[::1],
@@ -82,8 +84,8 @@ cdef class WriteBatch:
 
     @cython.locals(
         placed=Placed, writes=cython.ulonglong[::1], lengths=cython.ulonglong[::1], places=cython.longlong[::1],
-        not_now=cython.longlong, number=cython.Py_ssize_t, room=cython.Py_ssize_t, starts=cython.ulonglong[::1],
-        ends=cython.ulonglong[::1], ptrs=cython.ulonglong[::1], leaves=list, root=Node, rooms=Rooms, leaf=Node,
+        not_now=cython.longlong, soon=cython.longlong, number=cython.Py_ssize_t, room=cython.Py_ssize_t,
+        starts=cython.ulonglong[::1], ends=cython.ulonglong[::1], ptrs=cython.ulonglong[::1], leaves=list, root=Node, rooms=Rooms, leaf=Node,
         last_leaf=Node, data_offset=cython.ulonglong, base=cython.ulonglong, mask=cython.ulonglong,
         size_sectors=cython.ulonglong, shift=cython.int, block=cython.ulonglong, by_position=dict,
         cutoff_bytes=cython.longlong, now_ns=cython.longlong, since_ns=cython.longlong, recent=dict,
@@ -92,7 +94,7 @@ cdef class WriteBatch:
         free=cython.ulonglong, taken=cython.ulonglong, position=cython.ulonglong, nbytes=cython.longlong,
         bytes_average=cython.longlong, nsectors=cython.ulonglong, first=cython.ulonglong, start=cython.ulonglong,
         found=tuple, sectors=SectorAllocator, open_bucket=OpenBucket, pins=cython.ulonglong[::1],
-        mark_at=cython.uchar[::1], dirty=cython.uchar,
+        mark_at=cython.uchar[::1], dirty=cython.uchar, near=cython.ushort[::1], near_mask=cython.ulonglong,
     )
     cpdef place_columns(self, Py_ssize_t count, long stream)
 
@@ -106,8 +108,10 @@ cdef class WriteBatch:
 
     cpdef abandon(self)
 
-    @cython.locals(nsectors=cython.ulonglong, placed=Placed)
     cdef _count(self)
+
+    @cython.locals(nsectors=cython.ulonglong)
+    cpdef settle(self)
 
     @cython.locals(
         pin_at=cython.int[::1], pins=cython.ulonglong[::1], index=cython.Py_ssize_t, bucket=cython.ulonglong,

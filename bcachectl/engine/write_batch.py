@@ -13,7 +13,8 @@ A write that finds everything ready takes three steps:
 
 So it is where nothing else of the engine runs between the steps, as on files in the page cache.  Where the data takes
 its time, as to a device, the writes become a group in flight first, which everyone else sees: an export that has their
-data in one piece leaves the rest to the engine (`WriteBatch.serve`), others use `bcachectl.engine.write_group`.
+data in one piece leaves the rest to the engine (`bcachectl.engine.write_group`), others use
+`bcachectl.engine.exported_writes`.
 
 The order is that of `bcachectl.engine.request.insert_data`: the bucket is dirty before a key to it exists, the data is
 written before its key is journaled, the key is journaled before it is inserted.  That room for the keys is there, in
@@ -30,12 +31,13 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
+from bcachectl.engine.alloc import Reserve
 from bcachectl.engine.buckets import MARK_DIRTY
-from bcachectl.engine.front import NOT_NOW, Request
+from bcachectl.engine.front import NOT_NOW
 from bcachectl.engine.node import FLAGS, PENDING, Node
+from bcachectl.engine.open_buckets import NEAR
 from bcachectl.engine.request import CUTOFF_CACHE_ADD
 from bcachectl.engine.streams import RECENT_IO, RECENT_NS
-from bcachectl.engine.write_group import serve_placed
 from bcachectl.ondisk.bkey import DIRTY_KEY3, INODE_SHIFT, KEY_BYTES, SECTOR_MASK
 from bcachectl.ondisk.superblock import CacheMode
 
@@ -50,8 +52,14 @@ if TYPE_CHECKING:
     from bcachectl.engine.cached_dev import CachedDev
     from bcachectl.engine.journal import JournalPin
 
+_WRITEBACK, _GENERAL = CacheMode.WRITEBACK, Reserve.NONE
 MAX_WRITES = 256
 """Writes of one batch."""
+SOON = -2
+"""As NOT_NOW, for what ends soon: the leaf that the key would go in is being made anew, the allocator has no bucket
+ready, or the journal's open entry no room."""
+ROOM_SHIFT = 3
+"""A leaf without room for the keys of a batch is made anew if less than this part of it, an eighth, is free."""
 WORDS_PER_INSERT = 6
 """The most u64s that one insert adds to a leaf's pending set: a key of three, and the other half of one it cuts in
 two."""
@@ -64,7 +72,7 @@ def keeps_back(dev: CachedDev) -> bool:
     cset = dev.cset
     return (
         dev.attached
-        and dev.cache_mode == CacheMode.WRITEBACK
+        and dev.cache_mode == _WRITEBACK
         and dev.is_known_dirty
         and not (dev.detaching or dev.io_disable or dev.read_only)
         and cset.sync
@@ -186,10 +194,14 @@ class Placed:
 
 
 class Rooms:
-    """Whether ``count`` inserts into a leaf need not wait; asked of each leaf once."""
+    """Whether ``count`` inserts into a leaf need not wait; asked of each leaf once.
+
+    Who finds a leaf too full has it made anew, and need not fill it up one by one until the last key does.
+    """
 
     def __init__(self, dev: CachedDev, count: int) -> None:
         self.known: dict[Node, bool] = {}
+        self.cset = dev.cset
         self.geometry = dev.cset.geometry
         self.words = WORDS_PER_INSERT * count
 
@@ -198,6 +210,8 @@ class Rooms:
         found = self.known.get(leaf)
         if found is None:
             found = not (leaf.frozen or leaf.gone) and leaf.has_room(self.words, self.geometry)
+            if not found:
+                self.cset.splitter.make_room(leaf, min(self.words, self.geometry.node_sectors << 6 >> ROOM_SHIFT))
             self.known[leaf] = found
         return found
 
@@ -218,6 +232,7 @@ class WriteBatch:
         self.spare: Placed | None = None
         self.pins, self.pinned = array("Q", bytes(8 * MAX_WRITES)), 0
         self.mark_at = dev.cset.buckets.mark_at
+        self.uncounted = self.uncounted_sectors = 0
 
     def place(self, writes: list[tuple[int, int]], stream: int) -> list[int]:
         """Where the data of each (sector, nsectors) is to be written now, a byte of the cache device; or NOT_NOW.
@@ -231,13 +246,13 @@ class WriteBatch:
             lengths[count] = nsectors
             count += 1
         self.place_columns(count, stream)
-        return list(places[:count]) + [NOT_NOW] * (len(writes) - count)
+        return [max(place, NOT_NOW) for place in places[:count]] + [NOT_NOW] * (len(writes) - count)
 
     def place_columns(self, count: int, stream: int) -> None:
-        """`place` for the first ``count`` of the columns."""
+        """`place` for the first ``count`` of the columns; in ``places`` it may say `SOON` instead of NOT_NOW."""
         dev, placed = self.dev, self.placed
         assert not placed.count, "what was placed before is committed, served or abandoned"
-        writes, lengths, places, not_now = self.sectors, self.lengths, self.places, NOT_NOW
+        writes, lengths, places, not_now, soon = self.sectors, self.lengths, self.places, NOT_NOW, SOON
         for number in range(count):
             places[number] = not_now
         if not keeps_back(dev):
@@ -247,21 +262,22 @@ class WriteBatch:
         room = min(cset.journal.room_bytes() // KEY_BYTES, count)
         ranges, streams, sectors, buckets = dev.ranges, dev.streams, cset.sectors, cset.buckets
         starts, ends, ptrs, leaves = placed.starts, placed.ends, placed.ptrs, placed.leaves
-        root, rooms, last_leaf = cset.btree.root, Rooms(dev, count), None
+        root, rooms, last_leaf, open_bucket = cset.btree.root, Rooms(dev, count), None, None
         data_offset, base, mask, size_sectors = dev.data_offset, dev.base, dev.block_mask, dev.size_sectors
-        shift, block, by_position = placed.shift, mask + 1, sectors.by_position
+        shift, block, by_position, near, near_mask = placed.shift, mask + 1, sectors.by_position, sectors.near, NEAR - 1
         pins, mark_at, dirty = self.pins, self.mark_at, MARK_DIRTY
         cutoff_bytes, now_ns = dev.sequential_cutoff >> 9 << 9, cset.sched.now_ns
         since_ns, recent = now_ns - RECENT_NS, streams.recent
         run_bytes, average = streams.lengths.get(stream, (0, 0)) if cutoff_bytes else (0, 0)
         has_writes, has_fills = bool(ranges.writes or ranges.groups), bool(ranges.fills)
-        open_bucket, marked, got = None, 0, 0
-        ptr = next_ptr = free = taken = position = nbytes = bytes_average = 0
+        ptr = marked = got = next_ptr = free = taken = position = nbytes = bytes_average = 0
         for number in range(count):
             nsectors, first = lengths[number], writes[number] + data_offset
-            if got == room or (first | nsectors) & mask or writes[number] + nsectors > size_sectors:
+            if (first | nsectors) & mask or writes[number] + nsectors > size_sectors \
+                    or (has_writes and ranges.writing(first, first + nsectors)):
                 continue
-            if has_writes and ranges.writing(first, first + nsectors):
+            if got == room:
+                places[number] = soon
                 continue
             start = base + first
             leaf: Node | None = root
@@ -271,6 +287,7 @@ class WriteBatch:
                 continue
             if leaf is not last_leaf:
                 if not rooms.has_room(leaf):
+                    places[number] = soon
                     continue
                 last_leaf = leaf
             if cutoff_bytes:
@@ -286,7 +303,7 @@ class WriteBatch:
                 if nbytes >= cutoff_bytes or bytes_average >= cutoff_bytes:
                     continue
             if open_bucket is not None and free >= nsectors + block \
-                    and by_position.get(start, open_bucket) is open_bucket:
+                    and (not near[start >> 3 & near_mask] or by_position.get(start, open_bucket) is open_bucket):
                 # More of the bucket of the last one, whose place among the others stays.
                 ptr = next_ptr
                 next_ptr += nsectors << 8
@@ -299,6 +316,7 @@ class WriteBatch:
                     taken = 0
                 ptr = sectors.alloc_whole(start, nsectors, stream)
                 if not ptr:
+                    places[number] = not_now if cset.alloc.available_nowait(_GENERAL) else soon
                     continue
                 open_bucket = sectors.last_used
                 next_ptr, free = open_bucket.ptr, open_bucket.sectors_free
@@ -318,14 +336,14 @@ class WriteBatch:
                 marked = ptr >> shift
                 if mark_at[marked] != dirty or buckets.marks is not None:
                     buckets.mark_dirty(marked)
-            starts[got] = start
-            ends[got] = start + nsectors
-            ptrs[got] = ptr
+            starts[got], ends[got], ptrs[got] = start, start + nsectors, ptr
             leaves.append(leaf)
             got += 1
             places[number] = (ptr >> 8) << 9
         if taken:
             sectors.took(position, taken)
+        if got == room < count:
+            cset.journal.request_write()
         if cutoff_bytes and got:
             streams.set_run(stream, run_bytes, average)
         placed.count = got
@@ -343,10 +361,13 @@ class WriteBatch:
         cset.journal.unpin(pin)
         cset.cache.submitted += placed.count
         self._count()
+        self.settle()
         self.abandon()
 
     def hand_over(self) -> Placed:
-        """What was placed, for someone who writes data and keys in his own time; each has a pin on its bucket."""
+        """What was placed, for someone who writes data and keys in his own time; each has a pin on its bucket.
+        `settle` is still to be called.
+        """
         placed = self.placed
         if placed.count:
             placed.pin_all()
@@ -361,21 +382,23 @@ class WriteBatch:
         placed.leaves.clear()
         self.spare = placed
 
-    def serve(self, request: Request) -> None:
-        """Have the engine write what was placed: its data lies in ``request.buf``, in the order of placing.  The
-        request comes back when all of it is in journal and map, or with an error; where it is says the placing alone.
-        """
-        serve_placed(self.dev, request)
-
     def _count(self) -> None:
-        # What every request of its kind counts for.
-        dev, placed = self.dev, self.placed
+        self.uncounted += self.placed.count
+        self.uncounted_sectors += self.placed.sectors_sum()
+
+    def settle(self) -> None:
+        """Count what was committed or handed over, as every request of its kind; before anything else of the engine
+        runs.
+        """
+        if not self.uncounted:
+            return
+        dev, nsectors = self.dev, self.uncounted_sectors
         cset, stats = dev.cset, dev.stats
-        nsectors = placed.sectors_sum()
+        stats.write_requests += self.uncounted
+        stats.write_sectors += nsectors
+        self.uncounted = self.uncounted_sectors = 0
         cset.gc.note_sectors(nsectors)
         cset.alloc.rescale_for_all(nsectors)
-        stats.write_requests += placed.count
-        stats.write_sectors += nsectors
         dev.writeback.note_request()
 
     def abandon(self) -> None:

@@ -3,10 +3,11 @@
 
 Other things run before the keys are made.  Life of a group:
 
-1. `begin`: the batch hands over what it placed.  From then on the group is in flight for everyone else: `Ranges.groups`
-   has it, `CachedDev.dirty_writers` counts it, and each extent's bucket is pinned and marked dirty.
+1. `bcachectl.engine.exported_writes.begin`: the batch hands over what it placed.  From then on the group is in flight
+   for everyone else: `Ranges.groups` has it, `CachedDev.dirty_writers` counts it, and each extent's bucket is pinned
+   and marked dirty.
 2. The data is written, all of it at once: by the engine (`start_group` for requests with memory of their own,
-   `serve_placed` for data in one piece), or by an export that calls `written`.
+   `serve_placed` for data in one piece), or by an export (`ExportedWrites`).
 3. `commit_nowait` puts the keys into journal and leaves, as `WriteBatch.commit` does; where that had to wait,
    `bcachectl.engine.request.insert_keys` does it.  The claims end.
 4. The requests go back.
@@ -20,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bcachectl.engine.buckets import PTR_SECTOR_MASK
+from bcachectl.engine.exported_writes import begin, commit_nowait, end
 from bcachectl.engine.front import NOT_NOW, REQ_SYNC, REQ_WRITE, Request
 from bcachectl.engine.node import DIRTY, HAS_PTR, Extent
 from bcachectl.engine.request import EIO, insert_keys
@@ -34,40 +36,7 @@ MAX_GROUP_SECTORS = 128
 """A longer write is a request of its own."""
 
 
-# Being in flight.
-
-
-def begin(dev: CachedDev, *, requests: int) -> Placed:
-    """What the batch has placed is in flight from now on; ``requests`` will come back."""
-    placed = dev.batch.hand_over()
-    dev.ranges.groups.append(placed)
-    dev.dirty_writers += 1
-    dev.cset.requests_in_flight += requests
-    return placed
-
-
-def end(dev: CachedDev, placed: Placed) -> None:
-    """It is not any more: its keys are in the map, or there are none."""
-    dev.ranges.groups.remove(placed)
-    dev.ranges.queue.wake_all()
-    dev.dirty_writers -= 1
-    if dev.detaching:
-        dev.writeback.wake()
-
-
-def commit_nowait(dev: CachedDev, placed: Placed) -> bool:
-    """Put the keys in journal and map, if nothing has to be waited for; False, and nothing done, if something has."""
-    cset = dev.cset
-    journal = cset.journal
-    if not cset.sync or cset.io_disabled or not placed.find_leaves():
-        return False
-    pin = journal.add_nowait(placed.pack_keys())
-    if pin is None:
-        return False
-    placed.insert(pin)
-    journal.unpin(pin)
-    placed.unpin_all()
-    return True
+# Keys.
 
 
 async def commit(dev: CachedDev, placed: Placed) -> bool:
@@ -110,7 +79,8 @@ def start_group(dev: CachedDev, requests: list[Request]) -> list[Request]:
     taken = [request for request, place in zip(plain, places, strict=True) if place != NOT_NOW]
     if not taken:
         return requests
-    placed = begin(dev, requests=len(taken))
+    placed = begin(dev, len(taken))
+    dev.batch.settle()
     dev.cset.sched.spawn(_serve(dev, placed, taken), "group of writes")
     ids = set(map(id, taken))
     return [request for request in requests if id(request) not in ids]
@@ -121,7 +91,8 @@ def serve_placed(dev: CachedDev, request: Request) -> None:
 
     The request comes back when all keys are in the map; with an error if any of the data has none.
     """
-    placed = begin(dev, requests=1)
+    placed = begin(dev, 1)
+    dev.batch.settle()
     dev.cset.sched.spawn(_serve_placed(dev, placed, request), "placed writes")
 
 
@@ -199,50 +170,12 @@ async def _commit_written(dev: CachedDev, placed: Placed, is_written: list[bool]
 # Data that an export writes.
 
 
-class ExportedWrites:
-    """Groups of a device whose data an export writes.
+def commit_later(dev: CachedDev, placed: Placed, request: Request) -> None:
+    """Make the keys of what is written, whatever has to be waited for; the request comes back when they are made."""
+    dev.cset.sched.spawn(_commit_later(dev, placed, request), "group of writes")
 
-    With an error it is as if none of a group's writes had been made: each is to begin anew.
-    """
 
-    def __init__(self, dev: CachedDev) -> None:
-        self.dev = dev
-
-    def begin(self) -> Placed:
-        """`begin`; then the export writes the data."""
-        return begin(self.dev, requests=1)
-
-    def written(self, placed: Placed, *, duration_ns: int) -> bool:
-        """All of the data is written, in ``duration_ns``: make the keys.  False if something has to be waited for, and
-        `later` has to do it.
-        """
-        dev = self.dev
-        cset = dev.cset
-        cset.cache.submitted += placed.count
-        cset.congestion.account(duration_ns, is_write=True)
-        if not commit_nowait(dev, placed):
-            return False
-        end(dev, placed)
-        dev.batch.take_back(placed)
-        cset.request_done()
-        return True
-
-    def later(self, placed: Placed, request: Request) -> None:
-        """Make the keys of what is written; the request comes back when they are."""
-        self.dev.cset.sched.spawn(self._commit(placed, request), "group of writes")
-
-    def failed(self, placed: Placed, error: int) -> None:
-        """The data could not be written."""
-        self.dev.cset.count_io_error(error, "writing data to the cache")
-        placed.unpin_all()
-        self.lost(placed)
-
-    def lost(self, placed: Placed) -> None:
-        """Whether the data is written will not be known: no key is made, and the buckets keep their pins."""
-        end(self.dev, placed)
-        self.dev.cset.request_done()
-
-    async def _commit(self, placed: Placed, request: Request) -> None:
-        ok = not self.dev.cset.io_disabled and await commit(self.dev, placed)
-        end(self.dev, placed)
-        self.dev.give_back(request, 0 if ok else EIO)
+async def _commit_later(dev: CachedDev, placed: Placed, request: Request) -> None:
+    ok = not dev.cset.io_disabled and await commit(dev, placed)
+    end(dev, placed)
+    dev.give_back(request, 0 if ok else EIO)

@@ -15,9 +15,10 @@ from typing import ClassVar
 import pytest
 
 from bcachectl.blockdev import open_device
-from bcachectl.engine import stats, write_batch
+from bcachectl.engine import stats
 from bcachectl.engine.buckets import Buckets
 from bcachectl.engine.cached_dev import CachedDev
+from bcachectl.engine.export import nbd_direct
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.nbd_direct import MAX_FLIGHTS, DirectReads, Read
 from bcachectl.engine.front import Request
@@ -213,13 +214,13 @@ def test_a_set_that_is_only_read_refuses_writes_as_ever(tmp_path: Path) -> None:
 @pytest.mark.parametrize("structured", [False, True])
 def test_reads_and_writes_in_flight_together(direct: Hosted, structured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     placed: list[int] = []
-    serve_placed = write_batch.serve_placed
+    serve_placed = nbd_direct.serve_placed
 
     def counted(dev: CachedDev, request: Request) -> None:
         placed.append(dev.batch.placed.count)
         serve_placed(dev, request)
 
-    monkeypatch.setattr(write_batch, "serve_placed", counted)
+    monkeypatch.setattr(nbd_direct, "serve_placed", counted)
     dice = random.Random(4)
     image = bytearray(dice.randbytes(SIZE_BYTES))
     with NbdClient(direct.socket, structured=structured) as client:

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from bcachectl.engine import write_group
+from bcachectl.engine import exported_writes, write_group
 from bcachectl.engine.cached_dev import CachedDev
-from bcachectl.engine.export import ublk
+from bcachectl.engine.export import ublk, ublk_writes
 from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.ublk import UblkExport
@@ -127,7 +127,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[S
     """Runs a story on a set that is known to be dirty."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     cache, backing = tmp_path / "cache.img", tmp_path / "backing.img"
-    for path, size_bytes in ((cache, 64 << 20), (backing, 16 << 20)):
+    for path, size_bytes in ((cache, 512 << 20), (backing, 16 << 20)):
         with path.open("wb") as file:
             file.truncate(size_bytes)
     bcachectl("format", "--cache", cache, "--backing", backing, "--bucket-size", "64k", "--block-size", "4k",
@@ -279,7 +279,8 @@ def test_keys_that_have_to_wait(run: Callable[[Story], None], monkeypatch: pytes
             found.append(len(found) > 0 and commit(dev, placed))
             return found[-1]
 
-        monkeypatch.setattr(write_group, "commit_nowait", not_at_first)
+        for module in (exported_writes, write_group):
+            monkeypatch.setattr(module, "commit_nowait", not_at_first)
         data = data_for(4, 9)
         device.ask({tag: (8 * tag, data[tag]) for tag in range(4)})
         await device.answered(4)
@@ -289,19 +290,89 @@ def test_keys_that_have_to_wait(run: Callable[[Story], None], monkeypatch: pytes
     run(story)
 
 
+def counted_steps(device: Device, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often tasks of each name take a step from now on."""
+    real, steps = device.cset.sched._step, Counter[str]()
+
+    def step(task: Task[Any]) -> None:
+        steps[task.name] += 1
+        real(task)
+
+    monkeypatch.setattr(device.cset.sched, "_step", step)
+    return steps
+
+
 def test_a_group_needs_no_task(run: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(device: Device) -> None:
-        real, steps = device.cset.sched._step, Counter[str]()
-
-        def step(task: Task[Any]) -> None:
-            steps[task.name] += 1
-            real(task)
-
-        monkeypatch.setattr(device.cset.sched, "_step", step)
+        steps = counted_steps(device, monkeypatch)
         device.cset.journal.delay_ms = 60_000
         for number in range(20):
             device.ask({tag: (8 * tag, data) for tag, data in enumerate(data_for(4, number))})
             await device.answered(4)
         assert steps["group of writes"] == 0
         assert steps["journal"] < 10, "one entry for all that come within its delay; others are of the prio buckets"
+    run(story)
+
+
+def test_writes_wait_for_a_leaf_that_is_made_anew(run: Callable[[Story], None],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in a group afterwards, and never tasks; others are not kept back."""
+    async def story(device: Device) -> None:
+        steps, data = counted_steps(device, monkeypatch), data_for(4, 3)
+        monkeypatch.setattr(ublk_writes, "HOLD_NS", 60_000_000_000)
+        leaf = device.cset.btree.leaf_nowait(device.volume.base + device.volume.data_offset)
+        assert leaf is not None
+        leaf.frozen, ended = True, device.export._ended
+        device.ask({tag: (8 * tag, data[tag]) for tag in range(3)})
+        for _ in range(10):
+            await device.turn()
+        assert (device.export._ended, device.writes.waiting, device.writes.group) == (ended, 3, None)
+        device.ask({3: (24, data[3])})
+        leaf.frozen = False
+        await device.answered(4)
+        assert device.is_quiet()
+        assert device.writes.held_ns == 0
+        assert not steps["request"]
+        assert [await device.read(8 * tag, 4096) for tag in range(4)] == data
+    run(story)
+
+
+def test_nothing_waits_for_ever(run: Callable[[Story], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the leaf is not ready for in time is left to the engine, whose task waits in its own way."""
+    async def story(device: Device) -> None:
+        steps, data = counted_steps(device, monkeypatch), data_for(3, 4)
+        monkeypatch.setattr(ublk_writes, "HOLD_NS", 1)
+        leaf = device.cset.btree.leaf_nowait(device.volume.base + device.volume.data_offset)
+        assert leaf is not None
+        leaf.frozen, ended = True, device.export._ended
+        device.ask({tag: (8 * tag, data[tag]) for tag in range(3)})
+        for _ in range(10):
+            await device.turn()
+        assert (device.export._ended, device.writes.waiting) == (ended, 0)
+        assert steps["request"] >= 3
+        leaf.frozen = False
+        device.cset.btree.changed.wake_all()
+        await device.answered(3)
+        assert [await device.read(8 * tag, 4096) for tag in range(3)] == data
+    run(story)
+
+
+def test_leaves_are_made_anew_before_they_are_full(run: Callable[[Story], None],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no write has to become a task of its own."""
+    async def story(device: Device) -> None:
+        steps, dice = counted_steps(device, monkeypatch), random.Random(2)
+        monkeypatch.setattr(ublk_writes, "HOLD_NS", 60_000_000_000)
+        content: dict[int, bytes] = {}
+        for number in range(150):
+            sectors = [8 * place for place in dice.sample(range(2000), TAGS)]
+            datas = data_for(TAGS, number, kib=4)
+            device.ask({tag: (sector, data) for tag, (sector, data) in enumerate(zip(sectors, datas, strict=True))})
+            content.update(zip(sectors, datas, strict=True))
+            await device.answered(TAGS)
+        assert device.cset.splitter.splits >= 3
+        assert steps["make room"] >= 3
+        assert not steps["request"]
+        for sector in dice.sample(sorted(content), 100):
+            assert await device.read(sector, 4096) == content[sector]
     run(story)

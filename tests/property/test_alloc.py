@@ -30,7 +30,7 @@ from bcachectl.engine.buckets import (
 )
 from bcachectl.engine.cache_set import Options
 from bcachectl.engine.prios import PrioWriter
-from bcachectl.engine.sched import FUA, PREFLUSH, Io, Sched, WaitQueue
+from bcachectl.engine.sched import DISCARD, FUA, PREFLUSH, Io, Sched, WaitQueue
 from bcachectl.ondisk.geometry import Geometry
 from bcachectl.ondisk.magic import prio_magic
 from bcachectl.ondisk.prio import decode_prio_set
@@ -46,7 +46,7 @@ class Set:
     def __init__(self, nbuckets: int, machine: AllocMachine, *, slice_buckets: int = 1 << 17) -> None:
         self.sched = Sched()
         self.geometry = Geometry(block_size_sectors=1, bucket_size_sectors=8, nbuckets=nbuckets, first_bucket=3)
-        self.cache = Bdev(self.sched, 0, "cache", size_sectors=nbuckets * 8)
+        self.cache = Bdev(self.sched, 0, "cache", size_sectors=nbuckets * 8, can_discard=True)
         self.entropy = random.Random(5)
         self.events = self.gc = self.journal = self
         self.options = Options(slice_buckets=slice_buckets)
@@ -152,6 +152,10 @@ class AllocMachine(RuleBasedStateMachine):
 
     def invalidated(self, bucket: int) -> None:
         assert self.holds.pop(bucket, "clean") == "clean", f"bucket {bucket} was in use"
+
+    @rule(is_on=st.booleans())
+    def discards(self, is_on: bool) -> None:
+        self.set.alloc.discard = is_on
 
     @rule(reserve=st.sampled_from(list(Reserve)), many=st.integers(1, 6))
     def take(self, reserve: Reserve, many: int) -> None:
@@ -277,6 +281,8 @@ class AllocMachine(RuleBasedStateMachine):
         assert not set(on_lists) & (set(self.holds) | set(self.journal_buckets) | chain), "I3 I6"
         assert all(buckets.pin_at[bucket] == 1 for bucket in on_lists), "I4"
         assert all(len(free) <= free.size for free in [*alloc.free, alloc.free_inc]), "I20"
+        discarded = [io.sector // 8 for io in self.flying if io.op == DISCARD]
+        assert discarded in ([], [next(iter(alloc.free_inc.buckets), None)]), "nobody gets a bucket before its discard"
 
     @invariant()
     def free_lists_are_durable(self) -> None:

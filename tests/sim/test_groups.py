@@ -97,3 +97,30 @@ def test_groups_of_writes(seed: int) -> None:
     world.run(story())
     assert world.cset.splitter.splits > 1
     assert world.cset.gc.runs > 1
+
+
+def test_a_stop_waits_for_a_leaf_that_is_made_anew() -> None:
+    """Nobody's request does, so nothing else would."""
+    world = World(Setup(settles=False), "room")
+
+    async def story() -> None:
+        await world.up()
+        await world.write_group(0, [(8 * number, 8) for number in range(20)])
+        leaf, splitter = world.cset.btree.leaf_nowait(world.volumes[0].base), world.cset.splitter
+        assert leaf is not None
+
+        async def something_slow() -> None:
+            async with world.cset.btree.structure:
+                await world.sleep(500)
+
+        async def stop() -> None:
+            await world.sleep(1)
+            splitter.make_room(leaf, leaf.nblocks * world.cset.geometry.block_bytes // 8)
+            await world.cset.stop()
+
+        await world.together(something_slow(), stop())
+        assert not splitter.making_room
+        assert splitter.splits == 1
+        assert leaf.gone
+
+    world.run(story())

@@ -40,6 +40,7 @@ from bcachectl.engine.front import (
 )
 from bcachectl.engine.sched import NS_PER_MS, NS_PER_S, OP_NAMES, WRITE, Io, Sched, Task, WaitQueue
 from bcachectl.engine.tail import TAIL_BYTES, Tail
+from bcachectl.engine.write_group import commit_later, serve_placed
 from bcachectl.ondisk.magic import BCACHE_MAGIC
 from bcachectl.ondisk.superblock import (
     SB_BYTES,
@@ -394,7 +395,7 @@ class World:
         if batch is not None and placed:
             request = Request(REQ_WRITE, 0, 0, b"".join(datas[index] for index in placed), 0, stream,
                               _Pending(self.sched))
-            batch.serve(request)
+            serve_placed(batch.dev, request)
             self.placed_writes += len(placed)
 
             async def together() -> list[int]:
@@ -454,14 +455,15 @@ class World:
 
         async def together() -> list[int]:
             placed, began_ns = exported.begin(), self.sched.now_ns
+            dev.batch.settle()
             ios = [self.cset.cache.write(places[index] // SECTOR, datas[index], 0, "data of an export")
                    for index in taken]
             errors = [await io for io in ios]
             error = max(errors)
             if error:
                 exported.failed(placed, error)
-            elif not exported.written(placed, duration_ns=self.sched.now_ns - began_ns):
-                exported.later(placed, request)
+            elif not exported.written(placed, self.sched.now_ns - began_ns):
+                commit_later(dev, placed, request)
                 while not request.tag.done:
                     await request.tag.queue.wait()
                 error = request.error

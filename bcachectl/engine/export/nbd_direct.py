@@ -41,6 +41,7 @@ from bcachectl.engine.export.nbd_request import (
 from bcachectl.engine.front import NOT_NOW, REQ_WRITE, Request, Volume
 from bcachectl.engine.io.uring import OP_READ, RingBackend
 from bcachectl.engine.streams import Congestion
+from bcachectl.engine.write_group import serve_placed
 
 if TYPE_CHECKING:
     from bcachectl.engine.export.nbd_connection import Connection
@@ -268,7 +269,7 @@ class DirectTransmission:
             connection.in_flight_bytes += total
             pending = PendingWrites(connection, [cookie for cookie, _, _, _ in placed], buffer, total)
             self.reads.backend.client_ios += 1
-            batch.serve(Request(REQ_WRITE, 0, 0, data, 0, connection.stream, pending))
+            serve_placed(batch.dev, Request(REQ_WRITE, 0, 0, data, 0, connection.stream, pending))
         for write, place in zip(writes, places, strict=True):
             if place < 0:
                 connection.write_alone(write)

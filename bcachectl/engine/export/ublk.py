@@ -45,6 +45,7 @@ from bcachectl.engine.export.loopdev import is_claimed
 from bcachectl.engine.export.ublk_control import UblkControl
 from bcachectl.engine.export.ublk_reads import READ_NUMBER, UblkReads
 from bcachectl.engine.export.ublk_writes import WRITE_NUMBER, UblkWrites
+from bcachectl.engine.exported_writes import ExportedWrites
 from bcachectl.engine.front import (
     REQ_DISCARD,
     REQ_FLUSH,
@@ -61,7 +62,6 @@ from bcachectl.engine.io.medium import Medium
 from bcachectl.engine.io.uring import OP_READ, OP_URING_CMD, OP_WRITEV, SQE_IO_LINK, RingBackend
 from bcachectl.engine.read_batch import ReadBatch
 from bcachectl.engine.sched import WaitQueue
-from bcachectl.engine.write_group import ExportedWrites
 from bcachectl.errors import DeviceError
 
 QUEUES = 2

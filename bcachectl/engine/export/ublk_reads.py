@@ -180,7 +180,7 @@ class UblkReads:
     def finish(self) -> None:
         """Before anything else of the engine runs: count the hits; the owner takes what is left."""
         self.reads.settle()
-        if self.writes is not None and (self.writes.is_due or self.writes.waiting):
+        if self.writes is not None:
             self.writes.finish(self.others)
         if self.others or self.ended:
             others, self.others = self.others, []

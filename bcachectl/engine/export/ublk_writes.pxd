@@ -5,14 +5,25 @@ cimport cython
 from cpython.array cimport array
 
 from bcachectl.engine.export.descs_c cimport desc_of, kept_descs
+from bcachectl.engine.exported_writes cimport ExportedWrites
 from bcachectl.engine.io.ring cimport Ring
 from bcachectl.engine.write_batch cimport Placed, WriteBatch
+
+
+cdef class Group:
+    cdef public UblkWrites writes
+    cdef public list numbers
+    cdef public Placed placed
+
+    cpdef answered(self, request)
 
 
 cdef class UblkWrites:
     cdef public Ring ring
     cdef public WriteBatch batch
-    cdef public object exported, owner, group
+    cdef public ExportedWrites exported
+    cdef public object owner, sched
+    cdef public Group group
     cdef public Py_ssize_t waiting, runs
     cdef public int error
     cdef public bint is_due, is_open, is_written, is_gathering
@@ -24,7 +35,7 @@ cdef class UblkWrites:
     cdef unsigned int[::1] tags
     cdef unsigned long long[::1] vectors
     cdef long long[::1] expected
-    cdef public long long until_ns
+    cdef public long long until_ns, held_ns
     cdef long long began_ns
 
     cpdef add(self, unsigned int number)
@@ -36,7 +47,8 @@ cdef class UblkWrites:
 
     @cython.locals(
         batch=WriteBatch, tags=cython.uint[::1], descs=array, count=cython.Py_ssize_t, sectors=cython.ulonglong[::1],
-        lengths=cython.ulonglong[::1], places=cython.longlong[::1], index=cython.Py_ssize_t, numbers=list,
+        lengths=cython.ulonglong[::1], places=cython.longlong[::1], index=cython.Py_ssize_t, numbers=list, soon=cython.longlong, kept=cython.Py_ssize_t,
+        now_ns=cython.longlong, may_hold=cython.bint,
     )
     cpdef start(self, list declined)
 
@@ -52,7 +64,7 @@ cdef class UblkWrites:
 
     cpdef finish(self, list declined)
 
-    @cython.locals(placed=Placed)
+    @cython.locals(placed=Placed, group=Group, exported=ExportedWrites)
     cpdef conclude(self)
 
     cpdef bint wants_turn(self)

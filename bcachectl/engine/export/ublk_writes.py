@@ -4,10 +4,11 @@
 What `UblkReads` finds to be such a write waits here (`UblkWrites.add`) while another group is on its way, so that many
 share what follows; most of that costs the same for one write as for all:
 
-1. `UblkWrites.start` has the volume's batch place all that wait.  What it declines is left to the owner.  What lies
-   side by side on the cache device is one entry of the ring, a WRITEV of the tags' buffers.
+1. `UblkWrites.start` has the volume's batch place all that wait.  What it declines is left to the owner; what it would
+   take soon goes on waiting.  What lies side by side on the cache device is one entry of the ring, a WRITEV of the
+   tags' buffers.
 2. When all of these have ended, `UblkWrites.conclude` has the keys made
-   (`bcachectl.engine.write_group.ExportedWrites`).
+   (`bcachectl.engine.exported_writes.ExportedWrites`).
 3. Every tag is answered (`UblkWrites.answer`), and the next group may start.
 
 All of that happens between two looks at the ring, as long as no task of the engine has anything to do.
@@ -31,7 +32,8 @@ from typing import TYPE_CHECKING, Protocol
 from bcachectl.engine.export import ublk_wire as wire
 from bcachectl.engine.front import REQ_WRITE, Request
 from bcachectl.engine.io.ring import Ring
-from bcachectl.engine.write_batch import MAX_WRITES, Placed, WriteBatch
+from bcachectl.engine.write_batch import MAX_WRITES, SOON, Placed, WriteBatch
+from bcachectl.engine.write_group import commit_later
 
 try:
     import cython
@@ -44,11 +46,15 @@ if not cython.compiled:
 
     kept_descs = list
 if TYPE_CHECKING:
-    from bcachectl.engine.write_group import ExportedWrites
+    from bcachectl.engine.exported_writes import ExportedWrites
 
 PATIENCE_SHIFT = 1
 """For this part of the time that a group took, half of it, the next one waits for more."""
 MAX_PATIENCE_NS = 4_000_000
+HOLD_NS = 50_000_000
+"""So long at most a write waits for what `SOON` is about; then it is left to the owner."""
+RETRY_NS = 500_000
+"""When those that are held are placed again, if nothing else comes before."""
 WRITE_NUMBER = 1 << 17
 """The number of a write in the ring, with the tag of its first part."""
 
@@ -94,6 +100,7 @@ class UblkWrites:
         self.first_write, self.first_commit = first_write, first_commit
         self.buffer_address, self.buffer_bytes = buffer_address, buffer_bytes
         self.stream = stream
+        self.sched = exported.dev.cset.sched
         self.tags = array("I", bytes(4 * MAX_WRITES))           # that wait
         self.waiting = 0
         vectors = array("Q", bytes(16 * MAX_WRITES))            # address and bytes of each buffer of a group
@@ -107,6 +114,7 @@ class UblkWrites:
         self.is_gathering = False
         self.awaited = 0                                        # writes that the next group waits for
         self.until_ns = 0                                       # and how long
+        self.held_ns = 0                                        # since when one is held; or 0
         self.is_due = False
         self.is_open = True
 
@@ -138,27 +146,36 @@ class UblkWrites:
         ``declined``.
         """
         self._gathered()
-        batch, tags, descs, count = self.batch, self.tags, self.descs, self.waiting
+        batch, tags, descs, count, soon, kept = self.batch, self.tags, self.descs, self.waiting, SOON, 0
         sectors, lengths, places = batch.sectors, batch.lengths, batch.places
         for index in range(count):
             desc = desc_of(descs, tags[index])
             sectors[index] = desc[1]
             lengths[index] = desc[0] >> 32
-        self.waiting = 0
         batch.place_columns(count, self.stream)
+        now_ns = monotonic_ns()
+        may_hold = not self.held_ns or now_ns - self.held_ns < HOLD_NS
         numbers: list[int] = []
         for index in range(count):
-            if places[index] < 0:
+            if places[index] == soon and may_hold:
+                tags[kept] = tags[index]
+                kept += 1
+            elif places[index] < 0:
                 declined.append(tags[index])
             else:
                 lengths[len(numbers)] = lengths[index]
                 numbers.append(tags[index])
+        self.waiting = kept
+        self.held_ns = 0 if not kept else self.held_ns or now_ns
         if numbers:
             placed = self.exported.begin()
             self.group = Group(self, numbers, placed)
             self.error, self.is_written = 0, False
-            self.began_ns = monotonic_ns()
+            self.began_ns = now_ns
             self._publish(numbers, placed)
+        elif kept:
+            self.awaited, self.until_ns = MAX_WRITES, now_ns + RETRY_NS
+            self.may_start()
         # Few buckets may be left, or gc has reason to run.
         self.is_due = self.is_due or self.wants_turn()
 
@@ -192,11 +209,12 @@ class UblkWrites:
             self.is_written = self.is_due = True
 
     def finish(self, declined: list[int]) -> None:
-        """Before anything else of the engine runs: `conclude`, and do not wait for more."""
+        """Before anything else of the engine runs: `conclude`, do not wait for more, and count what was done."""
         if self.is_written:
             self.conclude()
         if self.waiting and self.group is None:
             self.start(declined)
+        self.batch.settle()
         self.is_due = False
 
     def conclude(self) -> None:
@@ -210,13 +228,16 @@ class UblkWrites:
         if self.error:
             exported.failed(placed, self.error)
             self.answer(group.numbers, self.error)
-        elif exported.written(placed, duration_ns=monotonic_ns() - self.began_ns):
+        elif exported.written(placed, monotonic_ns() - self.began_ns):
             self.answer(group.numbers, 0)
         else:
-            exported.later(placed, Request(REQ_WRITE, 0, 0, None, 0, 0, group))
+            commit_later(exported.dev, placed, Request(REQ_WRITE, 0, 0, None, 0, 0, group))
 
     def wants_turn(self) -> bool:
         """Whether the engine has something to do."""
+        sched = self.sched
+        if not sched.ready and not sched.outbox:
+            return self.error != 0
         return self.error != 0 or self.exported.dev.cset.wants_turn()
 
     def answer(self, numbers: list[int], error: int) -> None:
@@ -251,6 +272,7 @@ class UblkWrites:
         """Nothing comes any more, and nobody is to be answered."""
         self.is_open = False
         self.runs = 0
+        self.batch.settle()
         self._gathered()
         group, self.group = self.group, None
         if group is not None and group.placed is not None:

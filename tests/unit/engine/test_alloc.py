@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bcachectl.engine.alloc import NO_BUCKET, Reserve, fifo_size
+from bcachectl.engine.alloc import NO_BUCKET, Allocator, Reserve, fifo_size
 from bcachectl.engine.buckets import BTREE_PRIO, INITIAL_PRIO, MARK_DIRTY, MARK_METADATA, MARK_NONE, MARK_RECLAIMABLE
 from bcachectl.ondisk.superblock import Replacement
 from tests.property.test_alloc import Set
@@ -179,12 +179,55 @@ def test_prio_is_refilled_first_and_general_buckets_are_taken_first() -> None:
     cset, _victims = made()
     cset.buckets.pin[:] = 1
     alloc = cset.alloc
-    for bucket in range(100, 100 + sum(free.size for free in alloc.free)):
-        assert alloc._push(bucket)
-    assert not alloc._push(999)
+    fill(alloc)
+    assert not alloc._push_released()
+    alloc.released = 0
     assert list(alloc.free[Reserve.PRIO].buckets) == [100]
     general = list(alloc.free[Reserve.NONE].buckets)
     assert [alloc.alloc_nowait(Reserve.BTREE) for _ in general] == general
     first = alloc.free[Reserve.BTREE].buckets[0]
     assert alloc.alloc_nowait(Reserve.BTREE) == first
     assert alloc.alloc_nowait(Reserve.NONE) == NO_BUCKET
+
+
+def fill(alloc: Allocator, *, more: int = 0) -> None:
+    """All free lists are full, of buckets from 100 on; a bucket that has no room yet, and so many more, are released.
+    """
+    alloc.released = 1 + more + sum(free.size for free in alloc.free)
+    alloc.free_inc.buckets.extend(range(100, 100 + alloc.released))
+    while alloc._push_released():
+        pass
+
+
+def test_a_bucket_that_is_taken_is_replaced_at_once() -> None:
+    """By one whose gen is durable; so the allocator has its turn when there is none of these left."""
+    cset, _victims = made()
+    cset.buckets.pin[:] = 1
+    alloc, general = cset.alloc, cset.alloc.free[Reserve.NONE]
+    fill(alloc, more=2)
+    task = cset.sched.spawn(alloc.alloc_wait.wait(), "allocator")
+    cset.sched.run(0, [])
+    for left in (2, 1):
+        assert alloc.alloc_nowait(Reserve.NONE) != NO_BUCKET
+        assert general.full
+        assert alloc.released == len(alloc.free_inc) == left
+        assert not cset.sched.ready
+    assert alloc.alloc_nowait(Reserve.NONE) != NO_BUCKET
+    assert general.full
+    assert cset.sched.ready == type(cset.sched.ready)([task])
+
+
+@pytest.mark.parametrize("state", ["discard is on", "a discard is on its way", "somebody waits for a bucket"])
+def test_what_only_the_allocator_can_do_is_left_to_it(state: str) -> None:
+    cset, _victims = made()
+    cset.buckets.pin[:] = 1
+    alloc = cset.alloc
+    fill(alloc, more=2)
+    alloc.discard, alloc.discarding = state == "discard is on", state == "a discard is on its way"
+    if state.startswith("somebody"):
+        cset.sched.spawn(alloc.bucket_wait.wait(), "somebody")
+    task = cset.sched.spawn(alloc.alloc_wait.wait(), "allocator")
+    cset.sched.run(0, [])
+    assert alloc.alloc_nowait(Reserve.NONE) != NO_BUCKET
+    assert alloc.released == 3
+    assert cset.sched.ready[0] is task
