@@ -89,6 +89,19 @@ def read_tail(path: str, set_uuid: bytes) -> Tail | None:
     return None
 
 
+def killed_sets() -> list[tuple[bytes, str]]:
+    """The sets of engines that were killed and left something behind: uuid, `left_behind`; what may be seen of them."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(DIRECTORY)):
+            with contextlib.suppress(ValueError):
+                uuid = UUID(name.removesuffix(".tail")).bytes
+                left = left_behind(uuid)
+                if left is not None:
+                    found.append((uuid, left))
+    return found
+
+
 def left_behind(set_uuid: bytes) -> str | None:
     """What keeps everybody else from a set whose engine was killed; None if nothing does that can be seen."""
     tail = read_tail(tail_path(set_uuid), set_uuid)

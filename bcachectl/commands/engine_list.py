@@ -9,14 +9,20 @@ from bcachectl import control
 from bcachectl.commands.options import Json, print_json
 from bcachectl.control import EngineSet, engines
 from bcachectl.errors import BcachectlError
-from bcachectl.units import format_sectors, format_size
+from bcachectl.tailfile import killed_sets
+from bcachectl.units import format_sectors, format_size, format_uuid
 
 
 def engine_list(as_json: Json = False) -> None:
-    """The engines that run here."""
+    """The engines that run here.
+
+    Below them are the sets whose engine was killed and left answered writes in memory.
+    """
     described = [_describe(engine) for engine in engines()]
+    killed = killed_sets()
     if as_json:
-        print_json("engines", {"engines": described})
+        print_json("engines", {"engines": described, "killed": [
+            {"set": format_uuid(uuid), "left_behind": left} for uuid, left in killed]})
         return
     if not described:
         print(control.no_engine())
@@ -30,6 +36,8 @@ def engine_list(as_json: Json = False) -> None:
             for place in (volume["device"], volume["uri"]):
                 if place:
                     print(f"    {place}")
+    for uuid, left in killed:
+        print(f"set {format_uuid(uuid)}  {left}")
 
 
 def _describe(engine: EngineSet) -> dict[str, Any]:

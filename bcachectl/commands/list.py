@@ -16,6 +16,7 @@ from bcachectl.commands.options import Json, complete_device, json_line, print_j
 from bcachectl.discovery import BlockNode, Probe
 from bcachectl.errors import BcachectlError
 from bcachectl.snapshot import VolumeSnapshot
+from bcachectl.tailfile import left_behind
 from bcachectl.units import format_uuid
 from bcachectl.views import listing, table
 
@@ -95,7 +96,8 @@ def _describe(probe: Probe) -> dict[str, Any]:
     if sb.is_backing:
         return record | {"state": describe.state_text(sb.state), "cache_mode": describe.mode_text(sb),
                          "data_offset_sectors": sb.data_offset}
-    return record | {"state": "ordered" if sb.cache_sync else "new", "bucket_size_bytes": sb.bucket_size << 9,
+    return record | {"state": "ordered" if sb.cache_sync else "new", "left_behind": left_behind(sb.set_uuid),
+                     "bucket_size_bytes": sb.bucket_size << 9,
                      "nbuckets": sb.nbuckets, "replacement": describe.replacement_text(sb)}
 
 

@@ -35,6 +35,8 @@ def lines(body: Mapping[str, Any], *, color: bool, width: int | None = None) -> 
         yield bold(f"{name}{_who_runs(engines.get(set_uuid), kernel.get(set_uuid))}", color)
         yield from _indented(_table([_row(device) for device in members], width))
         yield from (f"  {device['device']}: {device['problem']}" for device in members if device["problem"])
+        yield from (f"  {device['device']}: {device['left_behind']}; run the engine again, or have them written with "
+                    f"'bcachectl engine stop {device['device']}'" for device in members if device.get("left_behind"))
         runners = (engines.get(set_uuid), kernel.get(set_uuid))
         yield from (f"  {_volume(volume)}" for runner in runners if runner is not None for volume in runner["volumes"])
         if not any(device["role"] == "cache" for device in members) and any(device["state"] != DETACHED

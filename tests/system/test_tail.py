@@ -7,6 +7,7 @@ So these engines speak NBD; the same over ublk, with clients that wait, is tests
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -73,6 +74,19 @@ def test_the_next_engine_has_it(story: Story) -> None:
     assert not story.tail.exists(), "all of it is on the device"
     run("fsck", story.cache, story.backing)
     assert story.read() == DATA
+
+
+def test_it_is_seen_where_sets_and_engines_are_listed(story: Story) -> None:
+    said = f"writes that a killed engine of this set answered are in {story.tail} and nowhere else"
+    assert f"  {story.cache}: {said}; run the engine again, or have them written with " \
+           f"'bcachectl engine stop {story.cache}'" in run("list", story.cache).splitlines()
+    assert said in run("engine", "list")
+    devices = json.loads(run("list", "--json", story.cache, story.backing))["devices"]
+    assert [device["left_behind"] for device in devices if device["device"] == str(story.cache)] == [said]
+    killed = json.loads(run("engine", "list", "--json"))["killed"]
+    assert {"set": story.tail.stem, "left_behind": said} in killed
+    assert story.read() == DATA
+    assert said not in run("list", story.cache) + run("engine", "list")
 
 
 def test_without_the_tail_it_were_gone(story: Story) -> None:
