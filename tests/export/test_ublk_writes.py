@@ -26,6 +26,7 @@ from bcachectl.engine.export.host import EngineHost, HostOptions
 from bcachectl.engine.export.ublk import UblkExport
 from bcachectl.engine.front import REQ_READ, REQ_WRITE, Request
 from bcachectl.engine.io.uring import RingBackend
+from bcachectl.engine.node import Node
 from bcachectl.engine.sched import Task
 from bcachectl.engine.write_batch import Placed
 from tests.vm.engine_side import bcachectl
@@ -314,19 +315,26 @@ def test_a_group_needs_no_task(run: Callable[[Story], None], monkeypatch: pytest
     run(story)
 
 
+async def ask_of_a_frozen_leaf(device: Device, data: list[bytes]) -> Node:
+    """Three writes of a leaf that is frozen, none of which is answered for a while; the leaf."""
+    leaf = device.cset.btree.leaf_nowait(device.volume.base + device.volume.data_offset)
+    assert leaf is not None
+    leaf.frozen, ended = True, device.export._ended
+    device.ask({tag: (8 * tag, data[tag]) for tag in range(3)})
+    for _ in range(10):
+        await device.turn()
+    assert device.export._ended == ended
+    return leaf
+
+
 def test_writes_wait_for_a_leaf_that_is_made_anew(run: Callable[[Story], None],
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """They are in a group afterwards, and never tasks; others are not kept back."""
     async def story(device: Device) -> None:
         steps, data = counted_steps(device, monkeypatch), data_for(4, 3)
         monkeypatch.setattr(ublk_writes, "HOLD_NS", 60_000_000_000)
-        leaf = device.cset.btree.leaf_nowait(device.volume.base + device.volume.data_offset)
-        assert leaf is not None
-        leaf.frozen, ended = True, device.export._ended
-        device.ask({tag: (8 * tag, data[tag]) for tag in range(3)})
-        for _ in range(10):
-            await device.turn()
-        assert (device.export._ended, device.writes.waiting, device.writes.group) == (ended, 3, None)
+        leaf = await ask_of_a_frozen_leaf(device, data)
+        assert (device.writes.waiting, device.writes.group) == (3, None)
         device.ask({3: (24, data[3])})
         leaf.frozen = False
         await device.answered(4)
@@ -342,13 +350,8 @@ def test_nothing_waits_for_ever(run: Callable[[Story], None], monkeypatch: pytes
     async def story(device: Device) -> None:
         steps, data = counted_steps(device, monkeypatch), data_for(3, 4)
         monkeypatch.setattr(ublk_writes, "HOLD_NS", 1)
-        leaf = device.cset.btree.leaf_nowait(device.volume.base + device.volume.data_offset)
-        assert leaf is not None
-        leaf.frozen, ended = True, device.export._ended
-        device.ask({tag: (8 * tag, data[tag]) for tag in range(3)})
-        for _ in range(10):
-            await device.turn()
-        assert (device.export._ended, device.writes.waiting) == (ended, 0)
+        leaf = await ask_of_a_frozen_leaf(device, data)
+        assert device.writes.waiting == 0
         assert steps["request"] >= 3
         leaf.frozen = False
         device.cset.btree.changed.wake_all()
