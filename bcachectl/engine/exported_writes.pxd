@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # C types for exported_writes.py, where it is compiled.
 
-cimport cython
-
-from bcachectl.engine.write_batch cimport Placed, WriteBatch
+from bcachectl.engine.write_batch cimport Placed
 
 
 cdef class ExportedWrites:
@@ -11,7 +9,6 @@ cdef class ExportedWrites:
 
     cpdef Placed begin(self)
 
-    @cython.locals(batch=WriteBatch)
     cpdef bint written(self, Placed placed, long long duration_ns)
 
     cpdef failed(self, Placed placed, int error)
