@@ -8,6 +8,8 @@ volume.  Life:
    answers it with our limits.
 2. Requests come one per read(2): 80 bytes of header, the payload of a write behind them in page-aligned memory.  Each
    answer is one write(2).  A read that `bcachectl.engine.front.Volume.read_nowait` knows is answered on the spot.
+   Small writes of a turn are gathered, with their payloads one after the other, and what the volume's
+   `bcachectl.engine.write_batch.WriteBatch` places of them is written at once.
 3. `FuseFile.unmount` takes the mount away; `FuseFile.abort` closes /dev/fuse first, so that whoever still waits for an
    answer gets an error instead.
 
@@ -26,9 +28,13 @@ import ctypes
 import errno
 import os
 from struct import Struct
+from time import monotonic_ns
+from typing import NamedTuple
 
 from bcachectl.engine.export.buffers import PAGE_BYTES, Buffer, BufferPool
+from bcachectl.engine.export.page_cache import read_fd, write_all, write_fd
 from bcachectl.engine.front import (
+    NOT_NOW,
     REQ_FLUSH,
     REQ_READ,
     REQ_WRITE,
@@ -45,6 +51,9 @@ MAX_TRANSFER_BYTES = 256 << 10
 MAX_BACKGROUND = 256
 """Requests that the kernel may have in flight; its own default of 12 would be a loop device's depth."""
 MAX_REQUESTS_PER_TURN = 64
+MAX_GATHERED_BYTES = 64 << 10
+"""A longer write is a request of its own."""
+ARENA_BYTES = 2 * MAX_TRANSFER_BYTES
 
 _OP_FORGET, _OP_GETATTR, _OP_SETATTR, _OP_OPEN, _OP_READ, _OP_WRITE = 2, 3, 4, 14, 15, 16
 _OP_STATFS, _OP_RELEASE, _OP_FSYNC, _OP_FLUSH, _OP_INIT, _OP_INTERRUPT = 17, 18, 20, 25, 26, 36
@@ -86,6 +95,13 @@ class _Pending:
         self.file.answer(self, request)
 
 
+class _Write(NamedTuple):
+    # A small write whose payload lies in the arena.
+    unique: int
+    offset: int
+    data: memoryview
+
+
 class FuseFile:
     """One volume, one file."""
 
@@ -102,10 +118,13 @@ class FuseFile:
         self.is_mounted = False
         self.in_flight = 0
         self._gathered: list[Request] = []      # what came in this turn, for the volume to take together
-        self._quick_fd = -1 if cache.direct else cache.fd
+        self._writes: list[_Write] = []
+        self._read_fd = read_fd(cache)
+        self._write_fd = write_fd(cache) if volume.batch is not None else -1
         self._nowait_flag = cache.nowait_flag
         self._header = memoryview(bytearray(_HEADER_BYTES))
-        self._spare = pool.take(MAX_TRANSFER_BYTES)
+        self._arena = pool.take(ARENA_BYTES)
+        self._arena_used = 0                    # bytes, by ``_writes``
 
     def mount(self) -> None:
         """Put the volume at ``path``, a plain file that is there already."""
@@ -139,6 +158,8 @@ class FuseFile:
     def on_ready(self, fd: int, events: int) -> None:
         """Requests are there."""
         self._take_requests()
+        if self._writes:
+            self._serve_writes()
         if self._gathered:
             gathered, self._gathered = self._gathered, []
             self.volume.submit_all(gathered)
@@ -146,7 +167,7 @@ class FuseFile:
     def _take_requests(self) -> None:
         for _ in range(MAX_REQUESTS_PER_TURN):
             try:
-                got = os.readv(self.fd, (self._header, self._spare.data(MAX_TRANSFER_BYTES)))
+                got = os.readv(self.fd, (self._header, self._payload(MAX_TRANSFER_BYTES)))
             except BlockingIOError:
                 return
             except OSError as error:
@@ -156,8 +177,12 @@ class FuseFile:
                 return
             if got >= _IN.size:
                 self._request(got)
-            if self.fd < 0:
+            if self.fd < 0 or self._arena_used > ARENA_BYTES - MAX_TRANSFER_BYTES:
                 return
+
+    def _payload(self, size: int) -> memoryview:
+        start = PAGE_BYTES + self._arena_used
+        return self._arena.view[start:start + size]
 
     def _request(self, got: int) -> None:
         _, opcode, unique, *_ = _IN.unpack_from(self._header)
@@ -171,7 +196,7 @@ class FuseFile:
             if opcode == _OP_FLUSH or self.volume.read_only:
                 self._reply(unique, 0)                              # FLUSH is close(2), no promise
             else:
-                self._submit(REQ_FLUSH, unique, 0, 0, None)
+                self._submit(REQ_FLUSH, unique, 0, 0)
         elif opcode == _OP_FALLOCATE:
             _, offset, size, mode, _ = _FALLOCATE.unpack_from(self._header, _IN.size)
             self._fallocate(unique, offset, size, mode)
@@ -213,17 +238,17 @@ class FuseFile:
             self._reply(unique, errno.EINVAL)
             return
         buffer = self.pool.take(size)
-        if self._quick_fd >= 0:
+        if self._read_fd >= 0:
             place = self.volume.read_nowait(offset >> 9, size >> 9)
             if place >= 0:
                 try:
-                    got = os.preadv(self._quick_fd, (buffer.data(size),), place, self._nowait_flag)
+                    got = os.preadv(self._read_fd, (buffer.data(size),), place, self._nowait_flag)
                 except OSError:
                     got = 0
                 if got == size:
                     self._reply_data(unique, buffer, size)
                     return
-        self._submit(REQ_READ, unique, offset, size, buffer)
+        self._submit(REQ_READ, unique, offset, size, buffer, buffer.data(size))
 
     def _write(self, unique: int, offset: int, size: int, got: int) -> None:
         error = 0
@@ -236,9 +261,35 @@ class FuseFile:
         if error:
             self._reply(unique, error)
             return
-        # The payload stays where it was read; the next request is read into another buffer.
-        buffer, self._spare = self._spare, self.pool.take(MAX_TRANSFER_BYTES)
-        self._submit(REQ_WRITE, unique, offset, size, buffer)
+        data = self._payload(size)
+        if self._write_fd >= 0 and size <= MAX_GATHERED_BYTES:
+            self._writes.append(_Write(unique, offset, data))
+            self._arena_used += -(-size // PAGE_BYTES) * PAGE_BYTES
+            return
+        # The payload stays where it was read, and the arena with it; what it has of other writes is served before.
+        buffer, self._arena, self._arena_used = self._arena, self.pool.take(ARENA_BYTES), 0
+        self._submit(REQ_WRITE, unique, offset, size, buffer, data)
+
+    def _serve_writes(self) -> None:
+        # What the volume's batch takes is written and answered now; the others become requests.
+        writes, self._writes, self._arena_used = self._writes, [], 0
+        batch = self.volume.batch
+        assert batch is not None, "writes gather where the volume has a batch"
+        places = batch.place([(write.offset >> 9, len(write.data) >> 9) for write in writes], self.stream)
+        began_ns = monotonic_ns()
+        if write_all(self._write_fd, zip(places, [write.data for write in writes], strict=True)):
+            batch.commit(monotonic_ns() - began_ns)
+        else:
+            batch.abandon()
+            places = [NOT_NOW] * len(writes)
+        for place, (unique, offset, data) in zip(places, writes, strict=True):
+            size = len(data)
+            if place >= 0:
+                self._reply(unique, 0, _WRITE_OUT.pack(size, 0))
+            else:
+                buffer = self.pool.take(size)
+                buffer.data(size)[:] = data
+                self._submit(REQ_WRITE, unique, offset, size, buffer, buffer.data(size))
 
     def _fallocate(self, unique: int, offset: int, size: int, mode: int) -> None:
         is_known = mode & (_PUNCH_HOLE | _ZERO_RANGE) and not mode & ~(_PUNCH_HOLE | _ZERO_RANGE | _KEEP_SIZE)
@@ -249,11 +300,11 @@ class FuseFile:
         elif (offset | size) & 511 or not size or offset + size > self.size_bytes:
             self._reply(unique, errno.EINVAL)
         else:
-            self._submit(REQ_WRITE_ZEROES, unique, offset, size, None)
+            self._submit(REQ_WRITE_ZEROES, unique, offset, size)
 
-    def _submit(self, operation: int, unique: int, offset: int, size: int, buffer: Buffer | None) -> None:
+    def _submit(self, operation: int, unique: int, offset: int, size: int, buffer: Buffer | None = None,
+                data: memoryview | None = None) -> None:
         self.in_flight += 1
-        data = buffer.data(size) if buffer is not None else None
         self._gathered.append(Request(operation, offset >> 9, size >> 9, data, 0, self.stream,
                                       _Pending(self, unique, buffer, size)))
 

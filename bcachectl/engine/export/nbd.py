@@ -16,6 +16,7 @@ from bcachectl.engine.export import nbd_wire as wire
 from bcachectl.engine.export.buffers import BufferPool
 from bcachectl.engine.export.nbd_connection import Connection
 from bcachectl.engine.export.nbd_direct import DirectReads
+from bcachectl.engine.export.page_cache import read_fd, write_fd
 from bcachectl.engine.front import Volume
 from bcachectl.engine.io.loop import Loop
 from bcachectl.engine.io.medium import Medium
@@ -45,11 +46,8 @@ class NbdServer:
         self.path = path
         self.direct_reads = direct_reads
         self.pool = BufferPool() if direct_reads is None else direct_reads.pool
-        # Quick reads take the page cache's copy, so they need a descriptor, and one that goes through the page cache.
-        self.quick_fd = -1 if cache.direct else cache.fd
+        self.quick_fd, self.quick_write_fd = read_fd(cache), write_fd(cache)
         self.nowait_flag = cache.nowait_flag
-        # A write into the page cache is done when the call returns; one to a device would keep everybody waiting.
-        self.quick_write_fd = -1 if cache.direct or cache.is_block or cache.read_only else cache.fd
         self.active: set[Connection] = set()
         self.connections: dict[int, Connection] = {}
         self.closed_wait = WaitQueue(loop.sched, "nbd connection closed")

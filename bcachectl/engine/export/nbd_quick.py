@@ -36,6 +36,8 @@ except ImportError:
     from bcachectl import plain as cython
 
 if not cython.compiled:
+    from bcachectl.engine.export.page_cache import write_all
+
     # Compiled, these are loads, stores and system calls (nbd_c.pxd).
     request_at = wire.REQUEST.unpack_from
     put_chunk, put_simple = wire.DATA_CHUNK.pack_into, wire.SIMPLE_REPLY.pack_into
@@ -50,24 +52,9 @@ if not cython.compiled:
     def write_places(fd: int, rx: memoryview, places: array[int], starts: array[int], lengths: array[int],
                      count: int) -> bool:
         """Write each payload that has a place; what lies side by side goes in one call.  False if anything failed."""
-        side_by_side: list[memoryview] = []
-        first = end = -1
-        for index in range(count + 1):
-            place = places[index] if index < count else -1
-            if place < 0 and index < count:
-                continue
-            if place != end:
-                try:
-                    if side_by_side and os.pwritev(fd, side_by_side, first) != end - first:
-                        return False
-                except OSError:
-                    return False
-                side_by_side, first = [], place
-            if index < count:
-                start, length = starts[index], lengths[index] << 9
-                side_by_side.append(rx[start:start + length])
-                end = place + length
-        return True
+        return write_all(fd, [(places[index], rx[starts[index]:starts[index] + (lengths[index] << 9)])
+                              for index in range(count)])
+
 if TYPE_CHECKING:
     from bcachectl.engine.export.nbd_connection import Connection
 
