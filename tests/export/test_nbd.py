@@ -384,6 +384,16 @@ def test_buffers_are_used_again_and_bounded() -> None:
     assert pool.pooled_bytes <= 64 << 20
 
 
+def test_large_buffers_make_room_for_small_ones() -> None:
+    pool = BufferPool()
+    small = pool.take(4096)
+    for buffer in [pool.take(1 << 20) for _ in range(65)]:
+        pool.release(buffer)
+    pool.release(small)
+    assert pool.take(4096) is small
+    assert pool.pooled_bytes == 63 << 20
+
+
 def test_nothing_is_leaked_by_any_mix_of_requests(image: Path, socket_path: Path) -> None:
     draw = random.Random(12)
     with serve([image], socket_path, is_quick=False) as served:

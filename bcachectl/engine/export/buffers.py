@@ -18,7 +18,7 @@ import mmap
 PAGE_BYTES = 4096
 MIN_CAPACITY_BYTES = 4096
 MAX_POOLED_BYTES = 64 << 20
-"""What the pool keeps; more than this is given back to the system as soon as it is free."""
+"""What the pool keeps; of more than this the largest are given back to the system."""
 
 
 class Buffer:
@@ -55,6 +55,10 @@ class BufferPool:
 
     def release(self, buffer: Buffer) -> None:
         """Give a buffer back; nobody may use it any more."""
-        if self.pooled_bytes + buffer.capacity_bytes <= MAX_POOLED_BYTES:
-            self.pooled_bytes += buffer.capacity_bytes
-            self.free.setdefault(buffer.capacity_bytes, []).append(buffer)
+        self.pooled_bytes += buffer.capacity_bytes
+        self.free.setdefault(buffer.capacity_bytes, []).append(buffer)
+        while self.pooled_bytes > MAX_POOLED_BYTES:
+            # The small ones are asked for most often, and must not find the pool full of large ones.
+            capacity = max(size for size, free in self.free.items() if free)
+            self.free[capacity].pop()
+            self.pooled_bytes -= capacity
