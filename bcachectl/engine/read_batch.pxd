@@ -30,7 +30,9 @@ cdef class ReadBatch:
         hit_lengths=cython.ulonglong[::1], places=cython.longlong[::1], gen_at=cython.uchar[::1],
         prio_at=cython.ushort[::1],
     )
-    cpdef place(self, Py_ssize_t count)
+    cpdef place(self, Py_ssize_t count, bint shortens=*)
+
+    cpdef settle_as_one(self)
 
     cpdef settle(self)
 

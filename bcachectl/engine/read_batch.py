@@ -87,8 +87,10 @@ class ReadBatch:
         self.settle()
         return found
 
-    def place(self, count: int) -> None:
-        """Answer the first ``count`` reads."""
+    def place(self, count: int, shortens: bool = False) -> None:
+        """Answer the first ``count`` reads.  With ``shortens`` one that begins in an extent and ends behind it is made
+        as long as lies there.
+        """
         sectors, lengths, places = self.sectors, self.lengths, self.places
         if not self.volume.serves_hits:
             for number in range(count):
@@ -114,13 +116,15 @@ class ReadBatch:
                 continue
             end, meta = ends[index], node.meta[index]
             offset = start - end + (meta & size_mask)
-            if offset < 0 or start + lengths[number] > end or not meta & has_ptr:
+            if offset < 0 or not meta & has_ptr or (start + lengths[number] > end and not shortens):
                 continue
             ptr = node.ptrs[index]
             at = (ptr >> 8) & sector_mask
             bucket = at >> shift
             if 0 < (gen_at[bucket] - ptr) & 255 <= 128:
                 continue
+            if start + lengths[number] > end:
+                lengths[number] = end - start
             prio_at[bucket] = initial_prio
             node.used = 1
             hit_sectors[hit_count] = sectors[number]
@@ -128,6 +132,13 @@ class ReadBatch:
             hit_count += 1
             places[number] = (at + offset) << 9
         self.hit_count = hit_count
+
+    def settle_as_one(self) -> None:
+        """Count what was placed one after the other as one read."""
+        if self.hit_count:
+            self.hit_lengths[0] = hit_sectors_sum(self)
+            self.hit_count = 1
+            self.settle()
 
     def settle(self) -> None:
         """Count what was placed."""

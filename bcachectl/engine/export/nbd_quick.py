@@ -5,6 +5,8 @@ Requests are served as they come, the plain ones without an object each:
 
 * a read that the volume's `bcachectl.engine.read_batch.ReadBatch` knows is read from the page cache straight behind its
   reply header in the transmit arena: nothing is copied in Python, and one ``send`` carries all such replies of a turn;
+* a larger one is read and sent in pieces, a chunk each, if the client knows chunks: each piece is still in the
+  processor's cache when it is sent, and may lie in another extent;
 * small writes are gathered; at the end of the turn they are offered to the volume's
   `bcachectl.engine.write_batch.WriteBatch`, and what that places is written straight from the receive buffer;
 * everything else takes the way of all requests (`Connection.request`).
@@ -64,6 +66,10 @@ LARGE_BYTES = 64 << 10
 """From this size on a quick reply's data is page-aligned, which the kernel copies faster, and sent at once."""
 MAX_QUICK_BYTES = 1 << 20
 """A longer read takes the way of all other requests."""
+PIECE_BYTES = 128 << 10
+"""A longer read is sent in pieces of this size."""
+MAX_PIECES = 256
+"""If there would be more, the rest of the read becomes a request."""
 MAX_BATCH = 64
 """Writes that are gathered at most."""
 
@@ -165,11 +171,16 @@ class QuickTransmission:
         header_bytes = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
         cookies, sectors, lengths = self.cookies, self.sectors, self.lengths
         room, at, count, is_large = ARENA_BYTES - filled, start, 0, False
+        max_piece_bytes = PIECE_BYTES if structured and self.reads is not None else max_bytes
         while end - at >= 28 and count < max_count and not is_large:
             magic, flags, command, cookie, offset, length = request_at(rx, at)
             if command or flags or (offset | length) & unaligned or magic != 0x25609513 \
                     or not 0 < length <= max_bytes or length > size_bytes or offset > size_bytes - length:
                 break
+            if length > max_piece_bytes:
+                if count:
+                    break
+                return self._read_pieces(cookie, offset, length, filled)
             is_large = length >= large_bytes            # it is sent at once
             room -= header_bytes + length + (page_bytes if is_large else 0)
             if room < 0:
@@ -216,6 +227,51 @@ class QuickTransmission:
             connection.send()
             filled = self._arena_end if connection.out else self._use_again()
         return used, filled
+
+    def _read_pieces(self, cookie: int, offset: int, length: int, filled: int) -> tuple[int, int]:
+        # As `_read`, for one read that is sent in pieces; what is not to be had at once becomes a request for the rest.
+        connection, reads, arena = self.connection, self.reads, self.arena
+        fd, nowait, page_bytes, header_bytes = (
+            connection.server.quick_fd, connection.server.nowait_flag, PAGE_BYTES, wire.DATA_CHUNK.size)
+        large_bytes, piece_sectors, block_sectors = LARGE_BYTES, PIECE_BYTES >> 9, connection.handshake.block_bytes >> 9
+        chunk_magic, max_pieces = wire.CHUNK_MAGIC, MAX_PIECES
+        if not connection.has_room() \
+                or ARENA_BYTES - filled < length + MAX_PIECES * header_bytes + (length // LARGE_BYTES + 1) * PAGE_BYTES:
+            connection.blocked = True
+            return 0, filled
+        assert reads is not None, "who has a volume without a batch is not sent pieces"
+        end, pieces = offset + length, 0
+        while offset < end and pieces < max_pieces:
+            self.sectors[0] = offset >> 9
+            self.lengths[0] = min((end - offset) >> 9, piece_sectors)
+            reads.place(1, True)
+            length = self.lengths[0] // block_sectors * block_sectors << 9
+            if self.places[0] < 0 or not length:
+                break
+            data_start = filled + header_bytes
+            if length >= large_bytes:
+                data_start = (data_start + page_bytes - 1) // page_bytes * page_bytes
+            got = read_at(fd, arena, data_start, length, self.places[0], nowait)
+            if got != length:
+                break
+            header_start = data_start - header_bytes
+            if header_start != filled:
+                self._queue(filled, header_start)
+            offset += length
+            pieces += 1
+            put_chunk(arena, header_start, chunk_magic, offset == end, 1, cookie, length + 8, offset - length)
+            filled = data_start + length
+            if length >= large_bytes and not connection.out:
+                self._arena_end = filled
+                connection.send()
+                if not connection.is_open:
+                    return 0, filled
+                filled = self._arena_end if connection.out else self._use_again()
+        reads.settle_as_one()
+        self.served += pieces > 0
+        if offset < end:
+            connection.request(wire.REQUEST_MAGIC, 0, wire.CMD_READ, cookie, offset, end - offset)
+        return 28, filled
 
     def _place(self, count: int) -> None:
         reads = self.reads

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Large reads over NBD that are sent in pieces, a chunk each: whatever lies where, the client gets what was written."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bcachectl.engine.cached_dev import CachedDev
+from bcachectl.engine.export import nbd_quick
+from bcachectl.engine.export.host import HostOptions
+from tests.export.faulty import Hosted, hosted
+from tests.export.test_engine_run import make_set
+from tests.nbd_client import CMD_READ, CMD_WRITE, NbdClient
+from tests.over import only
+
+SIZE_BYTES = 16 << 20
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Hosted]:
+    """A set on a backing device of known content, the cache file read as it is."""
+    only("nbd", "chunks")
+    make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192, mode="writethrough")
+    with (tmp_path / "back0.img").open("r+b") as file:
+        file.seek(8192)
+        file.write(random.Random(7).randbytes(SIZE_BYTES))
+    options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), debug_checks=True,
+                          tunables=(("sequential_cutoff", "0"), ("congested_read_threshold_us", "0"),
+                                    ("congested_write_threshold_us", "0")))
+    with hosted(options, make_faults=None) as engine:
+        yield engine
+
+
+def content() -> bytearray:
+    return bytearray(random.Random(7).randbytes(SIZE_BYTES))
+
+
+def scatter(client: NbdClient, image: bytearray, dice: random.Random, count: int) -> None:
+    """Writes of all sizes anywhere: extents of all sizes, with gaps between them that only the backing device has."""
+    for _ in range(count):
+        length = dice.choice((512, 4096, 4096, 12288, 65536, 262144))
+        offset = dice.randrange(0, (SIZE_BYTES - length) // 512) * 512
+        data = dice.randbytes(length)
+        client.write(offset, data)
+        image[offset:offset + length] = data
+
+
+def compare(client: NbdClient, image: bytearray, dice: random.Random, count: int) -> None:
+    """Large reads, many at once."""
+    asked: dict[int, tuple[int, int]] = {}
+    for _ in range(count):
+        length = dice.choice((131072 + 512, 262144, 1 << 20, 1 << 20, dice.randrange(257, 2048) * 512))
+        offset = dice.randrange(0, (SIZE_BYTES - length) // 512) * 512
+        asked[client.send(CMD_READ, offset, length)] = offset, length
+        if dice.random() < 0.3:
+            asked[client.send(CMD_READ, offset, 4096)] = offset, 4096
+    while client.in_flight:
+        reply = client.receive()
+        offset, length = asked.pop(reply.cookie)
+        assert reply.error == 0
+        assert reply.data == image[offset:offset + length], (offset, length)
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_what_was_written_is_read(running: Hosted, structured: bool) -> None:
+    dice, image = random.Random(1), content()
+    with NbdClient(running.socket, structured=structured) as client:
+        for _ in range(6):
+            scatter(client, image, dice, 40)
+            compare(client, image, dice, 40)
+        assert client.read_all() == image
+
+
+def test_a_piece_that_cannot_be_read_at_once(running: Hosted, tmp_path: Path) -> None:
+    """From there on the read is a request; here everything behind the first 4 MiB of the cache device."""
+    dice, image = random.Random(2), content()
+    with NbdClient(running.socket, structured=True) as client:
+        scatter(client, image, dice, 100)
+        client.read_all()
+        good = running.nbd.quick_fd
+        short = tmp_path / "short.img"
+        short.write_bytes(os.pread(good, 4 << 20, 0))
+        running.nbd.quick_fd = os.open(short, os.O_RDONLY)
+        compare(client, image, dice, 60)
+        os.close(running.nbd.quick_fd)
+        running.nbd.quick_fd = good
+        compare(client, image, dice, 60)
+
+
+def test_chunks_are_those_of_extents_and_one_read_is_counted(running: Hosted) -> None:
+    (volume,) = running.host.cset.volumes
+    assert isinstance(volume, CachedDev)
+    with NbdClient(running.socket, structured=True) as client:
+        client.write(0, os.urandom(196608))
+        before, sectors = volume.stats.read_requests, volume.stats.read_sectors
+        client.send(CMD_READ, 0, 196608)
+        kinds: list[tuple[int, int, int]] = []
+        while not kinds or not kinds[-1][0]:
+            _, flags, kind, _, length = struct.unpack(">IHHQI", take(client, 20))
+            take(client, length)
+            kinds.append((flags, kind, length - 8))
+        assert sum(length for _, _, length in kinds) == 196608
+        assert {kind for _, kind, _ in kinds} == {1}
+        assert 1 < len(kinds) <= 7, "buckets have 32 KiB"
+        assert volume.stats.read_requests == before + 1
+        assert volume.stats.read_sectors == sectors + 384
+
+
+def test_more_pieces_than_there_may_be(running: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd_quick, "MAX_PIECES", 5)
+    dice, image = random.Random(4), content()
+    with NbdClient(running.socket, structured=True) as client:
+        scatter(client, image, dice, 100)
+        client.read_all()
+        compare(client, image, dice, 60)
+
+
+def test_a_client_that_takes_nothing_for_a_while(running: Hosted) -> None:
+    """More than the arena holds waits to be sent, in pieces and among writes."""
+    dice, image = random.Random(5), content()
+    with NbdClient(running.socket, structured=True) as client:
+        client.read_all()
+        asked = {client.send(CMD_READ, index << 20, 1 << 20): index << 20 for index in range(SIZE_BYTES >> 20)}
+        written = {client.send(CMD_WRITE, (index << 20) + 4096, 4096, dice.randbytes(4096)): index
+                   for index in range(0, SIZE_BYTES >> 20, 5)}
+        while client.in_flight:
+            reply = client.receive()
+            assert reply.error == 0
+            if reply.cookie in asked:
+                start = asked[reply.cookie]
+                assert len(reply.data) == 1 << 20
+                assert reply.data[8192:] == image[start + 8192:start + (1 << 20)]
+        assert len(written) == 4
+
+
+def take(client: NbdClient, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        part = client._socket.recv(length - len(data))
+        assert part
+        data += part
+    return data
