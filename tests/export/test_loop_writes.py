@@ -36,7 +36,7 @@ def _machine() -> None:
 @pytest.fixture
 def running(tmp_path: Path, taken: list[int]) -> Iterator[Hosted]:
     """A set in writeback mode with something dirty, on a loop device."""
-    make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192)
+    make_set(tmp_path, cache_bytes=128 << 20, backing_bytes=SIZE_BYTES + 8192, bucket="128k")
     options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), debug_checks=True,
                           use_nbd=False, use_loop=True,
                           tunables=(("cache_mode", "writeback"), ("writeback_running", "0"), ("sequential_cutoff", "0"),
@@ -67,7 +67,7 @@ def test_what_was_acknowledged_is_there(running: Hosted, taken: list[int]) -> No
         for _ in range(4):
             send_many(client, image, dice, 250)
             assert client.read_all() == image
-    assert sum(taken) > 100, taken
+    assert sum(taken) > 50, sum(taken)
     assert max(taken) > 1, "no batch of several writes"
 
 
@@ -96,5 +96,5 @@ def test_large_writes_among_small_ones(running: Hosted, taken: list[int], monkey
         for _ in range(4):
             send_many(client, image, dice, 250)
             assert client.read_all() == image
-    assert sum(taken) > 50, taken
+    assert sum(taken) > 50, sum(taken)
 
