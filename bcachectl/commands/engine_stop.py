@@ -68,8 +68,9 @@ def _settle_tail(uuid: bytes, target: str, *, dry_run: bool) -> bool:
     if dry_run:
         print(f"would write to {caches[0]} what the killed engine had answered and not written there")
         return True
-    settle(caches[0])
-    print(f"wrote to {caches[0]} what the killed engine had answered and not written there")
+    count = settle(caches[0])
+    print(f"wrote to {caches[0]} what the killed engine had answered and not written there: {count:,} "
+          f"{'key' if count == 1 else 'keys'}")
     return True
 
 

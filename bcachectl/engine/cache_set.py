@@ -130,6 +130,7 @@ class CacheSet:
         self.tunables = tunables.Tunables(self)
         self.replayed_keys = 0
         self.replayed_entries = 0
+        self.inherited_keys = 0             # from the tail of a killed engine
         self._allocator: Task[None] | None = None
 
     # Start.

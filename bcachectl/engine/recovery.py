@@ -64,6 +64,7 @@ async def start_existing(cset: CacheSet) -> None:
     await cset.gc.check()
     pins = _mark_journal(cset, entries)
     inherited = _key_columns(cset, left, "the tail of a killed engine")
+    cset.inherited_keys = len(inherited.start)
     _mark_keys(cset, inherited)
     cset.gens_final = True
     cset.dirty_by_inode = await cset.gc.first_marks()

@@ -552,8 +552,10 @@ class EngineHost:
         self.stop_wait.wake_all()
 
 
-def settle(cache: str) -> None:
-    """Have the writes that a killed engine answered put into the journal of its set: start it, and stop it."""
+def settle(cache: str) -> int:
+    """Have the writes that a killed engine answered put into the journal of its set: start it, and stop it.  How many
+    keys there were.
+    """
     host = EngineHost(HostOptions(cache=cache, use_nbd=False))
 
     async def life() -> None:
@@ -564,6 +566,7 @@ def settle(cache: str) -> None:
         host.loop.run(life())
         if host.failed is not None:
             raise DeviceError(f"{cache}: {host.failed}")
+        return host.cset.inherited_keys
     finally:
         host.close()
 
