@@ -265,11 +265,14 @@ class QuickTransmission:
                 self._arena_end = filled
                 connection.send()
                 if not connection.is_open:
-                    return 0, filled
+                    break
                 filled = self._arena_end if connection.out else self._use_again()
         reads.settle_as_one()
         self.served += pieces > 0
-        if offset < end:
+        if offset < end and connection.is_open:
+            # Its reply is the last chunk, so the others are before it in what is to be sent.
+            self._arena_end = filled
+            self.hand_over()
             connection.request(wire.REQUEST_MAGIC, 0, wire.CMD_READ, cookie, offset, end - offset)
         return 28, filled
 
