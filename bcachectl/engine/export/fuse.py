@@ -54,6 +54,7 @@ MAX_REQUESTS_PER_TURN = 64
 MAX_GATHERED_BYTES = 64 << 10
 """A longer write is a request of its own."""
 ARENA_BYTES = 2 * MAX_TRANSFER_BYTES
+"""Where writes are gathered: as many as leave room for the largest that may come next."""
 
 _OP_FORGET, _OP_GETATTR, _OP_SETATTR, _OP_OPEN, _OP_READ, _OP_WRITE = 2, 3, 4, 14, 15, 16
 _OP_STATFS, _OP_RELEASE, _OP_FSYNC, _OP_FLUSH, _OP_INIT, _OP_INTERRUPT = 17, 18, 20, 25, 26, 36
@@ -123,7 +124,8 @@ class FuseFile:
         self._write_fd = write_fd(cache) if volume.batch is not None else -1
         self._nowait_flag = cache.nowait_flag
         self._header = memoryview(bytearray(_HEADER_BYTES))
-        self._arena = pool.take(ARENA_BYTES)
+        self._arena_bytes = ARENA_BYTES if self._write_fd >= 0 else MAX_TRANSFER_BYTES
+        self._arena = pool.take(self._arena_bytes)
         self._arena_used = 0                    # bytes, by ``_writes``
 
     def mount(self) -> None:
@@ -177,7 +179,7 @@ class FuseFile:
                 return
             if got >= _IN.size:
                 self._request(got)
-            if self.fd < 0 or self._arena_used > ARENA_BYTES - MAX_TRANSFER_BYTES:
+            if self.fd < 0 or self._arena_used > self._arena_bytes - MAX_TRANSFER_BYTES:
                 return
 
     def _payload(self, size: int) -> memoryview:
@@ -267,7 +269,7 @@ class FuseFile:
             self._arena_used += -(-size // PAGE_BYTES) * PAGE_BYTES
             return
         # The payload stays where it was read, and the arena with it; what it has of other writes is served before.
-        buffer, self._arena, self._arena_used = self._arena, self.pool.take(ARENA_BYTES), 0
+        buffer, self._arena, self._arena_used = self._arena, self.pool.take(self._arena_bytes), 0
         self._submit(REQ_WRITE, unique, offset, size, buffer, data)
 
     def _serve_writes(self) -> None:
