@@ -34,6 +34,8 @@ cdef class ReadBatch:
 
     cpdef settle_as_one(self)
 
+    cpdef drop(self)
+
     cpdef settle(self)
 
 

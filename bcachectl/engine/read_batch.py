@@ -140,6 +140,10 @@ class ReadBatch:
             self.hit_count = 1
             self.settle()
 
+    def drop(self) -> None:
+        """Count nothing of what was placed: it is asked for once more, in another way."""
+        self.hit_count = 0
+
     def settle(self) -> None:
         """Count what was placed."""
         if self.hit_count:

@@ -7,7 +7,7 @@ volume.  Life:
 1. `FuseFile.mount` opens /dev/fuse and mounts it on the file at ``path``.  The kernel sends INIT; `FuseFile.on_ready`
    answers it with our limits.
 2. Requests come one per read(2): 80 bytes of header, the payload of a write behind them in page-aligned memory.  Each
-   answer is one write(2).  A read that `bcachectl.engine.front.Volume.read_nowait` knows is answered on the spot.
+   answer is one write(2).  A read whose data is in the cache and in memory is answered on the spot.
    Small writes of a turn are gathered, with their payloads one after the other, and what the volume's
    `bcachectl.engine.write_batch.WriteBatch` places of them is written at once.
 3. `FuseFile.unmount` takes the mount away; `FuseFile.abort` closes /dev/fuse first, so that whoever still waits for an
@@ -32,7 +32,7 @@ from time import monotonic_ns
 from typing import NamedTuple
 
 from bcachectl.engine.export.buffers import PAGE_BYTES, Buffer, BufferPool
-from bcachectl.engine.export.page_cache import read_fd, write_all, write_fd
+from bcachectl.engine.export.page_cache import read_fd, read_hit, write_all, write_fd
 from bcachectl.engine.front import (
     NOT_NOW,
     REQ_FLUSH,
@@ -240,16 +240,10 @@ class FuseFile:
             self._reply(unique, errno.EINVAL)
             return
         buffer = self.pool.take(size)
-        if self._read_fd >= 0:
-            place = self.volume.read_nowait(offset >> 9, size >> 9)
-            if place >= 0:
-                try:
-                    got = os.preadv(self._read_fd, (buffer.data(size),), place, self._nowait_flag)
-                except OSError:
-                    got = 0
-                if got == size:
-                    self._reply_data(unique, buffer, size)
-                    return
+        if self._read_fd >= 0 and read_hit(self.volume, self._read_fd, self._nowait_flag, offset >> 9,
+                                           buffer.data(size)):
+            self._reply_data(unique, buffer, size)
+            return
         self._submit(REQ_READ, unique, offset, size, buffer, buffer.data(size))
 
     def _write(self, unique: int, offset: int, size: int, got: int) -> None:
