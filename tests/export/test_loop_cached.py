@@ -17,7 +17,7 @@ from bcachectl.engine.export.fuse import FuseFile
 from bcachectl.engine.export.host import HostOptions
 from bcachectl.engine.export.loopdev import LoopExport
 from tests.block_client import BlockClient
-from tests.export import test_read_pieces as pieces
+from tests.export import test_read_extents as extents
 from tests.export.faulty import Hosted, hosted
 from tests.export.test_engine_run import make_set
 from tests.export.test_write_batch import SIZE_BYTES, send_many, taken
@@ -102,21 +102,21 @@ def test_large_writes_among_small_ones(running: Hosted, taken: list[int], monkey
 
 def test_reads_in_many_extents(tmp_path: Path) -> None:
     """With gaps that only the backing device has, and with half of the cache not in memory."""
-    make_set(tmp_path, backing_bytes=pieces.SIZE_BYTES + 8192)
+    make_set(tmp_path, backing_bytes=extents.SIZE_BYTES + 8192)
     with (tmp_path / "back0.img").open("r+b") as file:
         file.seek(8192)
-        file.write(pieces.content())
+        file.write(extents.content())
     options = HostOptions(cache=str(tmp_path / "cache.img"), backings=(str(tmp_path / "back0.img"),), debug_checks=True,
                           use_nbd=False, use_loop=True,
                           tunables=(("sequential_cutoff", "0"), ("congested_read_threshold_us", "0"),
                                     ("congested_write_threshold_us", "0")))
-    dice, image = random.Random(4), pieces.content()
+    dice, image = random.Random(4), extents.content()
     with hosted(options, make_faults=None) as engine, client_of(engine) as client:
         for turn in range(6):
-            pieces.scatter(client, image, dice, 40)
+            extents.scatter(client, image, dice, 40)
             if turn % 2:
-                pieces.forget_half(file_of(engine)._read_fd)
-            pieces.compare(client, image, dice, 40)
+                extents.forget_half(file_of(engine)._read_fd)
+            extents.compare(client, image, dice, 40)
         assert client.read_all() == image
         (volume,) = engine.host.cset.volumes
         assert volume.stats.cache_hits > 100

@@ -40,19 +40,16 @@ cdef class QuickTransmission:
         magic=cython.uint, flags=cython.uint, command=cython.uint, cookie=cython.ulonglong, offset=cython.ulonglong,
         length=cython.ulonglong, used=cython.Py_ssize_t, late=list, index=cython.Py_ssize_t, place=cython.longlong,
         data_start=cython.Py_ssize_t, header_start=cython.Py_ssize_t, got=cython.ulonglong,
-        max_piece_bytes=cython.ulonglong,
+        has_batch=cython.bint, small_bytes=cython.ulonglong,
     )
     cdef tuple _read(self, Py_ssize_t start, Py_ssize_t end, Py_ssize_t filled)
 
     @cython.locals(
-        reads=ReadBatch, arena=cython.uchar[::1], fd=cython.int, nowait=cython.int, page_bytes=cython.Py_ssize_t,
-        header_bytes=cython.Py_ssize_t, large_bytes=cython.ulonglong, piece_sectors=cython.ulonglong,
-        chunk_magic=cython.uint, max_pieces=cython.Py_ssize_t, end=cython.ulonglong, pieces=cython.Py_ssize_t,
-        data_start=cython.Py_ssize_t, header_start=cython.Py_ssize_t, block_sectors=cython.ulonglong,
-        got=cython.ulonglong,
+        reads=ReadBatch, arena=cython.uchar[::1], done=cython.ulonglong, fd=cython.int, nowait=cython.int,
+        nbytes=cython.ulonglong, got=cython.ulonglong,
     )
-    cdef tuple _read_pieces(
-        self, unsigned long long cookie, unsigned long long offset, unsigned long long length, Py_ssize_t filled)
+    cdef unsigned long long _read_extents(
+        self, unsigned long long offset, unsigned long long length, Py_ssize_t at) except? 1
 
     cdef _place(self, Py_ssize_t count)
 

@@ -3,10 +3,9 @@
 
 Requests are served as they come, the plain ones without an object each:
 
-* a read that the volume's `bcachectl.engine.read_batch.ReadBatch` knows is read from the page cache straight behind its
-  reply header in the transmit arena: nothing is copied in Python, and one ``send`` carries all such replies of a turn;
-* a larger one is read and sent in pieces, a chunk each, if the client knows chunks: each piece is still in the
-  processor's cache when it is sent, and may lie in another extent;
+* a read that the volume's `bcachectl.engine.read_batch.ReadBatch` knows, in one extent or in several, is read from the
+  page cache straight behind its reply header in the transmit arena: nothing is copied in Python, and one ``send``
+  carries all such replies of a turn;
 * small writes are gathered; at the end of the turn they are offered to the volume's
   `bcachectl.engine.write_batch.WriteBatch`, and what that places is written straight from the receive buffer;
 * everything else takes the way of all requests (`Connection.request`).
@@ -64,12 +63,10 @@ ARENA_BYTES = 2 << 20
 """Transmit arena of a connection: replies to reads that were served at once."""
 LARGE_BYTES = 64 << 10
 """From this size on a quick reply's data is page-aligned, which the kernel copies faster, and sent at once."""
+SMALL_BYTES = 4096
+"""A read of at most this size is not expected to lie in several extents."""
 MAX_QUICK_BYTES = 1 << 20
 """A longer read takes the way of all other requests."""
-PIECE_BYTES = 128 << 10
-"""A longer read is sent in pieces of this size."""
-MAX_PIECES = 256
-"""If there would be more, the rest of the read becomes a request."""
 MAX_BATCH = 64
 """Writes that are gathered at most."""
 
@@ -166,21 +163,17 @@ class QuickTransmission:
         unaligned, size_bytes = connection.handshake.block_bytes - 1, connection.size_bytes
         fd, nowait = connection.server.quick_fd, connection.server.nowait_flag
         max_count, max_bytes, large_bytes, page_bytes = MAX_READS, MAX_QUICK_BYTES, LARGE_BYTES, PAGE_BYTES
+        small_bytes = SMALL_BYTES
         chunk_magic, simple_magic = wire.CHUNK_MAGIC, wire.SIMPLE_REPLY_MAGIC
         structured = connection.is_structured
         header_bytes = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
         cookies, sectors, lengths = self.cookies, self.sectors, self.lengths
-        room, at, count, is_large = ARENA_BYTES - filled, start, 0, False
-        max_piece_bytes = PIECE_BYTES if structured and self.reads is not None else max_bytes
+        room, at, count, is_large, has_batch = ARENA_BYTES - filled, start, 0, False, self.reads is not None
         while end - at >= 28 and count < max_count and not is_large:
             magic, flags, command, cookie, offset, length = request_at(rx, at)
             if command or flags or (offset | length) & unaligned or magic != 0x25609513 \
                     or not 0 < length <= max_bytes or length > size_bytes or offset > size_bytes - length:
                 break
-            if length > max_piece_bytes:
-                if count:
-                    break
-                return self._read_pieces(cookie, offset, length, filled)
             is_large = length >= large_bytes            # it is sent at once
             room -= header_bytes + length + (page_bytes if is_large else 0)
             if room < 0:
@@ -202,7 +195,10 @@ class QuickTransmission:
             data_start = filled + header_bytes
             if length >= large_bytes:
                 data_start = (data_start + page_bytes - 1) // page_bytes * page_bytes
-            got = read_at(fd, arena, data_start, length, place, nowait) if place >= 0 else 0
+            if place >= 0:
+                got = read_at(fd, arena, data_start, length, place, nowait)
+            else:
+                got = self._read_extents(offset, length, data_start) if has_batch and length > small_bytes else 0
             if got != length:
                 if not connection.has_room():
                     connection.blocked = True
@@ -228,53 +224,25 @@ class QuickTransmission:
             filled = self._arena_end if connection.out else self._use_again()
         return used, filled
 
-    def _read_pieces(self, cookie: int, offset: int, length: int, filled: int) -> tuple[int, int]:
-        # As `_read`, for one read that is sent in pieces; what is not to be had at once becomes a request for the rest.
-        connection, reads, arena = self.connection, self.reads, self.arena
-        fd, nowait, page_bytes, header_bytes = (
-            connection.server.quick_fd, connection.server.nowait_flag, PAGE_BYTES, wire.DATA_CHUNK.size)
-        large_bytes, piece_sectors, block_sectors = LARGE_BYTES, PIECE_BYTES >> 9, connection.handshake.block_bytes >> 9
-        chunk_magic, max_pieces = wire.CHUNK_MAGIC, MAX_PIECES
-        if not connection.has_room() \
-                or ARENA_BYTES - filled < length + MAX_PIECES * header_bytes + (length // LARGE_BYTES + 1) * PAGE_BYTES:
-            connection.blocked = True
-            return 0, filled
-        assert reads is not None, "who has a volume without a batch is not sent pieces"
-        end, pieces = offset + length, 0
-        while offset < end and pieces < max_pieces:
-            self.sectors[0] = offset >> 9
-            self.lengths[0] = min((end - offset) >> 9, piece_sectors)
+    def _read_extents(self, offset: int, length: int, at: int) -> int:
+        # Reads into the arena at ``at`` what lies in several extents; how much there was, less than ``length`` if
+        # anything of it is not to be had at once.
+        reads, arena, done = self.reads, self.arena, 0
+        fd, nowait = self.connection.server.quick_fd, self.connection.server.nowait_flag
+        assert reads is not None, "who asks has a volume with a batch"
+        while done < length:
+            # The first of the columns is used up by now.
+            self.sectors[0] = (offset + done) >> 9
+            self.lengths[0] = (length - done) >> 9
             reads.place(1, True)
-            length = self.lengths[0] // block_sectors * block_sectors << 9
-            if self.places[0] < 0 or not length:
-                break
-            data_start = filled + header_bytes
-            if length >= large_bytes:
-                data_start = (data_start + page_bytes - 1) // page_bytes * page_bytes
-            got = read_at(fd, arena, data_start, length, self.places[0], nowait)
-            if got != length:
-                break
-            header_start = data_start - header_bytes
-            if header_start != filled:
-                self._queue(filled, header_start)
-            offset += length
-            pieces += 1
-            put_chunk(arena, header_start, chunk_magic, offset == end, 1, cookie, length + 8, offset - length)
-            filled = data_start + length
-            if length >= large_bytes and not connection.out:
-                self._arena_end = filled
-                connection.send()
-                if not connection.is_open:
-                    break
-                filled = self._arena_end if connection.out else self._use_again()
+            nbytes = self.lengths[0] << 9
+            got = read_at(fd, arena, at + done, nbytes, self.places[0], nowait) if self.places[0] >= 0 else 0
+            if got != nbytes:
+                reads.drop()
+                return done
+            done += nbytes
         reads.settle_as_one()
-        self.served += pieces > 0
-        if offset < end and connection.is_open:
-            # Its reply is the last chunk, so the others are before it in what is to be sent.
-            self._arena_end = filled
-            self.hand_over()
-            connection.request(wire.REQUEST_MAGIC, 0, wire.CMD_READ, cookie, offset, end - offset)
-        return 28, filled
+        return done
 
     def _place(self, count: int) -> None:
         reads = self.reads

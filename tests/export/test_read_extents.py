@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Large reads over NBD that are sent in pieces, a chunk each: whatever lies where, the client gets what was written."""
+"""Large reads over NBD, which lie in many extents: whatever lies where, the client gets what was written."""
 
 from __future__ import annotations
 
 import os
 import random
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bcachectl.engine.cached_dev import CachedDev
-from bcachectl.engine.export import nbd_quick
 from bcachectl.engine.export.host import HostOptions
 from bcachectl.engine.export.nbd_connection import Connection
+from bcachectl.engine.node import Node
 from tests.export.faulty import Hosted, hosted
 from tests.export.test_engine_run import make_set
 from tests.nbd_client import CMD_READ, CMD_WRITE, NbdClient
@@ -26,7 +25,7 @@ SIZE_BYTES = 16 << 20
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Hosted]:
     """A set on a backing device of known content, the cache file read as it is."""
-    only("nbd", "chunks")
+    only("nbd", "reads from the page cache")
     make_set(tmp_path, backing_bytes=SIZE_BYTES + 8192, mode="writethrough")
     with (tmp_path / "back0.img").open("r+b") as file:
         file.seek(8192)
@@ -36,6 +35,21 @@ def running(tmp_path: Path) -> Iterator[Hosted]:
                                     ("congested_write_threshold_us", "0")))
     with hosted(options, make_faults=None) as engine:
         yield engine
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the reads that became requests."""
+    lengths: list[int] = []
+    ask = Connection.request
+
+    def request(self: Connection, magic: int, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
+        if command == CMD_READ:
+            lengths.append(length)
+        ask(self, magic, flags, command, cookie, offset, length)
+
+    monkeypatch.setattr(Connection, "request", request)
+    return lengths
 
 
 def content() -> bytearray:
@@ -85,59 +99,39 @@ def test_what_was_written_is_read(running: Hosted, structured: bool) -> None:
         assert client.read_all() == image
 
 
-def test_a_piece_that_is_not_in_memory(running: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From there on the read is a request; here for half of the cache device."""
+def test_an_extent_that_is_not_in_memory(running: Hosted, asked: list[int]) -> None:
+    """Then the read is a request; here for half of the cache device."""
     dice, image = random.Random(2), content()
-    rests: list[int] = []
-    ask = Connection.request
-
-    def request(self: Connection, magic: int, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
-        if command == CMD_READ:
-            rests.append(length)
-        ask(self, magic, flags, command, cookie, offset, length)
-
-    monkeypatch.setattr(Connection, "request", request)
     with NbdClient(running.socket, structured=True) as client:
         scatter(client, image, dice, 100)
         client.read_all()
         fd = running.nbd.quick_fd
         for _ in range(4):
             forget_half(fd)
-            rests.clear()
+            asked.clear()
             compare(client, image, dice, 30)
-            assert any(512 <= length < 131072 for length in rests) or not running.nbd.nowait_flag, rests
+            assert asked or not running.nbd.nowait_flag
 
 
-def test_chunks_are_those_of_extents_and_one_read_is_counted(running: Hosted) -> None:
+@pytest.mark.parametrize("structured", [True, False])
+def test_it_is_one_read_served_at_once(running: Hosted, asked: list[int], structured: bool) -> None:
     (volume,) = running.host.cset.volumes
     assert isinstance(volume, CachedDev)
-    with NbdClient(running.socket, structured=True) as client:
-        client.write(0, os.urandom(196608))
+    data = os.urandom(196608)
+    with NbdClient(running.socket, structured=structured) as client:
+        client.write(0, data)
+        leaf = volume.cset.btree.root
+        assert isinstance(leaf, Node)
+        assert len(leaf.ends) >= 6, "buckets have 32 KiB"
         before, sectors = volume.stats.read_requests, volume.stats.read_sectors
-        client.send(CMD_READ, 0, 196608)
-        kinds: list[tuple[int, int, int]] = []
-        while not kinds or not kinds[-1][0]:
-            _, flags, kind, _, length = struct.unpack(">IHHQI", take(client, 20))
-            take(client, length)
-            kinds.append((flags, kind, length - 8))
-        assert sum(length for _, _, length in kinds) == 196608
-        assert {kind for _, kind, _ in kinds} == {1}
-        assert 1 < len(kinds) <= 7, "buckets have 32 KiB"
+        assert client.read(0, len(data)) == data
         assert volume.stats.read_requests == before + 1
         assert volume.stats.read_sectors == sectors + 384
-
-
-def test_more_pieces_than_there_may_be(running: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbd_quick, "MAX_PIECES", 5)
-    dice, image = random.Random(4), content()
-    with NbdClient(running.socket, structured=True) as client:
-        scatter(client, image, dice, 100)
-        client.read_all()
-        compare(client, image, dice, 60)
+    assert not asked
 
 
 def test_a_client_that_takes_nothing_for_a_while(running: Hosted) -> None:
-    """More than the arena holds waits to be sent, in pieces and among writes."""
+    """More than the arena holds waits to be sent, among writes."""
     dice, image = random.Random(5), content()
     with NbdClient(running.socket, structured=True) as client:
         client.read_all()
@@ -152,12 +146,3 @@ def test_a_client_that_takes_nothing_for_a_while(running: Hosted) -> None:
                 assert len(reply.data) == 1 << 20
                 assert reply.data[8192:] == image[start + 8192:start + (1 << 20)]
         assert len(written) == 4
-
-
-def take(client: NbdClient, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        part = client._socket.recv(length - len(data))
-        assert part
-        data += part
-    return data
