@@ -5,7 +5,8 @@ An export (NBD, loop, ublk) knows nothing of caches.  It does four things:
 
 1. for a read it may first ask `Volume.read_nowait`; if the answer is not `NOT_NOW` the data lies in one piece at that
    byte of the cache device and the export reads it itself, at once, without suspending anything in between, or pins
-   the bucket (`bcachectl.engine.buckets.Buckets.pin`) until it has read;
+   the bucket (`bcachectl.engine.buckets.Buckets.pin`) until it has read; `Volume.reads` answers for many, or for one
+   extent of a read after the other;
 2. writes it may first offer to the volume's `bcachectl.engine.write_batch.WriteBatch`, if it has one; what that places
    on the cache device the export writes there itself, at once, or as a group in flight
    (`bcachectl.engine.write_group`);
